@@ -1,0 +1,32 @@
+.PHONY: setup train test check
+
+UV_VERSION := 0.13.9
+STAMP := .venv/.ready
+
+setup: $(STAMP)
+	@:
+
+$(STAMP): requirements.lock pyproject.toml
+	@echo "Preparing .venv (about 30 s; torch is large)"
+	@test -x .venv/bin/python || python3 -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+ifdef UV_TORCH_BACKEND
+	@grep -vE '^(cuda|nvidia|triton)' requirements.lock > .venv/requirements.lock # a CPU build needs none of these
+	@.venv/bin/uv pip sync --quiet .venv/requirements.lock
+else
+	@.venv/bin/uv pip sync --quiet requirements.lock
+endif
+	@.venv/bin/uv pip install --quiet --no-deps --editable .
+	@touch $@
+
+train: setup
+	@.venv/bin/nightshift train
+
+test: setup
+	@.venv/bin/python -m pytest
+
+check: setup
+	@.venv/bin/ruff format --check
+	@.venv/bin/ruff check
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports

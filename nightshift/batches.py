@@ -1,0 +1,113 @@
+"""The training batches: order and augmentation as pure functions of (seed, epoch, step).
+
+A resumed run asks for step k and gets what an uninterrupted one got at step k, without re-reading
+anything before it and without a generator that had to be carried along.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Generator, Tensor
+
+from nightshift.datasets import Dataset
+from nightshift.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the steps of a run fall into epochs. Steps count from 0."""
+
+    images: int
+    batch_size: int
+    epochs: int
+    drop_last: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(self.images, self.batch_size)
+        return whole if self.drop_last or not rest else whole + 1
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def position(self, step: int) -> tuple[int, int]:
+        """The epoch a step belongs to and its number within that epoch, both from 0."""
+        return divmod(step, self.steps_per_epoch)
+
+
+def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
+    images = min(len(dataset.train_images), config.max_train_images or len(dataset.train_images))
+    return Plan(images, min(config.batch_size, images), config.epochs, config.drop_last)
+
+
+def batch_indices(plan: Plan, seed: int, step: int) -> Tensor:
+    """Which training images step `step` sees: int64, shape (batch,)."""
+    epoch, within = plan.position(step)
+    return _epoch_order(plan.images, seed, epoch)[within * plan.batch_size : (within + 1) * plan.batch_size]
+
+
+def training_batch(dataset: Dataset, config: TrainConfig, plan: Plan, step: int) -> tuple[Tensor, Tensor]:
+    """The images and labels of one step, augmented but not yet normalized.
+
+    Returns:
+        uint8 images (batch, 32, 32, 3) and int64 labels (batch,), on the CPU.
+    """
+    indices = batch_indices(plan, config.seed, step)
+    images = _gather(dataset.train_images, indices, config, step)
+    return images, dataset.train_labels[indices].long()
+
+
+def pixel_statistics(dataset: Dataset, normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel to normalize by, on the scale 0 to 255."""
+    if normalization == "half":
+        return (127.5,) * 3, (127.5,) * 3
+    return dataset.mean, dataset.std
+
+
+def normalizer(dataset: Dataset, normalization: str) -> tuple[Tensor, Tensor]:
+    """Scale and shift, float32 (3, 1, 1), such that pixels * scale + shift is what the network sees."""
+    mean, std = map(torch.tensor, pixel_statistics(dataset, normalization))
+    return (1 / std)[:, None, None], (-mean / std)[:, None, None]
+
+
+def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """uint8 (batch, 32, 32, 3) → normalized float32 (batch, 3, 32, 32) in channels_last memory format."""
+    return torch.addcmul(shift, images.permute(0, 3, 1, 2).float(), scale)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(images, generator=_generator(seed, "order", epoch))
+
+
+def _generator(seed: int, purpose: str, number: int) -> Generator:
+    """Hashed, because generators seeded with neighbouring numbers would not be independent."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _gather(images: Tensor, indices: Tensor, config: TrainConfig, step: int) -> Tensor:
+    """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from."""
+    if not config.flip and not config.translate:
+        return images[indices]
+    batch, size = len(indices), images.shape[1]
+    generator = _generator(config.seed, "augment", step)
+    rows = cols = torch.arange(size).expand(batch, size)
+    if config.flip:
+        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
+        cols = torch.where(mirrored, size - 1 - cols, cols)
+    if config.translate:
+        span = 2 * config.translate + 1
+        shifts = torch.randint(span, (2, batch, 1), generator=generator) - config.translate
+        rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
+    pixels = (indices[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]
+    return images.reshape(-1, 3).index_select(0, pixels.flatten()).view(batch, size, size, 3)
+
+
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """Positions outside 0 … size - 1 mirrored back, the edge pixel itself not repeated."""
+    positions = positions.abs()
+    return torch.where(positions >= size, 2 * (size - 1) - positions, positions)

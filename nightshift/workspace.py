@@ -1,0 +1,36 @@
+"""Where a run keeps its things: the store, which is shared, and a directory on this machine, which is not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from nightshift.local_s3 import embedded_s3
+from nightshift.s3 import S3
+from nightshift.settings import Settings
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What every task needs. Holds no state of a run."""
+
+    store: S3
+    home: Path
+    lease_seconds: float
+
+
+@contextmanager
+def open_workspace(settings: Settings) -> Iterator[Workspace]:
+    """The workspace these settings describe, on the embedded S3 unless they name another store.
+
+    Raises:
+        StorageError: the store cannot be used; found out here, before any work.
+        LocalServiceError: the embedded S3 does not start.
+    """
+    if settings.s3.embedded:
+        with embedded_s3(settings.home, settings.s3.prefix) as store:
+            yield Workspace(store, settings.home, settings.lease_seconds)
+    else:
+        # Few attempts: a wrong endpoint is to be told in seconds.
+        S3(settings.s3, attempts=2).check_access()
+        yield Workspace(S3(settings.s3), settings.home, settings.lease_seconds)

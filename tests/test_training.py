@@ -1,0 +1,139 @@
+"""Exact resume: whatever stops a run, and wherever, it ends with the same bits."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from nightshift import checkpoints, runs, training
+from nightshift.errors import ConfigError, TrainingDivergedError, TrainingInterrupted
+from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.s3 import S3
+from nightshift.workspace import Workspace
+from tests.conftest import small_config
+from tests.train_part import Part, state_sha256, train_part
+
+CONFIGS = {
+    "quick": small_config("quick", batch_size=64, max_train_images=1300),
+    "tutorial": small_config("tutorial", max_train_images=630),
+    "resnet18": small_config("resnet18", batch_size=4, max_train_images=82),
+    "adamw with cosine": small_config("quick", optimizer="adamw", lr=0.002, schedule="cosine", precision="bfloat16"),
+}
+
+# By default inside the first epoch, between the epochs and inside the second.
+STOPS = {"resnet18": (13, 27)}  # whose state has 90 MB
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """Runs each call in a process of its own, forked from one that has torch imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.train_part"])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(
+    name: str, processes: ProcessPoolExecutor, home: Path, server: S3, prefix: str, cifar10: DatasetRef
+) -> None:
+    def train(run_id: str, stop: int = -1) -> Part:
+        return processes.submit(train_part, home, prefix, run_id, CONFIGS[name], cifar10, stop).result()
+
+    whole = train("whole")
+    assert (whole.step, whole.resumed_from_step) == (40, None)
+    before = None
+    for stop in STOPS.get(name, (1, 13, 20, 27)):
+        part = train("parts", stop)
+        assert (part.step, part.resumed_from_step, part.status) == (stop, before, "interrupted")
+        before = stop
+    end = train("parts")
+    assert end.resumed_from_step == before
+    assert end.weights_sha256 == whole.weights_sha256
+    assert end.state_sha256 == whole.state_sha256
+
+
+def final_state(workspace: Workspace, checkpoint: CheckpointRef) -> str:
+    return state_sha256(checkpoints.read(workspace.store, checkpoint))
+
+
+def test_saving_often_does_not_change_the_result(workspace: Workspace, cifar10: DatasetRef) -> None:
+    rare = final_state(workspace, training.train(workspace, "rare", small_config(), cifar10))
+    often = training.train(workspace, "often", small_config(checkpoint_every_steps=1), cifar10)
+    assert final_state(workspace, often) == rare
+
+
+def test_another_seed_gives_another_result(workspace: Workspace, cifar10: DatasetRef) -> None:
+    config = small_config(epochs=1)
+    first = training.train(workspace, "first", config, cifar10)
+    second = training.train(workspace, "second", config.override({"seed": 1}), cifar10)
+    assert final_state(workspace, first) != final_state(workspace, second)
+
+
+def test_a_run_stopped_and_resumed_in_one_process_ends_with_the_same_bits(
+    workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    whole = training.train(workspace, "whole", small_config(), cifar10)
+    with pytest.raises(TrainingInterrupted, match="nightshift resume parts"):
+        training.train(workspace, "parts", small_config(), cifar10, should_stop=lambda step: step == 7)
+    parts = training.train(workspace, "parts", small_config(), cifar10)
+    assert final_state(workspace, parts) == final_state(workspace, whole)
+
+
+def test_a_stop_at_the_last_step_is_no_interruption(workspace: Workspace, cifar10: DatasetRef) -> None:
+    done = training.train(workspace, "run", small_config(), cifar10, should_stop=lambda step: step == 40)
+    assert done.step == 40
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(workspace: Workspace, cifar10: DatasetRef) -> None:
+    config = small_config()
+
+    def crash(step: int) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(workspace, "run", config, cifar10, should_stop=crash)
+    assert not runs.read_record(workspace.store, "run")[0].checkpoints
+    whole = training.train(workspace, "whole", config, cifar10)
+    again = training.train(workspace, "run", config, cifar10)
+    assert final_state(workspace, again) == final_state(workspace, whole)
+
+
+def test_a_diverged_run_fails_with_advice_and_keeps_its_last_good_checkpoint(
+    workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    config = small_config(optimizer="sgd", lr=100, checkpoint_every_steps=1)
+    with pytest.raises(TrainingDivergedError, match="lower the learning rate"):
+        training.train(workspace, "run", config, cifar10)
+    record, _ = runs.read_record(workspace.store, "run")
+    assert record.status == "failed"
+    payload = checkpoints.read(workspace.store, record.checkpoints[-1])
+    assert payload["epoch_loss"].isfinite()
+
+
+def test_every_epoch_leaves_a_point_on_the_curve(workspace: Workspace, cifar10: DatasetRef) -> None:
+    training.train(workspace, "run", small_config(), cifar10)
+    curve = runs.read_record(workspace.store, "run")[0].curve
+    assert [(point["epoch"], point["step"]) for point in curve] == [(1, 20), (2, 40)]
+    assert curve[1]["loss"] < curve[0]["loss"]
+
+
+def test_an_unknown_model_is_refused_before_anything_is_recorded(workspace: Workspace, cifar10: DatasetRef) -> None:
+    with pytest.raises(ConfigError, match="simple_cnn"):
+        training.train(workspace, "run", small_config(model="vgg"), cifar10)
+    assert not list(workspace.store.list("runs/"))
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="'auto' and 'cpu'"):
+        training.pick_device(small_config(device="cuda"))
+
+
+def test_the_checkpoint_is_due_by_steps_and_by_time(workspace: Workspace, cifar10: DatasetRef, home: Path) -> None:
+    config = small_config(checkpoint_every_seconds=1e-6, keep_last=100)
+    training.train(workspace, "by-time", config, cifar10)
+    record, _ = runs.read_record(workspace.store, "by-time")
+    assert [checkpoint.step for checkpoint in record.checkpoints] == list(range(1, 41))

@@ -1,0 +1,54 @@
+"""What a process of its own does in the tests of exact resume: train a run until a step, or to its end."""
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nightshift import checkpoints, runs, training
+from nightshift.errors import TrainingInterrupted
+from nightshift.local_s3 import embedded_s3
+from nightshift.refs import DatasetRef
+from nightshift.settings import TrainConfig
+from nightshift.state import weights_sha256
+from nightshift.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Part:
+    """How far it came, where it had started from, and what it ended with."""
+
+    step: int
+    resumed_from_step: int | None
+    status: str
+    weights_sha256: str
+    state_sha256: str
+
+
+def train_part(home: Path, prefix: str, run_id: str, config: TrainConfig, dataset: DatasetRef, stop: int) -> Part:
+    with embedded_s3(home, prefix) as store:
+        with suppress(TrainingInterrupted):
+            training.train(Workspace(store, home, 60), run_id, config, dataset, should_stop=lambda step: step == stop)
+        record, _ = runs.read_record(store, run_id)
+        payload = checkpoints.read(store, record.checkpoints[-1])
+        return Part(
+            step=record.step,
+            resumed_from_step=record.resumed_from_step,
+            status=record.status,
+            weights_sha256=weights_sha256(payload["model"]),
+            state_sha256=state_sha256(payload),
+        )
+
+
+def state_sha256(value: Any) -> str:
+    """sha256 over every bit of a payload; the pickle's own bytes also depend on which strings are one object."""
+    if isinstance(value, Tensor):
+        value = [str(value.dtype), list(value.shape), weights_sha256({"": value})]
+    if isinstance(value, dict):
+        value = {key: state_sha256(part) for key, part in value.items()}
+    elif isinstance(value, list | tuple):
+        value = [state_sha256(part) if isinstance(part, dict | list | tuple | Tensor) else part for part in value]
+    return hashlib.sha256(repr(value).encode()).hexdigest()
