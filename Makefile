@@ -1,4 +1,4 @@
-.PHONY: setup train test check
+.PHONY: setup train test check soak
 
 UV_VERSION := 0.13.9
 STAMP := .venv/.ready
@@ -24,6 +24,9 @@ train: setup
 
 test: setup
 	@.venv/bin/python -m pytest
+
+soak: setup
+	@.venv/bin/python -m tests.faults.soak
 
 check: setup
 	@.venv/bin/ruff format --check

@@ -6,63 +6,200 @@ in between leaves an orphan, never a damaged checkpoint. Retention drops from th
 after.
 """
 
+import contextvars
 import hashlib
 import io
+import math
 import pickle
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_exponential_jitter,
+)
 
 from nightshift import progress
 from nightshift.errors import CheckpointCorruptError, ObjectNotFoundError, StorageError, StorageUnreachableError
+from nightshift.records import Checkpoint, RunRecord
 from nightshift.refs import CheckpointRef
-from nightshift.runs import Checkpoint, Run, RunRecord
+from nightshift.runs import Run
 from nightshift.s3 import S3
-from nightshift.state import Payload, TrainState
+from nightshift.settings import TrainConfig
+from nightshift.state import Payload, Snapshot, TrainState
+
+PREFIX = "checkpoints/"
 
 
-def save(run: Run, state: TrainState, epoch: int, keep_last: int, train_seconds: float) -> CheckpointRef:
-    """Store the state of this step and commit it; then delete what retention no longer keeps.
+class Saver:
+    """Saves the state of a run without stopping its training.
 
-    Args:
-        epoch: finished epochs.
-        train_seconds: seconds trained so far, over all resumes.
-
-    Raises:
-        LeaseLostError: another trainer has taken the run over; nothing was committed.
-        StorageError: it could not be stored.
+    At a boundary the state is copied; a background thread does the rest. One save is in flight at a time: a
+    boundary reached meanwhile is skipped and counted, never queued. A save that fails is tried again within a
+    budget; then training goes on, and the log and the record say that it is not protected.
     """
-    buffer = io.BytesIO()
-    torch.save(state.capture(), buffer)
-    images = max(state.epoch_images, 1)
-    checkpoint = Checkpoint(
-        step=state.step,
-        epoch=epoch,
-        key=f"checkpoints/{run.run_id}/{state.step}-{run.token}.pt",
-        bytes=buffer.getbuffer().nbytes,
-        sha256=hashlib.sha256(buffer.getbuffer()).hexdigest(),
-        written_at=run.store.now(),
-        metrics={
-            "loss": float(state.epoch_loss) / images,
-            "accuracy": int(state.epoch_correct) / images,
-            "train_seconds": train_seconds,
-        },
-    )
-    curve = list(state.curve)
-    buffer.seek(0)
-    run.store.upload(checkpoint.key, buffer)
-    before = run.record.checkpoints
 
-    def commit(record: RunRecord) -> RunRecord:
-        others = [known for known in record.checkpoints if known.key != checkpoint.key]
-        return record.changed(checkpoints=[*others, checkpoint][-keep_last:], curve=curve)
+    def __init__(self, run: Run, config: TrainConfig, device: torch.device, retry_seconds: float) -> None:
+        self._run, self._config, self._retry_seconds = run, config, retry_seconds
+        self._snapshot = Snapshot(device)
+        self._thread: threading.Thread | None = None
+        self._abandoned = threading.Event()
+        self._saved: CheckpointRef | None = None
+        self._error: Exception | None = None
+        self._skipped = self._failed = 0
+        self._unprotected = ""
 
-    kept = {known.key for known in run.update(commit).checkpoints}
-    for known in before:
-        if known.key not in kept:
-            run.store.delete(known.key)
-    return run.record.ref(checkpoint)
+    def prepare(self, state: TrainState) -> None:
+        """Make room for the copies, in the background. The optimizer must have done a step: then its state exists."""
+        self._snapshot.prepare(state.capture())
+
+    def save(self, state: TrainState, epoch: int, train_seconds: float) -> None:
+        """Begin to save this step, unless the save before is still under way.
+
+        Args:
+            epoch: finished epochs.
+            train_seconds: seconds trained so far, over all resumes.
+
+        Raises:
+            LeaseLostError: the save before found that another trainer has taken the run over.
+        """
+        if self._thread and self._thread.is_alive():
+            self._skipped += 1
+            return
+        if self._error and not isinstance(self._error, StorageError):
+            raise self._error
+        started = time.perf_counter()
+        self._snapshot.take(state.capture())
+        work = (epoch, {"train_seconds": train_seconds, "stall_seconds": time.perf_counter() - started})
+        self._abandoned.clear()
+        context = contextvars.copy_context()
+        # A daemon: a second signal, which stops at once, must not wait for it.
+        self._thread = threading.Thread(
+            target=context.run, args=(self._store_or_warn, *work), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def save_and_wait(self, state: TrainState, epoch: int, train_seconds: float) -> CheckpointRef:
+        """Save this step and return its committed checkpoint.
+
+        Raises:
+            LeaseLostError: another trainer has taken the run over; nothing was committed.
+            StorageError: it could not be stored.
+        """
+        self._abandoned.set()  # the save before is not waited for longer than its current attempt
+        self._wait()
+        if self._saved is None or self._saved.step != state.step:
+            self.save(state, epoch, train_seconds)
+            self._wait()
+            if self._error:
+                raise self._error
+        assert self._saved is not None
+        assert self._saved.step == state.step
+        return self._saved
+
+    def _wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+
+    def _store_or_warn(self, epoch: int, metrics: dict[str, float]) -> None:
+        self._error = None
+        try:
+            self._store(self._snapshot.payload(), epoch, metrics)
+        except StorageError as error:
+            self._error, self._unprotected = error, str(error)
+            self._failed += 1
+            newest = f"of step {self._run.record.step:,}" if self._run.record.checkpoints else "none"
+            progress.current().warn(f"a checkpoint could not be stored: {error}. The newest one is {newest}")
+        except Exception as error:
+            self._error = error
+
+    def _store(self, payload: Payload, epoch: int, metrics: dict[str, float]) -> None:
+        images = max(payload["epoch_images"], 1)
+        metrics |= {"loss": float(payload["epoch_loss"]) / images, "accuracy": int(payload["epoch_correct"]) / images}
+        if not math.isfinite(metrics["loss"]):
+            return  # a diverged state is not worth keeping; the loop finds out by itself, within a moment
+        if payload["curve"]:
+            metrics["epoch_loss"] = payload["curve"][-1]["loss"]
+        run, step = self._run, payload["step"]
+        buffer = io.BytesIO()
+        torch.save(payload, buffer)
+        body = buffer.getvalue()
+        checkpoint = Checkpoint(
+            step=step,
+            epoch=epoch,
+            key=f"{PREFIX}{run.run_id}/{step}-{run.token}.pt",
+            bytes=len(body),
+            sha256=hashlib.sha256(body).hexdigest(),
+            written_at=run.store.now(),
+            metrics={**metrics, "skipped": self._skipped, "failed": self._failed},
+        )
+        for attempt in self._attempts(step):
+            with attempt:
+                run.store.upload(checkpoint.key, io.BytesIO(body))
+                self._commit(checkpoint, payload["curve"])
+        self._saved = run.record.ref(checkpoint)
+
+    def _attempts(self, step: int) -> Retrying:
+        def tell(state: RetryCallState) -> None:
+            assert state.outcome is not None
+            progress.current().warn(
+                f"the checkpoint of step {step:,} is not stored yet: {state.outcome.exception()}. Trying again"
+            )
+
+        return Retrying(
+            retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
+            wait=wait_exponential_jitter(multiplier=0.5, max=15),
+            stop=stop_after_delay(self._retry_seconds) | stop_when_event_set(self._abandoned),
+            sleep=sleep_using_event(self._abandoned),
+            before_sleep=tell,
+            reraise=True,
+        )
+
+    def _commit(self, checkpoint: Checkpoint, curve: list[dict[str, float]]) -> None:
+        """Make it exist; then delete what retention no longer keeps."""
+        run, before = self._run, self._run.record.checkpoints
+
+        def commit(record: RunRecord) -> RunRecord:
+            others = [known for known in record.checkpoints if known.key != checkpoint.key]
+            record = record.changed(checkpoints=retained([*others, checkpoint], self._config), curve=curve)
+            if self._unprotected:
+                record = record.with_event("unprotected", checkpoint.written_at, f"until here: {self._unprotected}")
+            return record
+
+        kept = {known.key for known in run.update(commit).checkpoints}
+        self._unprotected = ""
+        for known in before:
+            if known.key not in kept:
+                with suppress(StorageError):  # then it is an orphan, which gc finds
+                    run.store.delete(known.key)
+
+
+def retained(checkpoints: list[Checkpoint], config: TrainConfig) -> list[Checkpoint]:
+    """Those that are kept, of all of a run's in the order they were written; the newest always is.
+
+    They are the last `keep_last`, the best by the training loss of its last whole epoch, and the first after
+    every `keep_every_epochs`-th epoch.
+    """
+    keys = {checkpoint.key for checkpoint in checkpoints[-config.keep_last :]}
+    scored = [checkpoint for checkpoint in checkpoints if "epoch_loss" in checkpoint.metrics]
+    if config.keep_best and scored:
+        keys.add(min(scored, key=lambda checkpoint: checkpoint.metrics["epoch_loss"]).key)
+    if config.keep_every_epochs:
+        reached = 0
+        for checkpoint in checkpoints:
+            if checkpoint.epoch // config.keep_every_epochs > reached:
+                reached = checkpoint.epoch // config.keep_every_epochs
+                keys.add(checkpoint.key)
+    return [checkpoint for checkpoint in checkpoints if checkpoint.key in keys]
 
 
 def read(store: S3, checkpoint: Checkpoint | CheckpointRef) -> Payload:
@@ -75,13 +212,9 @@ def read(store: S3, checkpoint: Checkpoint | CheckpointRef) -> Payload:
         StorageError: it cannot be read.
     """
     try:
-        body = store.download_bytes(checkpoint.key)
-    except ObjectNotFoundError as error:
-        raise CheckpointCorruptError("the object is missing") from error
-    if len(body) != checkpoint.bytes:
-        raise CheckpointCorruptError(f"it has {len(body)} bytes instead of {checkpoint.bytes}")
-    if hashlib.sha256(body).hexdigest() != checkpoint.sha256:
-        raise CheckpointCorruptError("its sha256 is not the recorded one")
+        body = _verified_body(store, checkpoint)
+    except CheckpointCorruptError:
+        body = _verified_body(store, checkpoint)  # once more: it may have been damaged on the way only
     try:
         payload: Payload = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -91,29 +224,62 @@ def read(store: S3, checkpoint: Checkpoint | CheckpointRef) -> Payload:
     return payload
 
 
-def latest(store: S3, record: RunRecord) -> tuple[Checkpoint, Payload] | None:
-    """The newest committed checkpoint that is whole, or None if the run has to begin anew.
+def _verified_body(store: S3, checkpoint: Checkpoint | CheckpointRef) -> bytes:
+    try:
+        body = store.download_bytes(checkpoint.key)
+    except ObjectNotFoundError as error:
+        raise CheckpointCorruptError("the object is missing") from error
+    if len(body) != checkpoint.bytes:
+        raise CheckpointCorruptError(f"it has {len(body)} bytes instead of {checkpoint.bytes}")
+    if hashlib.sha256(body).hexdigest() != checkpoint.sha256:
+        raise CheckpointCorruptError("its sha256 is not the recorded one")
+    return body
 
-    Each one skipped is warned of by name. Beginning anew costs time but not correctness: the same bits
-    come out.
+
+def restore(run: Run, state: TrainState) -> Checkpoint | None:
+    """Restore the newest committed checkpoint that is whole and return it, or None if the run has to begin anew.
+
+    Each one skipped is warned of by name and dropped from the record: what comes after the restored step is
+    written again. Beginning anew costs time but not correctness: the same bits come out.
 
     Raises:
+        LeaseLostError: another trainer has taken the run over.
         StorageError: the store fails, and no older checkpoint can be read either.
     """
+    skipped: list[Bad] = []
     failure: StorageError | None = None
-    for checkpoint in reversed(record.checkpoints):
+    restored = None
+    for checkpoint in reversed(run.record.checkpoints):
         try:
-            return checkpoint, read(store, checkpoint)
+            payload = read(run.store, checkpoint)
         except StorageUnreachableError:
             raise
         except (CheckpointCorruptError, StorageError) as error:
             failure = error if isinstance(error, StorageError) else failure
-            progress.current().warn(f"checkpoint {store.url(checkpoint.key)} is skipped: {error}")
-    if failure:
+            skipped.append(Bad(checkpoint.key, str(error)))
+            progress.current().warn(f"checkpoint {run.store.url(checkpoint.key)} is skipped: {error}")
+        else:
+            state.restore(payload)
+            restored = checkpoint
+            break
+    if failure and not restored:
         raise failure
-    if record.checkpoints:
-        progress.current().warn(f"run {record.run_id} has no usable checkpoint: it begins anew")
-    return None
+    if skipped and not restored:
+        progress.current().warn(f"run {run.run_id} has no usable checkpoint: it begins anew")
+    if restored or skipped:
+        run.update(lambda record: _resumed(record, restored, skipped))
+    return restored
+
+
+def _resumed(record: RunRecord, restored: Checkpoint | None, skipped: "list[Bad]") -> RunRecord:
+    reasons = {bad.key: bad.reason for bad in skipped}
+    for checkpoint in record.checkpoints:
+        if checkpoint.key in reasons:
+            record = record.with_event("skipped", record.updated_at, f"{checkpoint.key}: {reasons[checkpoint.key]}")
+    return record.changed(
+        resumed_from_step=restored.step if restored else None,
+        checkpoints=[checkpoint for checkpoint in record.checkpoints if checkpoint.key not in reasons],
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -18,7 +18,7 @@ from nightshift.errors import DISK_IS_FULL, ConfigError, DiskError, Interrupted,
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nightshift.runs import RunRecord
+    from nightshift.records import RunRecord
     from nightshift.settings import TrainConfig
     from nightshift.workspace import Workspace
 
@@ -84,17 +84,99 @@ def train(
     overrides = _parse_settings(settings or [])
     config = make_config(recipe, overrides)
     run_id = parse_run_id(run_id) if run_id is not None else new_run_id(recipe, datetime.now(UTC))
-    _run_flow(run_id, config, as_json, verbose)
+    _train(run_id, config, as_json, verbose)
 
 
 @app.command()
 def resume(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Go on with a stored run, with the config it was started with."""
-    from nightshift.runs import read_record
+    from nightshift.records import read_record
 
     with _workspace() as workspace:
         config = read_record(workspace.store, run)[0].train_config()
-        _run_flow(run, config, as_json, verbose)
+        _train(run, config, as_json, verbose)
+
+
+@app.command()
+def recover(
+    within_hours: Annotated[
+        float, typer.Option("--within-hours", min=0, help="Look at runs that were written to so lately.")
+    ] = 24,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Start interrupted runs again: on the Prefect server if they came from there, else in this process."""
+    from datetime import timedelta
+
+    from nightshift import recovery
+    from nightshift.local_prefect import configured_api_url
+    from nightshift.settings import Settings
+
+    settings, within, started, failed = Settings.load(), timedelta(hours=within_hours), [], False
+    with _workspace() as workspace, ExitStack() as stack:
+        found = recovery.find(workspace.store, within)
+        if configured_api_url():
+            from flows.recover import start_deployed
+
+            started += start_deployed(workspace.store, found, settings.max_recoveries)
+        here = [run for run in found.interrupted if not (configured_api_url() and run.record.origin.deployment)]
+        run_flow = None
+        for record in recovery.claims(workspace.store, here, settings.max_recoveries):
+            run_flow = run_flow or stack.enter_context(_flow_runner(verbose))
+            started.append(record.run_id)
+            try:
+                run_flow(record.run_id, record.train_config())
+            except Interrupted:
+                raise
+            except NightshiftError as error:
+                failed = True
+                _errors().print(f"[red]Error:[/] run {record.run_id}: {error}", highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json({"started": started, "live": found.live})
+    else:
+        _out().print(f"started: {', '.join(started) or 'none'}", highlight=False)
+        _out().print(f"live: {', '.join(found.live) or 'none'}", highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
+    older_than_hours: Annotated[
+        float, typer.Option("--older-than-hours", min=0, help="Leave what is younger; it may be about to be used.")
+    ] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Delete what interrupted runs left behind: payloads no record names, unfinished uploads."""
+    from datetime import timedelta
+
+    from nightshift import orphans
+
+    with _workspace() as workspace:
+        found = orphans.find(workspace.store, timedelta(hours=older_than_hours))
+        if not dry_run:
+            orphans.collect(workspace.store, found)
+    if as_json:
+        _print_json(
+            {
+                "deleted": len(found.objects),
+                "bytes": found.bytes,
+                "multipart_aborted": len(found.uploads),
+                "dry_run": dry_run,
+                "keys": found.keys,
+            }
+        )
+        return
+    from nightshift.terminal import size_text
+
+    for key in found.keys:
+        _out().print(f"  {key}", highlight=False)
+    _out().print(
+        f"{'would delete' if dry_run else 'deleted'} {len(found.objects)} objects ({size_text(found.bytes)}), "
+        f"{'would abort' if dry_run else 'aborted'} {len(found.uploads)} unfinished uploads",
+        highlight=False,
+    )
 
 
 @app.command()
@@ -103,7 +185,7 @@ def runs(
     limit: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 50,
 ) -> None:
     """List the stored runs, newest first."""
-    from nightshift.runs import list_records
+    from nightshift.records import list_records
 
     with _workspace() as workspace:
         records = list_records(workspace.store, limit)
@@ -118,7 +200,7 @@ def runs(
 @app.command()
 def show(run: RunArgument, as_json: AsJson = False) -> None:
     """Show a run: its record, its checkpoints, its curve."""
-    from nightshift.runs import read_record
+    from nightshift.records import read_record
 
     with _workspace() as workspace:
         record, _ = read_record(workspace.store, run)
@@ -162,7 +244,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
 def verify(run: RunArgument, as_json: AsJson = False) -> None:
     """Read every checkpoint of a run back and check it."""
     from nightshift import checkpoints
-    from nightshift.runs import read_record
+    from nightshift.records import read_record
 
     out, checked, bad = _out(), 0, []
     with _workspace() as workspace:
@@ -222,11 +304,20 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _run_flow(run_id: str, config: "TrainConfig", as_json: bool, verbose: bool) -> None:
-    """The flow in this process, on the user's Prefect server or on one of our own, with a live display."""
+def _train(run_id: str, config: "TrainConfig", as_json: bool, verbose: bool) -> None:
+    with _flow_runner(verbose) as run_flow:
+        record = run_flow(run_id, config)
+    if as_json:
+        _print_json(record.summary())
+    else:
+        _print_summary(record)
+
+
+@contextmanager
+def _flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig"], "RunRecord"]]:
+    """Runs the flow in this process, on the user's Prefect server or on one of our own, with a live display."""
     from nightshift import progress
     from nightshift.local_prefect import configured_api_url, local_prefect
-    from nightshift.recipes import get_recipe
     from nightshift.settings import Settings
     from nightshift.terminal import TerminalProgress
 
@@ -240,27 +331,26 @@ def _run_flow(run_id: str, config: "TrainConfig", as_json: bool, verbose: bool) 
         wait_for_server = None
         if not configured_api_url():
             os.environ["PREFECT_API_URL"], wait_for_server = stack.enter_context(local_prefect(settings.home))
-        with display.waiting("starting"):
-            # Importing torch and Prefect takes as long as the server's start, which goes on meanwhile.
-            from nightshift.training import check_config
 
-            check_config(config)
-            from flows.train_cifar import TerminationSignal, train_cifar
+        def run_flow(run_id: str, config: "TrainConfig") -> "RunRecord":
+            with display.waiting("starting"):
+                # Importing torch and Prefect takes as long as the server's start, which goes on meanwhile.
+                from nightshift.training import check_config
 
-            if wait_for_server:
-                wait_for_server()
-        display.say(f"run {run_id}, recipe {config.recipe}")
-        base = get_recipe(config.recipe).config.model_dump()
-        overrides = {name: value for name, value in config.model_dump().items() if base[name] != value}
-        try:
-            train_cifar(recipe=config.recipe, overrides=overrides, run_id=run_id)
-        except (TerminationSignal, KeyboardInterrupt) as stop:
-            raise _interruption(stop) or Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
-        record = _record(run_id)
-    if as_json:
-        _print_json(record.summary())
-    else:
-        _print_summary(record)
+                check_config(config)
+                from flows.train_cifar import TerminationSignal, train_cifar
+                from nightshift.recipes import overrides_of
+
+                if wait_for_server:
+                    wait_for_server()
+            display.say(f"run {run_id}, recipe {config.recipe}")
+            try:
+                train_cifar(recipe=config.recipe, overrides=overrides_of(config), run_id=run_id)
+            except (TerminationSignal, KeyboardInterrupt) as stop:
+                raise _interruption(stop) or Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
+            return _record(run_id)
+
+        yield run_flow
 
 
 def _interruption(stop: BaseException | None) -> Interrupted | None:
@@ -284,7 +374,7 @@ def _quieten(verbose: bool) -> None:
 
 
 def _record(run_id: str) -> "RunRecord":
-    from nightshift.runs import read_record
+    from nightshift.records import read_record
 
     with _workspace() as workspace:
         return read_record(workspace.store, run_id)[0]

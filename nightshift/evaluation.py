@@ -8,6 +8,7 @@ from models import build_model
 from nightshift import batches, checkpoints, runs
 from nightshift.datasets import open_dataset
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation
+from nightshift.settings import TrainConfig
 from nightshift.state import weights_sha256
 from nightshift.training import pick_device
 from nightshift.workspace import Workspace
@@ -19,10 +20,17 @@ def evaluate(workspace: Workspace, checkpoint: CheckpointRef, dataset_ref: Datas
     """Accuracy and mean cross-entropy of a checkpoint's model on all test images, in inference mode.
 
     Raises:
+        LeaseLostError: another trainer has taken the run over since.
         CheckpointCorruptError: the stored payload is not what its record says.
         StorageError: it cannot be read.
     """
-    config = runs.read_record(workspace.store, checkpoint.run_id)[0].train_config()
+    with runs.attached(workspace.store, checkpoint, workspace.lease_seconds) as run:
+        return _evaluate(workspace, run.record.train_config(), checkpoint, dataset_ref)
+
+
+def _evaluate(
+    workspace: Workspace, config: TrainConfig, checkpoint: CheckpointRef, dataset_ref: DatasetRef
+) -> Evaluation:
     weights = checkpoints.read(workspace.store, checkpoint)["model"]
     dataset, device = open_dataset(workspace, dataset_ref), pick_device(config)
     model = build_model(config.model, len(dataset.classes))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from nightshift import checkpoints, registry, runs
 from nightshift.batches import pixel_statistics
-from nightshift.datasets import open_dataset
+from nightshift.datasets import Dataset, open_dataset
+from nightshift.records import Result
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
-from nightshift.runs import Result
+from nightshift.runs import Run
 from nightshift.workspace import Workspace
 
 
@@ -35,9 +36,22 @@ def publish(
         LeaseLostError: another trainer has taken the run over since.
         StorageError, CheckpointCorruptError: the weights cannot be read or stored.
     """
-    store = workspace.store
-    run = runs.attach(store, checkpoint, workspace.lease_seconds)
-    record, dataset = run.record, open_dataset(workspace, dataset_ref)
+    with runs.attached(workspace.store, checkpoint, workspace.lease_seconds) as run:
+        result = _publish(run, checkpoint, open_dataset(workspace, dataset_ref), evaluation)
+        if run.record.status != "finished":
+            run.end("finished", result=result)
+    return ModelRef(
+        name=dataset_ref.name,
+        version=checkpoint.run_id,
+        run_id=checkpoint.run_id,
+        key=result.model,
+        test_accuracy=result.test_accuracy,
+        weights_sha256=result.weights_sha256,
+    )
+
+
+def _publish(run: Run, checkpoint: CheckpointRef, dataset: Dataset, evaluation: Evaluation) -> Result:
+    store, record = run.store, run.record
     mean, std = pixel_statistics(dataset, record.config["normalization"])
     files = weight_files(checkpoints.read(store, checkpoint)["model"])
     card = {
@@ -56,19 +70,9 @@ def publish(
         "trained_at": record.checkpoints[-1].written_at.isoformat(),
     }
     key = registry.publish(store, dataset.name, record.run_id, files, card)
-    result = Result(
+    return Result(
         test_accuracy=evaluation.accuracy,
         test_loss=evaluation.loss,
         weights_sha256=evaluation.weights_sha256,
         model=key,
-    )
-    if record.status != "finished":
-        run.end("finished", result=result)
-    return ModelRef(
-        name=dataset.name,
-        version=record.run_id,
-        run_id=record.run_id,
-        key=key,
-        test_accuracy=evaluation.accuracy,
-        weights_sha256=evaluation.weights_sha256,
     )

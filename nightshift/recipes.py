@@ -81,6 +81,12 @@ def get_recipe(name: str) -> Recipe:
     return _RECIPES[name]
 
 
+def overrides_of(config: TrainConfig) -> dict[str, Any]:
+    """The fields in which a config differs from its recipe's: what `make_config` makes it of again."""
+    base = get_recipe(config.recipe).config.model_dump()
+    return {name: value for name, value in config.model_dump().items() if base[name] != value}
+
+
 def make_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
     """A recipe's config with some fields replaced.
 

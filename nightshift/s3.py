@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -23,6 +23,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+from urllib3.exceptions import HTTPError as BrokenAnswer
 
 from nightshift.errors import (
     BucketNotFoundError,
@@ -46,7 +47,7 @@ _TRANSFER = TransferConfig(
     multipart_threshold=16 * MIB, multipart_chunksize=64 * MIB, max_concurrency=2, preferred_transfer_client="classic"
 )
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403", "Forbidden"}
-_NOT_FOUND = {"NoSuchKey", "404", "NotFound"}
+_NOT_FOUND = {"NoSuchKey", "NoSuchUpload", "404", "NotFound"}
 _CONFLICT = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 
 
@@ -68,6 +69,15 @@ class Stored:
     modified: datetime
 
 
+@dataclass(frozen=True)
+class Upload:
+    """A multipart upload that was begun and neither completed nor aborted."""
+
+    key: str
+    upload_id: str
+    started: datetime
+
+
 class S3:
     """A bucket and a prefix. Keys given to it and returned by it are without the prefix."""
 
@@ -87,7 +97,7 @@ class S3:
             config=Config(
                 retries={"mode": "standard", "total_max_attempts": attempts},
                 connect_timeout=5,
-                read_timeout=60,
+                read_timeout=settings.timeout_seconds,
                 s3={"addressing_style": "path"},
                 request_checksum_calculation=settings.checksums,
             ),
@@ -198,6 +208,23 @@ class S3:
         with self._explained("delete", key):
             self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
 
+    def list_uploads(self, prefix: str) -> Iterator[Upload]:
+        """All unfinished multipart uploads to keys that begin with `prefix`."""
+        with self._explained("list unfinished uploads of", prefix):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self.prefix + prefix
+            )
+            for page in pages:
+                for found in page.get("Uploads", []):
+                    yield Upload(found["Key"].removeprefix(self.prefix), found["UploadId"], found["Initiated"])
+
+    def abort_upload(self, upload: Upload) -> None:
+        """End an unfinished upload and free its parts; one that is gone already is no error."""
+        with suppress(ObjectNotFoundError), self._explained("abort the upload of", upload.key):
+            self._client.abort_multipart_upload(
+                Bucket=self.bucket, Key=self.prefix + upload.key, UploadId=upload.upload_id
+            )
+
     def check_access(self) -> None:
         """Ask the store for the first key, to find out early whether it can be used.
 
@@ -216,7 +243,7 @@ class S3:
         if self._allow_unfenced:
             return
         key = f"probe/{secrets.token_hex(8)}"
-        etag = self.put(key, b"first", if_absent=True)
+        etag = self.put(key, b"first")
         try:
             for condition in ({"if_absent": True}, {"if_match": '"' + "0" * 32 + '"'}):
                 try:
@@ -228,7 +255,11 @@ class S3:
                     "damage each other's runs. Use a store that honours them, or set "
                     "NIGHTSHIFT_S3__ALLOW_UNFENCED=true if only one trainer ever writes here."
                 )
-            self.put(key, b"third", if_match=etag)
+            try:
+                self.put(key, b"third", if_match=etag)
+            except PreconditionFailedError:
+                if self.get(key)[0] != b"third":  # else it was written, and only the response was lost
+                    raise
         finally:
             self.delete(key)
 
@@ -259,7 +290,10 @@ class S3:
             raise StorageDeniedError(
                 f"{what}: no credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             ) from error
-        except (BotoConnectionError, HTTPClientError, RetriesExceededError, ConnectionError, TimeoutError) as error:
+        except (
+            *(BotoConnectionError, HTTPClientError, RetriesExceededError),
+            *(BrokenAnswer, ConnectionError, TimeoutError),
+        ) as error:
             raise StorageUnreachableError(
                 f"{what}: {self.endpoint} does not answer. Check that the server is up and that "
                 "NIGHTSHIFT_S3__ENDPOINT_URL is right"

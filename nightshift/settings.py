@@ -36,6 +36,7 @@ class S3Settings(BaseModel):
         "", pattern=r"^([^/].*)?$", description="Put before every key, for a bucket with other tenants."
     )
     region: str = Field("us-east-1", description="The bucket's region.")
+    timeout_seconds: float = Field(60, gt=0, description="How long to wait for an answer before asking again.")
     checksums: Literal["when_supported", "when_required"] = Field(
         "when_supported", description="`when_required` for a store that refuses checksum trailers."
     )
@@ -62,6 +63,10 @@ class Settings(BaseSettings):
     home: Path = Field(Path(".nightshift"), description="Local cache, embedded S3 and Prefect server.")
     s3: S3Settings = Field(S3Settings(), description="The bucket; none for the embedded server.")
     lease_seconds: float = Field(60, ge=1, le=86_400, description="A run may be taken over after such a silence.")
+    save_retry_seconds: float = Field(
+        120, ge=0, description="How long a failing save is tried again before training goes on without it."
+    )
+    max_recoveries: int = Field(20, ge=0, description="How often an interrupted run is started again by itself.")
 
     @classmethod
     def load(cls) -> Self:
@@ -125,6 +130,8 @@ class TrainConfig(BaseModel):
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Save at every so many steps.")
     checkpoint_every_seconds: float | None = Field(30.0, gt=0, description="Save at the step edge after so long.")
     keep_last: int = Field(3, ge=1, description="How many of a run's newest checkpoints are kept.")
+    keep_best: bool = Field(True, description="Keep also the one after the epoch of the lowest training loss.")
+    keep_every_epochs: int | None = Field(None, ge=1, description="Keep also the first after every so many epochs.")
     deterministic: bool = Field(True, description="Refuse operations whose result varies from run to run.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast in forward.")
@@ -169,6 +176,8 @@ _WITHOUT_EFFECT_ON_BITS = (
     "checkpoint_every_steps",
     "checkpoint_every_seconds",
     "keep_last",
+    "keep_best",
+    "keep_every_epochs",
     "device",
     "nproc_per_node",
 )

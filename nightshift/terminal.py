@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from nightshift.progress import StepReport
-from nightshift.runs import RunRecord
+from nightshift.records import RunRecord
 
 _STATUS_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 

@@ -14,16 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import build_model, known_models
-from nightshift import __version__, batches, checkpoints, progress, runs
+from nightshift import __version__, batches, progress, records, runs
 from nightshift.batches import Plan
+from nightshift.checkpoints import Saver, restore
 from nightshift.datasets import Dataset, get_spec, open_dataset
-from nightshift.errors import ConfigError, RunNotFoundError, TrainingDivergedError, TrainingInterrupted
+from nightshift.errors import (
+    ConfigError,
+    RunNotFoundError,
+    StorageError,
+    TrainingDivergedError,
+    TrainingInterrupted,
+)
 from nightshift.optim import build_optimizer, learning_rate, set_learning_rate
+from nightshift.records import Checkpoint, Origin
 from nightshift.refs import CheckpointRef, DatasetRef
-from nightshift.runs import Checkpoint, Run
+from nightshift.runs import Run, RunSpec
 from nightshift.settings import TrainConfig
 from nightshift.signals import StopSignals
-from nightshift.state import TrainState, seed_everything
+from nightshift.state import TrainState, seed_everything, seed_step
 from nightshift.workspace import Workspace
 
 _REPORT_SECONDS = 0.25
@@ -34,15 +42,18 @@ def train(
     run_id: str,
     config: TrainConfig,
     dataset_ref: DatasetRef,
+    origin: Origin | None = None,
     should_stop: Callable[[int], bool] = lambda step: False,
 ) -> CheckpointRef:
     """Train a run to its end, from wherever it stands, and return its last checkpoint.
 
     Args:
+        origin: what started it, for its record.
         should_stop: asked after each step with the number of steps done, besides SIGTERM and SIGINT.
 
     Raises:
-        TrainingInterrupted: stopped by a signal or `should_stop`; the last step done is saved.
+        TrainingInterrupted: stopped by a signal or `should_stop`; the last step done is saved, or the message
+            says that it could not be.
         LeaseLostError: another trainer has taken the run over.
         LeaseHeldError, ResumeMismatchError: as `runs.hold`.
         ConfigError: the model or the device does not exist.
@@ -57,20 +68,13 @@ def train(
     dataset = open_dataset(workspace, dataset_ref)
     plan = batches.make_plan(config, dataset)
     device = pick_device(config)
+    spec = RunSpec(run_id, config, dataset_ref, describe_environment(device), plan.total_steps, origin or Origin())
     with (
         _numerics(config, device),
-        runs.hold(
-            workspace.store,
-            run_id,
-            config,
-            dataset_ref,
-            describe_environment(device),
-            plan.total_steps,
-            workspace.lease_seconds,
-        ) as run,
+        runs.hold(workspace.store, spec, workspace.lease_seconds) as run,
         StopSignals() as signals,
     ):
-        return _Loop(run, config, dataset, plan, device).run_to_end(
+        return _Loop(run, config, dataset, plan, device, workspace.save_retry_seconds).run_to_end(
             lambda step: signals.received is not None or should_stop(step)
         )
 
@@ -102,35 +106,34 @@ def build_state(
     model = build_model(config.model, len(dataset.classes))
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(model, build_optimizer(model, config), device)
-    found = checkpoints.latest(run.store, run.record)
-    if not found:
-        return state, None
-    checkpoint, payload = found
-    state.restore(payload)
-    run.update(lambda record: record.changed(resumed_from_step=checkpoint.step))
-    progress.current().say(f"resumed from step {checkpoint.step} ({run.store.url(checkpoint.key)})")
-    change = run.record.events[-1].detail
-    if change:
-        progress.current().warn(f"the environment has changed, so bits may differ from here: {change}")
-    return state, checkpoint
+    changes = run.record.events[-1].detail
+    restored = restore(run, state)
+    if restored:
+        progress.current().say(f"resumed from step {restored.step} ({run.store.url(restored.key)})")
+        if changes:
+            progress.current().warn(f"the environment has changed, so bits may differ from here: {changes}")
+    return state, restored
 
 
 class _Loop:
     """The training loop of one process: steps, and what has to happen at their edges."""
 
-    def __init__(self, run: Run, config: TrainConfig, dataset: Dataset, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, run: Run, config: TrainConfig, dataset: Dataset, plan: Plan, device: torch.device, retry_seconds: float
+    ) -> None:
         self.run, self.config, self.dataset, self.plan = run, config, dataset, plan
+        self.saver = Saver(run, config, device, retry_seconds)
         self.state, restored = build_state(run, config, dataset, device)
         model = self.state.model
         self.forward: nn.Module = torch.compile(model) if config.compile == "on" else model  # type: ignore[assignment]
         self.scale, self.shift = (part.to(device) for part in batches.normalizer(dataset, config.normalization))
-        self.saved = run.record.ref(restored) if restored else None
+        self.restored = run.record.ref(restored) if restored else None
         self.seconds_before = restored.metrics["train_seconds"] if restored else 0.0
         self.started = self.last_saved = self.last_report = time.monotonic()
         self.images_since_report = 0
 
     def run_to_end(self, should_stop: Callable[[int], bool]) -> CheckpointRef:
-        state, plan = self.state, self.plan
+        state, plan, first = self.state, self.plan, self.state.step
         progress.current().say(
             f"training {self.config.model} on {state.device}, from step {state.step:,} to {plan.total_steps:,}"
         )
@@ -140,18 +143,36 @@ class _Loop:
             self.train_step(images.to(state.device), labels.to(state.device))
             self.run.check()
             self.report()
-            stop = should_stop(state.step)
-            if stop or self.checkpoint_is_due():
-                self.save()
-            if stop and state.step < plan.total_steps:
-                raise TrainingInterrupted(
-                    f"stopped after step {state.step} of {plan.total_steps}, which is saved. "
-                    f"To go on: nightshift resume {self.run.run_id}"
-                )
-        if self.saved is None or self.saved.step != state.step:
-            self.save()
-        assert self.saved is not None
-        return self.saved
+            if state.step == first + 1:
+                self.saver.prepare(state)
+            if should_stop(state.step):
+                break
+            if self.checkpoint_is_due():
+                self.saver.save(state, *self.saved_with())
+                self.last_saved = time.monotonic()
+        if self.restored and self.restored.step == state.step:
+            return self.restored
+        if state.step == plan.total_steps:
+            return self.saver.save_and_wait(state, *self.saved_with())
+        raise self.interrupted()
+
+    def interrupted(self) -> TrainingInterrupted:
+        """Save the last step, and say whether that worked."""
+        self.epoch_means()  # a diverged state is not worth keeping
+        try:
+            self.saver.save_and_wait(self.state, *self.saved_with())
+            saved = "is saved"
+        except StorageError as error:
+            saved = f"could not be saved ({error}); step {self.run.record.step} is the newest that is"
+        return TrainingInterrupted(
+            f"stopped after step {self.state.step} of {self.plan.total_steps}, which {saved}. "
+            f"To go on: nightshift resume {self.run.run_id}"
+        )
+
+    def saved_with(self) -> tuple[int, float]:
+        """What a checkpoint tells besides the state: finished epochs, and seconds trained over all resumes."""
+        epoch, _ = self.plan.position(self.state.step)
+        return epoch, self.seconds_before + time.monotonic() - self.started
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward, update; images uint8 (batch, 32, 32, 3), labels int64 (batch,)."""
@@ -159,6 +180,7 @@ class _Loop:
         epoch, within = self.plan.position(state.step)
         if within == 0:
             state.begin_epoch()
+        seed_step(config.seed, state.step)
         set_learning_rate(state.optimizer, learning_rate(config, state.step, self.plan.total_steps))
         with torch.autocast(state.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             logits = self.forward(batches.to_input(images, self.scale, self.shift))
@@ -195,13 +217,6 @@ class _Loop:
         return (steps is not None and self.state.step % steps == 0) or (
             seconds is not None and time.monotonic() - self.last_saved >= seconds
         )
-
-    def save(self) -> None:
-        self.epoch_means()  # a diverged state is not worth keeping
-        seconds = self.seconds_before + time.monotonic() - self.started
-        epoch = self.state.step // self.plan.steps_per_epoch
-        self.saved = checkpoints.save(self.run, self.state, epoch, self.config.keep_last, seconds)
-        self.last_saved = time.monotonic()
 
     def report(self) -> None:
         epoch, within = self.plan.position(self.state.step - 1)
@@ -264,7 +279,7 @@ def _code_version() -> str:
 
 def _finished(workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef) -> CheckpointRef | None:
     try:
-        record, _ = runs.read_record(workspace.store, run_id)
+        record, _ = records.read_record(workspace.store, run_id)
     except RunNotFoundError:
         return None
     if record.status != "finished":

@@ -17,6 +17,7 @@ class Workspace:
     store: S3
     home: Path
     lease_seconds: float
+    save_retry_seconds: float
 
 
 @contextmanager
@@ -29,8 +30,8 @@ def open_workspace(settings: Settings) -> Iterator[Workspace]:
     """
     if settings.s3.embedded:
         with embedded_s3(settings.home, settings.s3.prefix) as store:
-            yield Workspace(store, settings.home, settings.lease_seconds)
+            yield Workspace(store, settings.home, settings.lease_seconds, settings.save_retry_seconds)
     else:
         # Few attempts: a wrong endpoint is to be told in seconds.
         S3(settings.s3, attempts=2).check_access()
-        yield Workspace(S3(settings.s3), settings.home, settings.lease_seconds)
+        yield Workspace(S3(settings.s3), settings.home, settings.lease_seconds, settings.save_retry_seconds)

@@ -3,10 +3,11 @@
 from nightshift import evaluation
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation
 from nightshift.workspace import Workspace
-from tasks import step
+from tasks import interruptible, step
 
 
 @step
 def evaluate(workspace: Workspace, checkpoint: CheckpointRef, dataset: DatasetRef) -> Evaluation:
     """Read the checkpoint back, verify it, and evaluate what was read."""
-    return evaluation.evaluate(workspace, checkpoint, dataset)
+    with interruptible():
+        return evaluation.evaluate(workspace, checkpoint, dataset)

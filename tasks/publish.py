@@ -3,10 +3,11 @@
 from nightshift import export
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
 from nightshift.workspace import Workspace
-from tasks import step
+from tasks import interruptible, step
 
 
 @step
 def publish(workspace: Workspace, checkpoint: CheckpointRef, dataset: DatasetRef, evaluation: Evaluation) -> ModelRef:
     """Write `weights.pth`, `weights.safetensors` and `card.json` under `models/`."""
-    return export.publish(workspace, checkpoint, dataset, evaluation)
+    with interruptible():
+        return export.publish(workspace, checkpoint, dataset, evaluation)

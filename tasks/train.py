@@ -1,22 +1,20 @@
 """Task: train a run to its end."""
 
-import signal
-
-from prefect.exceptions import TerminationSignal
+from prefect.runtime import deployment, flow_run
 
 from nightshift import training
-from nightshift.errors import Interrupted
+from nightshift.records import Origin
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.settings import TrainConfig
 from nightshift.workspace import Workspace
-from tasks import step
+from tasks import interruptible, step
 
 
 @step
 def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef) -> CheckpointRef:
     """Train from wherever the run stands. Called, not submitted: signals reach only the main thread."""
-    try:
-        return training.train(workspace, run_id, config, dataset)
-    except Interrupted as stopped:
-        # As a failure it would count against the model; as this, Prefect ends the run Crashed, to be resumed.
-        raise TerminationSignal(signal.SIGTERM) from stopped
+    name = f"{flow_run.get_flow_name()}/{deployment.get_name()}" if deployment.get_name() else None
+    with interruptible():
+        return training.train(
+            workspace, run_id, config, dataset, Origin(flow_run_id=flow_run.get_id(), deployment=name)
+        )

@@ -49,14 +49,14 @@ def prefix() -> str:
 def workspace(home: Path, server: S3, prefix: str) -> Iterator[Workspace]:
     """A workspace of its own in the session's store."""
     with embedded_s3(home, prefix) as store:
-        yield Workspace(store, home, lease_seconds=60)
+        yield Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
 
 
 @pytest.fixture(scope="session")
 def cifar10(home: Path, server: S3) -> DatasetRef:
     """CIFAR-10 in the session's local cache, from wherever it is to be had."""
     with embedded_s3(home, "shared-data") as store:
-        shared = Workspace(store, home, lease_seconds=60)
+        shared = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
         return datasets.pack(shared, datasets.fetch(shared, "cifar10"))
 
 

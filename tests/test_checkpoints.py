@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from nightshift import checkpoints, progress, runs, training
-from nightshift.errors import CheckpointCorruptError, StorageError
+from nightshift import checkpoints, progress, records, training
+from nightshift.errors import CheckpointCorruptError, StorageError, TrainingInterrupted
 from nightshift.progress import LogProgress
+from nightshift.records import RunRecord
 from nightshift.refs import CheckpointRef, DatasetRef
-from nightshift.runs import RunRecord
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
+from tests.train_part import state_sha256
 
 
 class Warnings(LogProgress):
@@ -32,13 +33,21 @@ class Warnings(LogProgress):
 @pytest.fixture
 def record(workspace: Workspace, cifar10: DatasetRef) -> RunRecord:
     """A finished training with checkpoints at steps 5, 10 and 15."""
-    train(workspace, cifar10)
-    return runs.read_record(workspace.store, "run")[0]
+    train_in_parts(workspace, cifar10, 5, 10)
+    return records.read_record(workspace.store, "run")[0]
 
 
-def train(workspace: Workspace, cifar10: DatasetRef, run_id: str = "run", **overrides: Any) -> CheckpointRef:
-    config = small_config(**{"max_train_images": 480, "epochs": 1, "checkpoint_every_steps": 5, **overrides})
-    return training.train(workspace, run_id, config, cifar10)
+def train(workspace: Workspace, cifar10: DatasetRef, stop: int | None = None, **overrides: Any) -> CheckpointRef:
+    config = small_config(**{"max_train_images": 480, "epochs": 1, **overrides})
+    return training.train(workspace, "run", config, cifar10, should_stop=lambda step: step == stop)
+
+
+def train_in_parts(workspace: Workspace, cifar10: DatasetRef, *stops: int, **overrides: Any) -> CheckpointRef:
+    """Train with a checkpoint at each of these steps and one at the end."""
+    for stop in stops:
+        with pytest.raises(TrainingInterrupted):
+            train(workspace, cifar10, stop, **overrides)
+    return train(workspace, cifar10, **overrides)
 
 
 def overwrite(workspace: Workspace, key: str, change: Callable[[bytes], bytes]) -> None:
@@ -50,56 +59,80 @@ def flip_one_bit(body: bytes) -> bytes:
     return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
 
 
-def restored_step(workspace: Workspace, record: RunRecord) -> tuple[int | None, list[str]]:
+def resume(workspace: Workspace, cifar10: DatasetRef) -> tuple[RunRecord, list[str]]:
+    """The record and the warnings of a training that goes on, or finds that it has nothing left to do."""
     warnings = Warnings()
     with progress.shown_by(warnings):
-        found = checkpoints.latest(workspace.store, record)
-    return (found[0].step if found else None), warnings.messages
+        train(workspace, cifar10)
+    return records.read_record(workspace.store, "run")[0], warnings.messages
 
 
-def test_the_newest_checkpoint_is_restored_without_a_warning(workspace: Workspace, record: RunRecord) -> None:
-    assert restored_step(workspace, record) == (15, [])
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"), [(flip_one_bit, "sha256"), (lambda body: body[:-1], "bytes instead of"), (None, "missing")]
-)
-def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(
-    workspace: Workspace, record: RunRecord, change: Callable[[bytes], bytes] | None, reason: str
-) -> None:
-    newest = record.checkpoints[-1].key
-    if change:
-        overwrite(workspace, newest, change)
-    else:
-        workspace.store.delete(newest)
-    step, warnings = restored_step(workspace, record)
-    assert step == 10
-    assert len(warnings) == 1
-    assert newest in warnings[0]
-    assert reason in warnings[0]
-
-
-def test_a_run_all_of_whose_checkpoints_are_damaged_begins_anew_and_says_so(
-    workspace: Workspace, record: RunRecord
-) -> None:
-    for checkpoint in record.checkpoints:
-        overwrite(workspace, checkpoint.key, flip_one_bit)
-    step, warnings = restored_step(workspace, record)
-    assert step is None
-    assert [message for message in warnings if "begins anew" in message]
-
-
-def test_a_run_resumed_past_damaged_checkpoints_ends_with_the_same_bits(
+def test_the_newest_checkpoint_is_restored_without_a_warning(
     workspace: Workspace, cifar10: DatasetRef, record: RunRecord
 ) -> None:
-    expected = checkpoints.read(workspace.store, record.checkpoints[-1])
-    for checkpoint in record.checkpoints[1:]:
+    resumed, warnings = resume(workspace, cifar10)
+    assert (resumed.resumed_from_step, warnings) == (15, [])
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes] | None] = {
+    "its sha256": flip_one_bit,
+    "bytes instead of": lambda body: body[:-1],
+    "missing": None,
+}
+
+
+def damage(workspace: Workspace, key: str, reason: str) -> None:
+    change = DAMAGE[reason]
+    if change:
+        overwrite(workspace, key, change)
+    else:
+        workspace.store.delete(key)
+
+
+@pytest.mark.parametrize("reason", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_skipped_by_name(
+    workspace: Workspace, cifar10: DatasetRef, record: RunRecord, reason: str
+) -> None:
+    newest = record.checkpoints[-1].key
+    damage(workspace, newest, reason)
+    resumed, warnings = resume(workspace, cifar10)
+    assert resumed.resumed_from_step == 10
+    assert len(warnings) == 1
+    skips = [event.detail for event in resumed.events if event.what == "skipped"]
+    assert len(skips) == 1
+    for told in (warnings[0], skips[0]):
+        assert newest in told
+        assert reason in told
+
+
+def test_a_run_whose_newest_three_of_five_are_damaged_resumes_from_the_fourth_back_to_the_same_bits(
+    workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    whole = train_in_parts(workspace, cifar10, 3, 6, 9, 12, keep_last=5)
+    expected = state_sha256(checkpoints.read(workspace.store, whole))
+    before, _ = records.read_record(workspace.store, "run")
+    assert [checkpoint.step for checkpoint in before.checkpoints] == [3, 6, 9, 12, 15]
+    for checkpoint, reason in zip(before.checkpoints[2:], DAMAGE, strict=True):
+        damage(workspace, checkpoint.key, reason)
+    resumed, warnings = resume(workspace, cifar10)
+    assert resumed.resumed_from_step == 6
+    assert len(warnings) == 3
+    assert [event.detail.partition(":")[0] for event in resumed.events if event.what == "skipped"] == [
+        checkpoint.key for checkpoint in before.checkpoints[2:]
+    ]
+    assert state_sha256(checkpoints.read(workspace.store, resumed.checkpoints[-1])) == expected
+
+
+def test_a_run_all_of_whose_checkpoints_are_damaged_begins_anew_says_so_and_ends_with_the_same_bits(
+    workspace: Workspace, cifar10: DatasetRef, record: RunRecord
+) -> None:
+    expected = state_sha256(checkpoints.read(workspace.store, record.checkpoints[-1]))
+    for checkpoint in record.checkpoints:
         overwrite(workspace, checkpoint.key, flip_one_bit)
-    again = train(workspace, cifar10)
-    resumed, _ = runs.read_record(workspace.store, "run")
-    assert resumed.resumed_from_step == 5
-    for key, weight in checkpoints.read(workspace.store, again)["model"].items():
-        assert torch.equal(weight, expected["model"][key])
+    resumed, warnings = resume(workspace, cifar10)
+    assert resumed.resumed_from_step is None
+    assert [message for message in warnings if "begins anew" in message]
+    assert state_sha256(checkpoints.read(workspace.store, resumed.checkpoints[-1])) == expected
 
 
 class Payload:
@@ -138,8 +171,8 @@ def test_verify_names_each_bad_checkpoint_and_its_reason(workspace: Workspace, r
 
 
 def test_only_the_newest_checkpoints_are_kept_in_record_and_store(workspace: Workspace, cifar10: DatasetRef) -> None:
-    train(workspace, cifar10, checkpoint_every_steps=3, keep_last=2)
-    record, _ = runs.read_record(workspace.store, "run")
+    train_in_parts(workspace, cifar10, 3, 6, 9, 12, keep_last=2)
+    record, _ = records.read_record(workspace.store, "run")
     assert [checkpoint.step for checkpoint in record.checkpoints] == [12, 15]
     assert {item.key for item in workspace.store.list("checkpoints/")} == {item.key for item in record.checkpoints}
 
@@ -152,6 +185,6 @@ def test_a_failed_upload_commits_nothing(workspace: Workspace, cifar10: DatasetR
     broken = NoUploads.__new__(NoUploads)
     broken.__dict__.update(workspace.store.__dict__)
     with pytest.raises(StorageError, match="full"):
-        train(Workspace(broken, workspace.home, 60), cifar10)
-    record, _ = runs.read_record(workspace.store, "run")
-    assert (record.status, record.checkpoints) == ("failed", [])
+        train(Workspace(broken, workspace.home, 60, 0), cifar10)
+    record, _ = records.read_record(workspace.store, "run")
+    assert (record.status, record.checkpoints) == ("interrupted", [])

@@ -54,7 +54,7 @@ def workspace(home: Path, server: S3, prefix: str) -> Workspace:
     """As everywhere, but with the session's client, because a new one costs half a second."""
     store = copy(server)
     store.prefix = f"{prefix}/"
-    return Workspace(store, home, lease_seconds=60)
+    return Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 from safetensors import safe_open
 
-from nightshift import checkpoints, runs
+from nightshift import checkpoints, records
 from nightshift.refs import DatasetRef
 from nightshift.state import weights_sha256
 from nightshift.workspace import Workspace
@@ -128,7 +128,7 @@ def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Fini
     shown = run("show", "whole", "--json").json
     assert {"config", "status", "checkpoints", "weights_sha256"} <= set(shown)
     assert {"step", "epoch", "key", "bytes", "sha256"} <= set(shown["checkpoints"][0])
-    newest = runs.read_record(workspace.store, "whole")[0].checkpoints[-1]
+    newest = records.read_record(workspace.store, "whole")[0].checkpoints[-1]
     assert shown["weights_sha256"] == weights_sha256(checkpoints.read(workspace.store, newest)["model"])
 
     recipes = run("recipes", "--json").json["recipes"]
@@ -158,11 +158,11 @@ def test_verify_reads_every_checkpoint_back(
 def test_a_finished_run_returns_its_result_and_trains_nothing(
     whole: Finished, run: Callable[..., Finished], workspace: Workspace
 ) -> None:
-    record = runs.read_record(workspace.store, "whole")
+    record = records.read_record(workspace.store, "whole")
     again = run("train", *TUTORIAL, "--run-id", "whole", "--json")
     assert "nothing to train" in again.err
     assert again.json == whole.json
-    assert runs.read_record(workspace.store, "whole") == record
+    assert records.read_record(workspace.store, "whole") == record
 
 
 def test_a_person_sees_epochs_and_a_summary_and_nothing_else(whole: Finished, run: Callable[..., Finished]) -> None:
@@ -184,7 +184,7 @@ def test_a_run_ended_by_sigterm_loses_no_step_and_resumes_to_the_same_bits(
     stopped = command.finish()
     assert stopped.exit_code == 3, stopped.err
     assert "nightshift resume terminated" in stopped.json["error"]
-    record = runs.read_record(workspace.store, "terminated")[0]
+    record = records.read_record(workspace.store, "terminated")[0]
     assert record.status == "interrupted"
     assert f"after step {record.step} of 600" in stopped.json["error"]
     assert flow_run_state(prefect_api, "terminated")[0] == "CRASHED"

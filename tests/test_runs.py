@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nightshift import runs
+from nightshift import records, runs
 from nightshift.errors import (
     ConfigError,
     LeaseHeldError,
@@ -22,8 +22,9 @@ from nightshift.errors import (
     StorageUnreachableError,
     TrainingInterrupted,
 )
+from nightshift.records import RunRecord
 from nightshift.refs import DatasetRef
-from nightshift.runs import Run, RunRecord
+from nightshift.runs import Run, RunSpec
 from nightshift.s3 import S3
 from nightshift.workspace import Workspace
 from tests.conftest import eventually, small_config
@@ -31,13 +32,17 @@ from tests.conftest import eventually, small_config
 DATASET = DatasetRef(name="cifar10", digest="0" * 64, key="datasets/0/packed.safetensors", source="cache")
 
 
+def spec(run_id: str = "run", environment: str = "x", **overrides: Any) -> RunSpec:
+    return RunSpec(run_id, small_config(**overrides), DATASET, {"torch": environment}, 40)
+
+
 def hold(store: S3, run_id: str = "run", lease_seconds: float = 60, **overrides: Any) -> AbstractContextManager[Run]:
-    return runs.hold(store, run_id, small_config(**overrides), DATASET, {"torch": "x"}, 40, lease_seconds)
+    return runs.hold(store, spec(run_id, **overrides), lease_seconds)
 
 
 def acquire(store: S3, lease_seconds: float = 60) -> Run:
     """Take the lease and, unlike `hold`, do not renew it."""
-    return runs._acquire(store, "run", small_config(), DATASET, {}, 40, lease_seconds)
+    return runs.acquire(store, spec(), lease_seconds)
 
 
 def add_curve_point(record: RunRecord) -> RunRecord:
@@ -54,7 +59,7 @@ class FaultyS3(S3):
 
     def put(self, key: str, body: bytes, **condition: Any) -> str:
         etag = super().put(key, body, **condition)
-        if self.fault and key.startswith(runs.PREFIX):
+        if self.fault and key.startswith(records.PREFIX):
             fault, self.fault = self.fault, None
             raise fault
         return etag
@@ -62,7 +67,7 @@ class FaultyS3(S3):
 
 def test_a_new_run_is_recorded_as_running_under_token_one(workspace: Workspace) -> None:
     with hold(workspace.store):
-        record, _ = runs.read_record(workspace.store, "run")
+        record, _ = records.read_record(workspace.store, "run")
     assert (record.status, record.lease.token, record.events[0].what) == ("running", 1, "started")
 
 
@@ -84,10 +89,10 @@ def test_an_expired_lease_is_taken_over_and_the_old_owner_can_write_no_more(work
     old = acquire(workspace.store, lease_seconds=1)
     eventually(lambda: workspace.store.now() > old.record.lease.expires_at)
     with hold(workspace.store) as new:
-        before, _ = runs.read_record(workspace.store, "run")
+        before, _ = records.read_record(workspace.store, "run")
         with pytest.raises(LeaseLostError, match=new.record.lease.owner):
             old.update(add_curve_point)
-        after, _ = runs.read_record(workspace.store, "run")
+        after, _ = records.read_record(workspace.store, "run")
     assert new.token == old.token + 1
     assert after == before
 
@@ -138,11 +143,9 @@ def test_the_lease_is_renewed_while_the_run_is_held(workspace: Workspace) -> Non
 def test_a_lease_that_cannot_be_renewed_stops_its_owner_before_another_may_take_it(workspace: Workspace) -> None:
     run = acquire(workspace.store, lease_seconds=2)
     run.store = DeadS3(workspace.store)
-    with run.renewed():
-        eventually(lambda: run._lost is not None)
+    with run.renewed(), pytest.raises(LeaseLostError, match=r"could not be renewed .* no answer"):
+        eventually(lambda: run.check() is not None)
     assert workspace.store.now() < run.record.lease.expires_at
-    with pytest.raises(LeaseLostError, match="could not be renewed"):
-        run.check()
 
 
 class DeadS3(S3):
@@ -159,7 +162,7 @@ def test_a_lost_response_is_recognized_as_ones_own_write(workspace: Workspace) -
     with hold(workspace.store) as run:
         run.store = FaultyS3(workspace.store, PreconditionFailedError("a retry met its own write"))
         run.update(add_curve_point)
-        record, _ = runs.read_record(workspace.store, "run")
+        record, _ = records.read_record(workspace.store, "run")
     assert record.curve == [{"epoch": 1.0}]
 
 
@@ -169,7 +172,7 @@ def test_after_a_write_of_unknown_fate_the_next_one_finds_out(workspace: Workspa
         with pytest.raises(StorageUnreachableError):
             run.update(add_curve_point)
         run.update(add_curve_point)
-        record, _ = runs.read_record(workspace.store, "run")
+        record, _ = records.read_record(workspace.store, "run")
     assert record.curve == [{"epoch": 1.0}]
 
 
@@ -184,7 +187,7 @@ def test_two_threads_that_update_one_run_lose_nothing(workspace: Workspace) -> N
 
     with hold(workspace.store) as run, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: run.update(add(number)), range(40)))
-    record, _ = runs.read_record(workspace.store, "run")
+    record, _ = records.read_record(workspace.store, "run")
     assert sorted(point["epoch"] for point in record.curve) == list(range(40))
 
 
@@ -201,7 +204,7 @@ def test_how_a_run_ended_is_recorded_and_its_lease_given_back(
 ) -> None:
     with pytest.raises(type(error)), hold(workspace.store):
         raise error
-    record, _ = runs.read_record(workspace.store, "run")
+    record, _ = records.read_record(workspace.store, "run")
     assert record.status == status
     assert record.lease.expires_at <= workspace.store.now()
     assert acquire(workspace.store).token == 2
@@ -226,18 +229,18 @@ def test_fields_without_effect_on_the_result_may_change_on_resume(workspace: Wor
 
 def test_a_changed_environment_is_recorded_by_name(workspace: Workspace) -> None:
     acquire(workspace.store).end("interrupted")
-    run = runs._acquire(workspace.store, "run", small_config(), DATASET, {"torch": "9"}, 40, 60)
-    assert run.record.events[-1].detail == "torch None → 9"
+    run = runs.acquire(workspace.store, spec(environment="9"), 60)
+    assert run.record.events[-1].detail == "torch x → 9"
 
 
 def test_a_run_that_does_not_exist_is_an_error_that_says_how_to_list_those_that_do(workspace: Workspace) -> None:
     with pytest.raises(RunNotFoundError, match="nightshift runs"):
-        runs.read_record(workspace.store, "nobody")
+        records.read_record(workspace.store, "nobody")
 
 
 def test_runs_are_listed_newest_first(workspace: Workspace) -> None:
     for run_id in ("b", "d", "a", "c"):
         with hold(workspace.store, run_id):
             pass
-    assert [record.run_id for record in runs.list_records(workspace.store)] == ["c", "a", "d", "b"]
-    assert [record.run_id for record in runs.list_records(workspace.store, limit=2)] == ["c", "a"]
+    assert [record.run_id for record in records.list_records(workspace.store)] == ["c", "a", "d", "b"]
+    assert [record.run_id for record in records.list_records(workspace.store, limit=2)] == ["c", "a"]

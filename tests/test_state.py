@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nightshift.optim import build_optimizer
 from nightshift.recipes import make_config
-from nightshift.state import Payload, TrainState, seed_everything, weights_sha256
+from nightshift.state import Payload, Snapshot, TrainState, seed_everything, seed_step, weights_sha256
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,7 @@ def fresh_state(optimizer: str, seed: int) -> TrainState:
 
 def train_step(state: TrainState) -> None:
     """One step that draws from all generators; the normal variates come in pairs of which one is kept back."""
+    seed_step(1, state.step)
     scale, shift = random.gauss(1, 0.1), np.random.randn()
     images = torch.randn(6, 3, 8, 8) * scale + shift
     labels = torch.tensor([random.randrange(5) for _ in range(6)])
@@ -92,7 +93,6 @@ def everything(state: TrainState) -> dict[str, Any]:
             "epoch_loss": state.epoch_loss,
             "epoch_correct": state.epoch_correct,
             "curve": state.curve,
-            "python": random.getstate(),
             "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
         }
@@ -145,9 +145,52 @@ def test_an_epoch_begins_with_nothing_seen() -> None:
     assert state.step == 2
 
 
+def test_what_others_draw_between_the_steps_does_not_change_the_next_one() -> None:
+    """Whatever retries a request, in the background, draws its pauses from python's generator."""
+    undisturbed, disturbed = fresh_state("sgd", seed=1), fresh_state("sgd", seed=1)
+    for state, draws in ((undisturbed, 0), (disturbed, 5)):
+        seed_everything(1)
+        for _ in range(3):
+            train_step(state)
+            for _ in range(draws):
+                random.random()
+    assert bits(disturbed.model.state_dict()) == bits(undisturbed.model.state_dict())
+
+
+def test_a_snapshot_is_of_one_step_whatever_is_trained_meanwhile() -> None:
+    state, snapshot = fresh_state("adam", seed=1), Snapshot(CPU)
+    train_steps(state, 2)
+    at_step_2 = bits(state.capture())
+    snapshot.take(state.capture())
+    train_steps(state, 3)
+    assert bits(snapshot.payload()) == at_step_2
+    assert bits(state.capture()) != at_step_2
+
+
+def test_the_memory_of_a_snapshot_is_used_again_for_the_next_one() -> None:
+    state, snapshot = fresh_state("adam", seed=1), Snapshot(CPU)
+    train_steps(state, 1)
+    snapshot.prepare(state.capture())
+    snapshot.take(state.capture())
+    first = {name: weight.data_ptr() for name, weight in snapshot.payload()["model"].items()}
+    train_steps(state, 1)
+    snapshot.take(state.capture())
+    assert {name: weight.data_ptr() for name, weight in snapshot.payload()["model"].items()} == first
+    assert bits(snapshot.payload()) == bits(state.capture())
+
+
+def test_a_snapshot_follows_a_state_that_has_grown() -> None:
+    state, snapshot = fresh_state("adam", seed=1), Snapshot(CPU)
+    snapshot.take(state.capture())
+    train_steps(state, 1)
+    snapshot.take(state.capture())
+    assert bits(snapshot.payload()) == bits(state.capture())
+
+
 def test_a_seed_decides_what_all_three_generators_draw() -> None:
     def draws(seed: int) -> list[float]:
         seed_everything(seed)
+        seed_step(seed, 0)
         return [random.random(), np.random.rand(), torch.rand(()).item()]
 
     assert draws(3) == draws(3)

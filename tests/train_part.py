@@ -1,20 +1,30 @@
 """What a process of its own does in the tests of exact resume: train a run until a step, or to its end."""
 
 import hashlib
+import multiprocessing
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from nightshift import checkpoints, runs, training
+from nightshift import checkpoints, records, training
 from nightshift.errors import TrainingInterrupted
 from nightshift.local_s3 import embedded_s3
 from nightshift.refs import DatasetRef
 from nightshift.settings import TrainConfig
 from nightshift.state import weights_sha256
 from nightshift.workspace import Workspace
+
+
+def forkserver() -> ForkServerContext:
+    """For processes forked from one that has torch imported already."""
+    context = multiprocessing.get_context("forkserver")
+    # Only what is installed is found there. The first optimizer imports torch._dynamo, which takes seconds.
+    context.set_forkserver_preload(["nightshift.training", "nightshift.local_s3", "torch._dynamo"])
+    return context
 
 
 @dataclass(frozen=True)
@@ -31,8 +41,10 @@ class Part:
 def train_part(home: Path, prefix: str, run_id: str, config: TrainConfig, dataset: DatasetRef, stop: int) -> Part:
     with embedded_s3(home, prefix) as store:
         with suppress(TrainingInterrupted):
-            training.train(Workspace(store, home, 60), run_id, config, dataset, should_stop=lambda step: step == stop)
-        record, _ = runs.read_record(store, run_id)
+            training.train(
+                Workspace(store, home, 60, 5), run_id, config, dataset, should_stop=lambda step: step == stop
+            )
+        record, _ = records.read_record(store, run_id)
         payload = checkpoints.read(store, record.checkpoints[-1])
         return Part(
             step=record.step,

@@ -1,0 +1,91 @@
+"""The flow `recover`: find interrupted runs and start their deployments again."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Annotated
+from uuid import UUID
+
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from pydantic import Field
+
+from nightshift import progress, recovery
+from nightshift.recipes import overrides_of
+from nightshift.recovery import Found, Interrupted
+from nightshift.s3 import S3
+from nightshift.settings import Settings
+from nightshift.workspace import open_workspace
+
+WithinHours = Annotated[float, Field(ge=0, description="Look at runs that were written to so lately.")]
+_ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
+_CANCELLED = {StateType.CANCELLING, StateType.CANCELLED}
+
+
+@flow(name="recover", result_serializer="json")
+def recover(within_hours: WithinHours = 24) -> dict[str, list[str]]:
+    """Start the deployments of interrupted runs again, under the same run ids, and say which runs are live."""
+    settings = Settings.load()
+    with open_workspace(settings) as workspace:
+        found = recovery.find(workspace.store, timedelta(hours=within_hours))
+        started = start_deployed(workspace.store, found, settings.max_recoveries)
+    progress.current().say(f"started: {', '.join(started) or 'none'}; live: {', '.join(found.live) or 'none'}")
+    return {"started": started, "live": found.live}
+
+
+def start_deployed(store: S3, found: Found, max_recoveries: int) -> list[str]:
+    """Start again those interrupted runs that a deployment had started; their run ids."""
+    started = []
+    with get_client(sync_client=True) as client:
+        for record in recovery.claims(store, _to_start(store, client, found), max_recoveries):
+            assert record.origin.deployment is not None
+            try:
+                deployment = client.read_deployment_by_name(record.origin.deployment)
+            except ObjectNotFound:
+                progress.current().warn(
+                    f"run {record.run_id} cannot be started: there is no deployment {record.origin.deployment!r} any "
+                    f"more. To go on without it: nightshift resume {record.run_id}"
+                )
+                continue
+            config = record.train_config()
+            client.create_flow_run_from_deployment(
+                deployment.id,
+                parameters={"recipe": config.recipe, "overrides": overrides_of(config), "run_id": record.run_id},
+                # By these the next recovery sees that it is on its way, or was cancelled before it began.
+                tags=["recovery", record.run_id],
+                idempotency_key=f"{record.run_id}/{record.sequence}",
+            )
+            started.append(record.run_id)
+    return started
+
+
+def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[Interrupted]:
+    """Of the interrupted ones those with a deployment that are neither on their way already nor cancelled."""
+    for run in found.interrupted:
+        if not run.record.origin.deployment:
+            continue
+        newest = _newest_flow_run(client, run)
+        # Not the last state alone: one that is being cancelled ends Crashed, since a signal has stopped it.
+        states = {state.type for state in client.read_flow_run_states(newest.id)} if newest else set()
+        if states & _CANCELLED:
+            recovery.cancel(store, run)
+        elif not newest or newest.state_type not in _ON_ITS_WAY:
+            yield run
+
+
+def _newest_flow_run(client: SyncPrefectClient, run: Interrupted) -> FlowRun | None:
+    """The one that trained last, or the one a recovery has started since."""
+    record = run.record
+    flow_runs = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=["recovery", record.run_id])),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=1,
+    )
+    if record.origin.flow_run_id:
+        with suppress(ObjectNotFound):  # it was of another server, or of one that has lost its database
+            flow_runs.append(client.read_flow_run(UUID(record.origin.flow_run_id)))
+    return max(flow_runs, key=lambda flow_run: str(flow_run.created), default=None)

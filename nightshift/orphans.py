@@ -1,0 +1,108 @@
+"""What no record names: left behind by whoever was killed between an upload and its commit.
+
+The store is listed first and the records are read after it, so that whatever was committed in between is
+seen. What lies under the token of a live lease is about to be committed, and is left alone at any age.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import groupby
+
+from nightshift import progress, runs
+from nightshift.errors import ConfigError, RunNotFoundError, StorageError
+from nightshift.records import read_record
+from nightshift.s3 import S3, Stored, Upload
+
+_PROBES = "probe/"
+_CHECKPOINTS = "checkpoints/"
+_MODELS = "models/"
+_READERS = 8
+
+
+@dataclass(frozen=True)
+class Orphans:
+    """Objects and unfinished multipart uploads that nothing will ever ask for."""
+
+    objects: list[Stored]
+    uploads: list[Upload]
+
+    @property
+    def keys(self) -> list[str]:
+        return [*(item.key for item in self.objects), *(upload.key for upload in self.uploads)]
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.size for item in self.objects)
+
+
+def find(store: S3, older_than: timedelta) -> Orphans:
+    """All that are at least as old as `older_than`.
+
+    Objects are payloads no record names, versions of a model without a card, and probes of the store. Data
+    sets are a cache and stay.
+
+    Raises:
+        StorageError: the store cannot be listed.
+    """
+    before = store.now() - older_than
+
+    def old(prefix: str) -> list[Stored]:
+        return [item for item in store.list(prefix) if item.modified <= before]
+
+    uploads = [upload for upload in store.list_uploads("") if upload.started <= before]
+    payloads, models, probes = old(_CHECKPOINTS), old(_MODELS), old(_PROBES)
+    unpublished = list(_without_card(models))
+    claims = _claims(store, [*(item.key for item in (*payloads, *unpublished)), *(upload.key for upload in uploads)])
+    return Orphans(
+        objects=[item for item in (*payloads, *unpublished) if not claims(item.key)] + probes,
+        uploads=[upload for upload in uploads if not claims(upload.key)],
+    )
+
+
+def collect(store: S3, orphans: Orphans) -> None:
+    """Delete them. Interrupted, it is done again: none of them is ever named by anything."""
+    for upload in orphans.uploads:
+        store.abort_upload(upload)
+    for item in orphans.objects:
+        store.delete(item.key)
+
+
+def _claims(store: S3, keys: Iterable[str]) -> Callable[[str], bool]:
+    """Whether the run a key belongs to names it, or may be about to."""
+
+    def claim(run_id: str) -> Callable[[str], bool]:
+        try:
+            record, _ = read_record(store, run_id)
+        except RunNotFoundError:
+            return lambda key: False
+        except (StorageError, ConfigError) as error:
+            progress.current().warn(f"what belongs to run {run_id} is left alone: {error}")
+            return lambda key: True
+        named = {checkpoint.key for checkpoint in record.checkpoints}
+        live = runs.is_live(record.lease, store.now())
+        return lambda key: (
+            key in named or (live and (key.startswith(_MODELS) or key.endswith(f"-{record.lease.token}.pt")))
+        )
+
+    run_ids = sorted({run_id for key in keys if (run_id := _run_of(key))})
+    with ThreadPoolExecutor(_READERS) as pool:
+        claims = dict(zip(run_ids, pool.map(claim, run_ids), strict=True))
+    return lambda key: key.startswith((_CHECKPOINTS, _MODELS)) and claims[_run_of(key)](key)
+
+
+def _run_of(key: str) -> str:
+    """`checkpoints/<run_id>/…` and `models/<name>/<run_id>/…`; of anything else, nothing."""
+    parts = key.split("/")
+    if key.startswith(_CHECKPOINTS):
+        return parts[1]
+    return parts[2] if key.startswith(_MODELS) and len(parts) > 3 else ""
+
+
+def _without_card(models: list[Stored]) -> Iterator[Stored]:
+    """The files of versions whose card was never written; the champion pointers are not files of a version."""
+    for _, files in groupby(models, key=lambda item: item.key.rpartition("/")[0]):
+        version = list(files)
+        if _run_of(version[0].key) and not any(item.key.endswith("/card.json") for item in version):
+            yield from version

@@ -1,0 +1,102 @@
+"""Finding the runs that were interrupted, and taking each up once however many look for them.
+
+Who starts a run again first writes that down in its record, by compare-and-swap: of two that want to, one
+fails. Starting one too many would still do no harm, since the lease lets only one train.
+"""
+
+import os
+import secrets
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from nightshift import progress, runs
+from nightshift.errors import PreconditionFailedError
+from nightshift.records import PREFIX, RunRecord, read_record, read_records, write_record
+from nightshift.s3 import S3
+
+FIRST_PAUSE = timedelta(minutes=2)
+"""Between two starts of a run that makes no progress; it doubles each time."""
+LONGEST_PAUSE = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The runs that changed lately and are not over."""
+
+    live: list[str]
+    """Their trainers hold a live lease."""
+    interrupted: list["Interrupted"]
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A run nobody trains, and the version of its record that says so."""
+
+    record: RunRecord
+    etag: str
+
+    @property
+    def due(self) -> datetime:
+        """Not before this moment is it to be started again."""
+        recoveries = self.record.recoveries
+        stuck = sum(event.step == self.record.step for event in recoveries)
+        if not stuck:
+            return self.record.updated_at
+        doublings = min(stuck - 1, 16)  # 2 to the power of more does not fit a timedelta
+        return recoveries[-1].at + min(FIRST_PAUSE * (1 << doublings), LONGEST_PAUSE)
+
+
+def find(store: S3, within: timedelta) -> Found:
+    """Look at the runs written to `within` this time: one listing, and only these records are read.
+
+    Raises:
+        StorageError: the store cannot be listed.
+    """
+    now = store.now()
+    recent = [item for item in store.list(PREFIX) if item.modified > now - within]
+    found = Found([], [])
+    for record, etag in read_records(store, recent):
+        if record.status == "running" and runs.is_live(record.lease, now):
+            found.live.append(record.run_id)
+        elif record.status in ("running", "interrupted"):
+            found.interrupted.append(Interrupted(record, etag))
+    return found
+
+
+def claims(store: S3, interrupted: Iterable[Interrupted], max_recoveries: int) -> Iterator[RunRecord]:
+    """Those that are due, each written down as started again by us: whoever asks for the next one has started it.
+
+    Raises:
+        StorageError: a record cannot be written.
+    """
+    for run in interrupted:
+        record, now = run.record, store.now()
+        number = len(record.recoveries) + 1
+        if number > max_recoveries:
+            progress.current().warn(
+                f"run {record.run_id} was started again {max_recoveries} times and is given up "
+                f"(NIGHTSHIFT_MAX_RECOVERIES). Look at it with `nightshift show {record.run_id}`"
+            )
+        elif now < run.due:
+            progress.current().say(f"run {record.run_id} waits until {run.due:%H:%M:%S} UTC for its next start")
+        elif _write(store, run, record.with_event("recovered", now, f"start {number} of at most {max_recoveries}")):
+            yield record
+
+
+def cancel(store: S3, run: Interrupted) -> None:
+    """Write down that the user cancelled it: then it is never started again by itself."""
+    _write(store, run, run.record.changed(status="cancelled").with_event("cancelled", store.now()))
+
+
+def _write(store: S3, run: Interrupted, record: RunRecord) -> bool:
+    """Whether the record still was what it had been when it was read."""
+    # Signed, so that a write whose response was lost is known for ours, and no two writers write the same bytes.
+    event = record.events[-1].changed(owner=f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}")
+    ours = record.changed(sequence=record.sequence + 1, updated_at=event.at, events=[*record.events[:-1], event])
+    try:
+        write_record(store, ours, if_match=run.etag)
+    except PreconditionFailedError:
+        return read_record(store, record.run_id)[0] == ours
+    return True

@@ -1,0 +1,186 @@
+"""A store that misbehaves costs time, never a bit: each fault at each kind of request, and a server that is killed."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from boto3.s3.transfer import TransferConfig
+
+from nightshift import checkpoints, local_s3, records, s3, training
+from nightshift.errors import StorageError, TrainingInterrupted
+from nightshift.records import RunRecord
+from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.s3 import S3
+from nightshift.settings import S3Settings
+from nightshift.workspace import Workspace
+from tests.conftest import small_config
+from tests.faults import proxy as faults
+from tests.faults.proxy import Fault, Kind, Proxy
+from tests.train_part import state_sha256
+
+CONFIG = small_config(checkpoint_every_steps=4, keep_last=1)
+IN_PARTS: tuple[Kind, ...] = (
+    *("record get", "record put", "payload get", "multipart begin", "part put", "multipart end", "payload delete"),
+)
+FAULTS: dict[str, Fault] = {
+    "500": faults.refuse(500, "InternalError"),
+    "503 SlowDown": faults.refuse(503, "SlowDown"),
+    "reset before the request": faults.reset_before,
+    "lost response": faults.lose_response,
+    "truncated body": faults.truncate,
+    "flipped bit": faults.flip_bit,
+    "delay": faults.delay,
+    "hang": faults.hang,
+}
+
+
+@pytest.fixture
+def proxy(workspace: Workspace) -> Iterator[Proxy]:
+    with faults.running(workspace.store.endpoint) as running:
+        yield running
+
+
+def behind(
+    proxy: Proxy, workspace: Workspace, timeout_seconds: float = 60, save_retry_seconds: float = 60
+) -> Workspace:
+    """The same workspace, reached through the proxy."""
+    store = workspace.store
+    settings = S3Settings(
+        endpoint_url=proxy.endpoint_url, bucket=store.bucket, prefix=store.prefix, timeout_seconds=timeout_seconds
+    )
+    through = S3(settings, local_s3._credentials(workspace.home / "s3"))
+    return Workspace(through, workspace.home, 60, save_retry_seconds)
+
+
+@pytest.fixture
+def faulty(workspace: Workspace, proxy: Proxy) -> Workspace:
+    """A client that waits one second for an answer."""
+    return behind(proxy, workspace, timeout_seconds=1)
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let payloads of a few MB go up in parts, as large ones do."""
+    monkeypatch.setattr(s3, "_TRANSFER", TransferConfig(s3.MIB // 4, preferred_transfer_client="classic"))
+
+
+@pytest.fixture(scope="module")
+def expected(home: Path, server: S3, cifar10: DatasetRef) -> str:
+    """The state an undisturbed run ends with."""
+    with local_s3.embedded_s3(home, "undisturbed") as store:
+        return ending(store, training.train(Workspace(store, home, 60, 0), "run", CONFIG, cifar10))
+
+
+def ending(store: S3, checkpoint: CheckpointRef) -> str:
+    return state_sha256(checkpoints.read(store, checkpoint))
+
+
+def train_through(workspace: Workspace, cifar10: DatasetRef, stop: int) -> CheckpointRef:
+    """Train until `stop`, then to the end; what ends with a clear error is started again, as Prefect would."""
+    stops = [stop]
+    for _ in range(20):
+        try:
+            return training.train(workspace, "run", CONFIG, cifar10, should_stop=lambda step: step in stops)
+        except TrainingInterrupted:
+            stops.clear()
+        except StorageError as error:
+            if workspace.store.url("") not in str(error):
+                raise
+    pytest.fail("still not trained after 20 starts")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.usefixtures("in_parts")
+def test_a_fault_at_any_kind_of_request_does_not_change_the_bits(
+    name: str, proxy: Proxy, faulty: Workspace, workspace: Workspace, cifar10: DatasetRef, expected: str
+) -> None:
+    happened = {kind: proxy.plan(kind, FAULTS[name]) for kind in (*IN_PARTS, "other")}
+    done = train_through(faulty, cifar10, stop=10)
+    assert [kind for kind, event in happened.items() if not event.is_set()] == []
+    assert ending(workspace.store, done) == expected
+    record, _ = records.read_record(workspace.store, "run")
+    assert [bad for _, bad in checkpoints.verify(workspace.store, record)] == [None] * len(record.checkpoints)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_at_the_put_of_a_small_payload_does_not_change_the_bits(
+    name: str, proxy: Proxy, faulty: Workspace, workspace: Workspace, cifar10: DatasetRef, expected: str
+) -> None:
+    happened = proxy.plan("payload put", FAULTS[name])
+    done = train_through(faulty, cifar10, stop=10)
+    assert happened.is_set()
+    assert ending(workspace.store, done) == expected
+
+
+def test_a_writer_that_loses_the_response_to_its_commit_recognizes_its_own_write(
+    proxy: Proxy, faulty: Workspace, workspace: Workspace, cifar10: DatasetRef, expected: str
+) -> None:
+    lost = proxy.plan("record put", faults.lose_response, skip=1, times=3)
+    done = training.train(faulty, "run", CONFIG, cifar10)
+    assert lost.is_set()
+    record, _ = records.read_record(workspace.store, "run")
+    assert (record.lease.token, [event.what for event in record.events]) == (1, ["started"])
+    assert ending(workspace.store, done) == expected
+
+
+def test_training_goes_on_while_a_save_is_under_way(
+    proxy: Proxy, workspace: Workspace, cifar10: DatasetRef, expected: str
+) -> None:
+    released = threading.Event()
+    proxy.plan("payload put", faults.hold_until(released))
+
+    def release_late(step: int) -> bool:
+        if step == 30:
+            assert not stored(workspace).checkpoints, "the first save did not wait"
+            released.set()
+        return False
+
+    done = training.train(behind(proxy, workspace), "run", CONFIG, cifar10, should_stop=release_late)
+    saved = stored(workspace).checkpoints[-1]
+    assert saved.metrics["skipped"] >= 6  # the boundaries at steps 8, 12, 16, 20, 24 and 28
+    assert ending(workspace.store, done) == expected
+
+
+def test_training_goes_on_without_saves_and_the_record_says_so(
+    proxy: Proxy, workspace: Workspace, cifar10: DatasetRef, expected: str
+) -> None:
+    refused = proxy.plan("payload put", faults.refuse(507, "InsufficientStorage"), times=1)
+    hurried = behind(proxy, workspace, save_retry_seconds=0)
+    done = training.train(hurried, "run", CONFIG, cifar10, should_stop=lambda step: step == 8 and not refused.wait(10))
+    record = stored(workspace)
+    assert [event.what for event in record.events] == ["started", "unprotected"]
+    assert "InsufficientStorage" in record.events[1].detail
+    assert record.checkpoints[-1].metrics["failed"] == 1
+    assert ending(workspace.store, done) == expected
+
+
+def test_a_stop_while_nothing_can_be_stored_says_which_step_is_the_newest_that_is(
+    proxy: Proxy, workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    def stop(step: int) -> bool:
+        if step == 12:
+            proxy.plan("payload put", faults.refuse(507, "InsufficientStorage"), times=100)
+        return step == 13
+
+    hurried = behind(proxy, workspace, save_retry_seconds=0)
+    with pytest.raises(TrainingInterrupted, match=r"step 13 of 40, which could not be saved .* step .* is the newest"):
+        training.train(hurried, "run", CONFIG, cifar10, should_stop=stop)
+
+
+def test_a_server_killed_in_the_middle_of_a_run_does_not_end_it(
+    workspace: Workspace, home: Path, cifar10: DatasetRef, expected: str
+) -> None:
+    def kill_server(step: int) -> bool:
+        if step == 15:
+            os.kill(int((home / "s3" / "server.pid").read_text().split()[2]), signal.SIGKILL)
+        return False
+
+    done = training.train(workspace, "run", CONFIG, cifar10, should_stop=kill_server)
+    assert ending(workspace.store, done) == expected
+
+
+def stored(workspace: Workspace) -> RunRecord:
+    return records.read_record(workspace.store, "run")[0]
