@@ -64,7 +64,7 @@ class Run:
         self._lease_seconds = lease_seconds
         # On this machine's clock, which others need not share, and from before the request was sent.
         self._valid_until = asked_at + lease_seconds
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._lost: LeaseLostError | None = None
         self._renewal_failure: StorageError | None = None
         self._stop_renewing = threading.Event()
@@ -85,6 +85,8 @@ class Run:
             StorageError: the record may or may not have been written; the next update finds out.
         """
         with self._lock:
+            if self._lost:
+                raise self._lost
             while True:
                 asked_at, now = time.monotonic(), self.store.now()
                 lease = self.record.lease.changed(expires_at=now + timedelta(seconds=self._lease_seconds))
@@ -146,13 +148,17 @@ class Run:
                 self._renewal_failure = error
 
     def end(self, status: Status, detail: str = "", result: Result | None = None) -> None:
-        """Record how the run stopped and give the lease back."""
+        """Record how the run stopped and give the lease back; nothing is written under it after."""
         now = self.store.now()
-        self.update(
-            lambda record: record.changed(
-                status=status, result=result, lease=record.lease.changed(expires_at=now)
-            ).with_event(status, now, detail)
-        )
+
+        def give_back(record: RunRecord) -> RunRecord:
+            lease = record.lease.changed(expires_at=now)
+            return record.changed(status=status, result=result, lease=lease).with_event(status, now, detail)
+
+        with self._lock:
+            self.update(give_back)
+            # A save that is still under way would make the lease a live one again.
+            self._lost = LeaseLostError(f"run {self.run_id} is {status}: this process has given it back")
 
 
 @contextmanager

@@ -4,16 +4,19 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nightshift import checkpoints, progress, records, training
 from nightshift.errors import CheckpointCorruptError, StorageError, TrainingInterrupted
 from nightshift.progress import LogProgress
-from nightshift.records import RunRecord
+from nightshift.records import Checkpoint, RunRecord
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
@@ -175,6 +178,44 @@ def test_only_the_newest_checkpoints_are_kept_in_record_and_store(workspace: Wor
     record, _ = records.read_record(workspace.store, "run")
     assert [checkpoint.step for checkpoint in record.checkpoints] == [12, 15]
     assert {item.key for item in workspace.store.list("checkpoints/")} == {item.key for item in record.checkpoints}
+
+
+def checkpoint(step: int, loss: float | None = None) -> Checkpoint:
+    """One of a run of ten steps an epoch; `loss` of its last whole epoch."""
+    metrics = {"train_seconds": 1.0} if loss is None else {"train_seconds": 1.0, "epoch_loss": loss}
+    now = datetime.now(UTC)
+    key = f"checkpoints/run/{step}-1.pt"
+    return Checkpoint(step=step, epoch=step // 10, key=key, bytes=1, sha256="0" * 64, written_at=now, metrics=metrics)
+
+
+def kept_steps(stored: list[Checkpoint], **overrides: Any) -> list[int]:
+    return [kept.step for kept in checkpoints.retained(stored, small_config(**overrides))]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest() -> None:
+    stored = [checkpoint(5), checkpoint(10, 0.9), checkpoint(20, 0.3), checkpoint(30, 0.5), checkpoint(40, 0.4)]
+    assert kept_steps(stored, keep_last=1) == [20, 40]
+    assert kept_steps(stored, keep_last=1, keep_best=False) == [40]
+
+
+def test_the_first_checkpoint_after_every_so_many_epochs_is_kept() -> None:
+    stored = [checkpoint(step) for step in range(4, 80, 4)]
+    assert kept_steps(stored, keep_last=1, keep_every_epochs=2) == [20, 40, 60, 76]
+
+
+@given(
+    losses=st.lists(st.one_of(st.none(), st.floats(0, 9)), min_size=1, max_size=20),
+    keep_last=st.integers(1, 5),
+    keep_best=st.booleans(),
+    keep_every_epochs=st.one_of(st.none(), st.integers(1, 9)),
+)
+def test_the_newest_checkpoint_survives_any_retention(
+    losses: list[float | None], keep_last: int, keep_best: bool, keep_every_epochs: int | None
+) -> None:
+    stored = [checkpoint(3 * number, loss) for number, loss in enumerate(losses)]
+    kept = kept_steps(stored, keep_last=keep_last, keep_best=keep_best, keep_every_epochs=keep_every_epochs)
+    assert kept[-1] == stored[-1].step
+    assert kept == sorted(kept)
 
 
 def test_a_failed_upload_commits_nothing(workspace: Workspace, cifar10: DatasetRef) -> None:

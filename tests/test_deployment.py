@@ -16,7 +16,7 @@ from nightshift import records
 from nightshift.records import RunRecord
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
-from tests.conftest import eventually
+from tests.conftest import Finished, eventually
 
 ROOT = Path(__file__).parents[1]
 Prefect = Callable[..., subprocess.CompletedProcess[str]]
@@ -116,11 +116,13 @@ def test_a_run_whose_trainer_was_killed_is_started_again_by_the_recovery_flow(
     assert record.resumed_from_step
 
 
-def test_a_run_that_the_user_has_cancelled_is_not_started_again(prefect: Prefect, workspace: Workspace) -> None:
+def test_a_run_that_the_user_has_cancelled_is_not_started_again(
+    prefect: Prefect, workspace: Workspace, nightshift: Callable[..., Finished], prefect_api: str
+) -> None:
     flow_run_id, _ = start_long_run(prefect, workspace, "unwanted")
     assert prefect("flow-run", "cancel", flow_run_id).returncode == 0
     eventually(lambda: record_of(workspace, "unwanted").status == "interrupted", timeout=60)
-    recover(prefect)
+    assert nightshift("recover", "--json", PREFECT_API_URL=prefect_api).json == {"started": [], "live": []}
     record = record_of(workspace, "unwanted")
     assert [event.what for event in record.events] == ["started", "interrupted", "cancelled"]
     assert record.status == "cancelled"

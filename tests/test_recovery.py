@@ -1,18 +1,18 @@
 """Interrupted runs are found, and each is started again once however many look for them."""
 
-import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 
-from nightshift import records, recovery
+from nightshift import records, recovery, training
+from nightshift.errors import TrainingInterrupted
 from nightshift.records import Checkpoint, RunRecord, Status
 from nightshift.refs import DatasetRef
 from nightshift.s3 import S3
 from nightshift.workspace import Workspace
-from tests.conftest import Command, Finished, eventually
+from tests.conftest import Finished, eventually, small_config
 from tests.faults import proxy as faults
 from tests.faults.test_faults import behind
 from tests.test_runs import acquire, hold
@@ -138,32 +138,12 @@ def test_a_trainer_notices_nothing_of_a_recoverer_that_was_mistaken(workspace: W
     assert (len(read(workspace.store).recoveries), len(read(workspace.store).curve)) == (1, 1)
 
 
-def test_recover_goes_on_with_a_killed_run_to_its_end(
-    start: Callable[..., Command],
-    nightshift: Callable[..., Finished],
-    workspace: Workspace,
-    prefect_api: str,
-    cifar10: DatasetRef,
+def test_recover_goes_on_with_an_interrupted_run_to_its_end(
+    nightshift: Callable[..., Finished], workspace: Workspace, prefect_api: str, cifar10: DatasetRef
 ) -> None:
-    command = start(
-        "train",
-        "--recipe",
-        "tutorial",
-        "--set",
-        "max_train_images=6400",
-        "--set",
-        "epochs=2",
-        "--run-id",
-        "run",
-        "--set",
-        "checkpoint_every_steps=10",
-    )
-    command.wait_for_line("epoch 1/2")
-    command.send(signal.SIGKILL)
-    command.finish()
+    with pytest.raises(TrainingInterrupted):
+        training.train(workspace, "run", small_config(), cifar10, should_stop=lambda step: step == 30)
     recovered = nightshift("recover", "--json")
     assert (recovered.exit_code, recovered.json) == (0, {"started": ["run"], "live": []}), recovered.err
-    record = read(workspace.store)
-    assert record.status == "finished"
-    assert record.resumed_from_step
+    assert (read(workspace.store).status, read(workspace.store).resumed_from_step) == ("finished", 30)
     assert nightshift("recover", "--json").json == {"started": [], "live": []}

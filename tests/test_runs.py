@@ -140,6 +140,15 @@ def test_the_lease_is_renewed_while_the_run_is_held(workspace: Workspace) -> Non
         run.check()
 
 
+def test_nothing_is_written_under_a_lease_that_was_given_back(workspace: Workspace) -> None:
+    run = acquire(workspace.store)
+    run.end("interrupted")
+    before = records.read_record(workspace.store, "run")
+    with pytest.raises(LeaseLostError, match="given it back"):
+        run.update(add_curve_point)
+    assert records.read_record(workspace.store, "run") == before
+
+
 def test_a_lease_that_cannot_be_renewed_stops_its_owner_before_another_may_take_it(workspace: Workspace) -> None:
     run = acquire(workspace.store, lease_seconds=2)
     run.store = DeadS3(workspace.store)

@@ -36,6 +36,8 @@ OTHER: dict[str, Any] = {
     "checkpoint_every_steps": 5,
     "checkpoint_every_seconds": None,
     "keep_last": 9,
+    "keep_best": False,
+    "keep_every_epochs": 4,
     "deterministic": False,
     "device": "cpu",
     "precision": "bfloat16",
@@ -47,6 +49,8 @@ WITHOUT_EFFECT_ON_BITS = {
     "checkpoint_every_steps",
     "checkpoint_every_seconds",
     "keep_last",
+    "keep_best",
+    "keep_every_epochs",
     "device",
     "nproc_per_node",
 }
