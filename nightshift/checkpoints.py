@@ -30,14 +30,12 @@ from tenacity import (
 
 from nightshift import progress
 from nightshift.errors import CheckpointCorruptError, ObjectNotFoundError, StorageError, StorageUnreachableError
-from nightshift.records import Checkpoint, RunRecord
+from nightshift.records import Checkpoint, RunRecord, payload_key
 from nightshift.refs import CheckpointRef
 from nightshift.runs import Run
 from nightshift.s3 import S3
 from nightshift.settings import TrainConfig
 from nightshift.state import Payload, Snapshot, TrainState
-
-PREFIX = "checkpoints/"
 
 
 class Saver:
@@ -79,12 +77,12 @@ class Saver:
             raise self._error
         started = time.perf_counter()
         self._snapshot.take(state.capture())
-        work = (epoch, {"train_seconds": train_seconds, "stall_seconds": time.perf_counter() - started})
+        metrics = {"train_seconds": train_seconds, "stall_seconds": time.perf_counter() - started}
         self._abandoned.clear()
         context = contextvars.copy_context()
         # A daemon: a second signal, which stops at once, must not wait for it.
         self._thread = threading.Thread(
-            target=context.run, args=(self._store_or_warn, *work), name="checkpoint", daemon=True
+            target=context.run, args=(self._store_or_warn, epoch, metrics), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -136,7 +134,7 @@ class Saver:
         checkpoint = Checkpoint(
             step=step,
             epoch=epoch,
-            key=f"{PREFIX}{run.run_id}/{step}-{run.token}.pt",
+            key=payload_key(run.run_id, step, run.token),
             bytes=len(body),
             sha256=hashlib.sha256(body).hexdigest(),
             written_at=run.store.now(),

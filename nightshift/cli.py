@@ -57,12 +57,16 @@ def _end_with(error: BaseException) -> NoReturn:
         raise error
     if "--json" in sys.argv:
         print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
-    colour, word = ("yellow", "Interrupted") if isinstance(error, Interrupted) else ("red", "Error")
+    _tell(error)
+    sys.exit(error.exit_code)
+
+
+def _tell(error: NightshiftError) -> None:
     from rich.markup import escape
 
+    colour, word = ("yellow", "Interrupted") if isinstance(error, Interrupted) else ("red", "Error")
     console = _errors()
     console.print(f"[{colour}]{word}:[/] {escape(str(error))}", highlight=False, soft_wrap=not console.is_terminal)
-    sys.exit(error.exit_code)
 
 
 @app.command()
@@ -112,14 +116,14 @@ def recover(
     from nightshift.local_prefect import configured_api_url
     from nightshift.settings import Settings
 
-    settings, within, started, failed = Settings.load(), timedelta(hours=within_hours), [], False
+    settings, has_server, started, failed = Settings.load(), configured_api_url(), [], False
     with _workspace() as workspace, ExitStack() as stack:
-        found = recovery.find(workspace.store, within)
-        if configured_api_url():
+        found = recovery.find(workspace.store, timedelta(hours=within_hours))
+        if has_server:
             from flows.recover import start_deployed
 
             started += start_deployed(workspace.store, found, settings.max_recoveries)
-        here = [run for run in found.interrupted if not (configured_api_url() and run.record.origin.deployment)]
+        here = [run for run in found.interrupted if not (has_server and run.record.origin.deployment)]
         run_flow = None
         for record in recovery.claims(workspace.store, here, settings.max_recoveries):
             run_flow = run_flow or stack.enter_context(_flow_runner(verbose))
@@ -130,7 +134,7 @@ def recover(
                 raise
             except NightshiftError as error:
                 failed = True
-                _errors().print(f"[red]Error:[/] run {record.run_id}: {error}", highlight=False, soft_wrap=True)
+                _tell(error)
     if as_json:
         _print_json({"started": started, "live": found.live})
     else:

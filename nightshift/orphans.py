@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
 
-from nightshift import progress, runs
+from nightshift import progress, registry, runs
 from nightshift.errors import ConfigError, RunNotFoundError, StorageError
-from nightshift.records import read_record
+from nightshift.records import PAYLOADS, READERS, is_written_under, read_record
 from nightshift.s3 import S3, Stored, Upload
 
 _PROBES = "probe/"
-_CHECKPOINTS = "checkpoints/"
-_MODELS = "models/"
-_READERS = 8
+_MODELS = registry.PREFIX
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def find(store: S3, older_than: timedelta) -> Orphans:
         return [item for item in store.list(prefix) if item.modified <= before]
 
     uploads = [upload for upload in store.list_uploads("") if upload.started <= before]
-    payloads, models, probes = old(_CHECKPOINTS), old(_MODELS), old(_PROBES)
+    payloads, models, probes = old(PAYLOADS), old(_MODELS), old(_PROBES)
     unpublished = list(_without_card(models))
     claims = _claims(store, [*(item.key for item in (*payloads, *unpublished)), *(upload.key for upload in uploads)])
     return Orphans(
@@ -83,19 +81,19 @@ def _claims(store: S3, keys: Iterable[str]) -> Callable[[str], bool]:
         named = {checkpoint.key for checkpoint in record.checkpoints}
         live = runs.is_live(record.lease, store.now())
         return lambda key: (
-            key in named or (live and (key.startswith(_MODELS) or key.endswith(f"-{record.lease.token}.pt")))
+            key in named or (live and (key.startswith(_MODELS) or is_written_under(key, record.lease.token)))
         )
 
     run_ids = sorted({run_id for key in keys if (run_id := _run_of(key))})
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         claims = dict(zip(run_ids, pool.map(claim, run_ids), strict=True))
-    return lambda key: key.startswith((_CHECKPOINTS, _MODELS)) and claims[_run_of(key)](key)
+    return lambda key: key.startswith((PAYLOADS, _MODELS)) and claims[_run_of(key)](key)
 
 
 def _run_of(key: str) -> str:
     """`checkpoints/<run_id>/…` and `models/<name>/<run_id>/…`; of anything else, nothing."""
     parts = key.split("/")
-    if key.startswith(_CHECKPOINTS):
+    if key.startswith(PAYLOADS):
         return parts[1]
     return parts[2] if key.startswith(_MODELS) and len(parts) > 3 else ""
 

@@ -1,6 +1,8 @@
 """Names for processes that no other process will ever bear, and whether the named one still lives."""
 
 import os
+import secrets
+import socket
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +17,11 @@ def identity(pid: int) -> str:
         return ""
     is_zombie = fields[0] == "Z"
     return "" if is_zombie else f"{boot} {namespace} {pid} {fields[19]}"
+
+
+def signature() -> str:
+    """Host, pid and random characters, for people to read; no two calls anywhere return the same."""
+    return f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
 
 
 def state_of(name: str) -> Literal["alive", "dead", "unknown"]:

@@ -26,7 +26,9 @@ from nightshift.settings import TrainConfig
 
 Status = Literal["running", "interrupted", "finished", "failed", "cancelled"]
 PREFIX = "runs/"
-_READERS = 8
+PAYLOADS = "checkpoints/"
+READERS = 8
+"""How many records are read at a time."""
 
 
 class _Part(BaseModel):
@@ -198,6 +200,15 @@ def record_key(run_id: str) -> str:
     return f"{PREFIX}{parse_run_id(run_id)}.json"
 
 
+def payload_key(run_id: str, step: int, token: int) -> str:
+    return f"{PAYLOADS}{run_id}/{step}-{token}.pt"
+
+
+def is_written_under(key: str, token: int) -> bool:
+    """Whether a payload's key is one that the holder of this fencing token may write."""
+    return key.startswith(PAYLOADS) and key.endswith(f"-{token}.pt")
+
+
 def read_records(store: S3, stored: Iterable[Stored]) -> Iterator[tuple[RunRecord, str]]:
     """The records behind some listed objects, with their ETags; damaged ones are skipped with a warning."""
 
@@ -210,7 +221,7 @@ def read_records(store: S3, stored: Iterable[Stored]) -> Iterator[tuple[RunRecor
             progress.current().warn(str(error))
             return None
 
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         yield from filter(None, pool.map(read, stored))
 
 

@@ -4,14 +4,11 @@ Who starts a run again first writes that down in its record, by compare-and-swap
 fails. Starting one too many would still do no harm, since the lease lets only one train.
 """
 
-import os
-import secrets
-import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from nightshift import progress, runs
+from nightshift import processes, progress, runs
 from nightshift.errors import PreconditionFailedError
 from nightshift.records import PREFIX, RunRecord, read_record, read_records, write_record
 from nightshift.s3 import S3
@@ -93,7 +90,7 @@ def cancel(store: S3, run: Interrupted) -> None:
 def _write(store: S3, run: Interrupted, record: RunRecord) -> bool:
     """Whether the record still was what it had been when it was read."""
     # Signed, so that a write whose response was lost is known for ours, and no two writers write the same bytes.
-    event = record.events[-1].changed(owner=f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}")
+    event = record.events[-1].changed(owner=processes.signature())
     ours = record.changed(sequence=record.sequence + 1, updated_at=event.at, events=[*record.events[:-1], event])
     try:
         write_record(store, ours, if_match=run.etag)

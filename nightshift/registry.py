@@ -10,9 +10,11 @@ from typing import Any
 
 from nightshift.s3 import S3
 
+PREFIX = "models/"
+
 
 def version_key(name: str, version: str) -> str:
-    return f"models/{name}/{version}/"
+    return f"{PREFIX}{name}/{version}/"
 
 
 def publish(store: S3, name: str, version: str, files: Mapping[str, bytes], card: Mapping[str, Any]) -> str:

@@ -11,8 +11,6 @@ whatever stands there, as long as the token is still ours.
 
 import contextvars
 import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -239,7 +237,7 @@ def is_live(lease: Lease, now: datetime) -> bool:
 
 def acquire(store: S3, spec: RunSpec, lease_seconds: float) -> Run:
     """Take the lease, without renewing it: a new run's, or that of one nobody trains any more."""
-    owner, asked_at = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}", time.monotonic()
+    owner, asked_at = processes.signature(), time.monotonic()
     _held.add(owner)
     try:
         while True:
