@@ -24,7 +24,7 @@ import importlib, pkgutil
 for package in ("models", "nightshift"):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
         importlib.import_module(module.name)
-        print(module.name)
+        print(*[] if module.ispkg else [module.name])
 """
 
 

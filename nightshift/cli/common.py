@@ -1,0 +1,87 @@
+"""What the commands share: the application, its errors as sentences, and how results are printed."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from nightshift.errors import DISK_IS_FULL, DiskError, Interrupted, NightshiftError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nightshift.workspace import Workspace
+
+app = typer.Typer(
+    help="Retrain image classifiers every night, and survive the night.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's log and all warnings.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
+
+
+def main() -> None:
+    """Run the command line; every error becomes a sentence and an exit code."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, typer.Abort):
+            sys.exit(1)
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors
+            error.show()
+            sys.exit(error.exit_code)
+        _end_with(error)
+
+
+def _end_with(error: BaseException) -> NoReturn:
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted("stopped at once; what was last committed stands")
+    if isinstance(error, OSError) and (error.filename or error.errno in DISK_IS_FULL):
+        where = f" ({error.filename})" if error.filename else ""
+        error = DiskError(f"{error.strerror}{where}: make room or mend it, or set NIGHTSHIFT_HOME to another place")
+    if not isinstance(error, NightshiftError):
+        raise error
+    if "--json" in sys.argv:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+    tell(error)
+    sys.exit(error.exit_code)
+
+
+def tell(error: NightshiftError) -> None:
+    from rich.markup import escape
+
+    colour, word = ("yellow", "Interrupted") if isinstance(error, Interrupted) else ("red", "Error")
+    console = error_console()
+    console.print(f"[{colour}]{word}:[/] {escape(str(error))}", highlight=False, soft_wrap=not console.is_terminal)
+
+
+@contextmanager
+def configured_workspace() -> Iterator["Workspace"]:
+    from nightshift.settings import Settings
+    from nightshift.workspace import open_workspace
+
+    with open_workspace(Settings.load()) as workspace:
+        yield workspace
+
+
+def console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def error_console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))

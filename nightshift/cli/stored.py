@@ -1,0 +1,185 @@
+"""The commands that look at what is stored and where: `runs`, `show`, `verify`, `gc`, `recipes`, `doctor`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nightshift.cli.common import AsJson, RunArgument, app, configured_workspace, console, print_json
+
+if TYPE_CHECKING:
+    from nightshift.records import RunRecord
+
+
+@app.command(rich_help_panel="Look at what is stored")
+def runs(
+    as_json: AsJson = False,
+    limit: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 50,
+) -> None:
+    """List the stored runs, newest first."""
+    from nightshift.records import list_records
+
+    with configured_workspace() as workspace:
+        records = list_records(workspace.store, limit)
+    if as_json:
+        print_json({"runs": [_run_line(record) for record in records]})
+        return
+    from nightshift.terminal import runs_table
+
+    console().print(runs_table(records) if records else "No runs yet: `nightshift train` starts one.")
+
+
+@app.command(rich_help_panel="Look at what is stored")
+def show(run: RunArgument, as_json: AsJson = False) -> None:
+    """Show a run: its record, its checkpoints, its curve."""
+    from nightshift.records import read_record
+
+    with configured_workspace() as workspace:
+        record, _ = read_record(workspace.store, run)
+    if as_json:
+        print_json({**record.model_dump(mode="json"), **record.summary()})
+        return
+    from nightshift.terminal import checkpoints_table, curve_table, facts_table, percent, status_text
+
+    screen = console()
+    screen.print(
+        facts_table(
+            {
+                "run": f"[bold]{record.run_id}[/]",
+                "status": status_text(record.status),
+                "step": f"{record.step:,} of {record.total_steps:,}",
+                "owner": f"{record.lease.owner}, lease until {record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC",
+                "test accuracy": percent(record.test_accuracy),
+                "training": f"{record.train_seconds:,.1f} s",
+                "config": "  ".join(f"{name}={value}" for name, value in record.config.items() if value is not None),
+                "data set": f"{record.dataset.name} {record.dataset.digest[:12]}",
+                "environment": "  ".join(f"{name}={value}" for name, value in record.environment.items()),
+                "weights_sha256": (record.result and record.result.weights_sha256) or "–",
+                "published": (record.result and record.result.model) or "–",
+            }
+        )
+    )
+    for title, table in (("checkpoints", checkpoints_table(record)), ("curve", curve_table(record))):
+        if table.row_count:
+            screen.print(f"\n[bold]{title}[/]")
+            screen.print(table)
+    screen.print("\n[bold]events[/]")
+    for event in record.events:
+        screen.print(
+            f"  {event.at:%Y-%m-%d %H:%M:%S} UTC  {event.what:<11} step {event.step:,}  {event.detail}",
+            highlight=False,
+            markup=False,
+        )
+
+
+@app.command(rich_help_panel="Look at what is stored")
+def verify(run: RunArgument, as_json: AsJson = False) -> None:
+    """Read every checkpoint of a run back and check it."""
+    from nightshift import checkpoints
+    from nightshift.records import read_record
+
+    screen, checked, bad = console(), 0, []
+    with configured_workspace() as workspace:
+        record, _ = read_record(workspace.store, run)
+        for checkpoint, problem in checkpoints.verify(workspace.store, record):
+            checked += 1
+            if problem:
+                bad.append({"key": problem.key, "reason": problem.reason})
+            if not as_json:
+                verdict = f"[red]bad[/]: {problem.reason}" if problem else "[green]good[/]"
+                screen.print(f"  {checkpoint.key}  {verdict}", highlight=False)
+    if as_json:
+        print_json({"ok": not bad, "checked": checked, "bad": bad})
+    else:
+        screen.print(f"{checked} checked, {len(bad)} bad", highlight=False)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Look at what is stored")
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
+    older_than_hours: Annotated[
+        float, typer.Option("--older-than-hours", min=0, help="Leave what is younger; it may be about to be used.")
+    ] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Delete what interrupted runs left behind: payloads no record names, unfinished uploads."""
+    from datetime import timedelta
+
+    from nightshift import orphans
+
+    with configured_workspace() as workspace:
+        found = orphans.find(workspace.store, timedelta(hours=older_than_hours))
+        if not dry_run:
+            orphans.collect(workspace.store, found)
+    if as_json:
+        print_json(
+            {
+                "deleted": len(found.objects),
+                "bytes": found.bytes,
+                "multipart_aborted": len(found.uploads),
+                "dry_run": dry_run,
+                "keys": found.keys,
+            }
+        )
+        return
+    from nightshift.terminal import size_text
+
+    for key in found.keys:
+        console().print(f"  {key}", highlight=False)
+    console().print(
+        f"{'would delete' if dry_run else 'deleted'} {len(found.objects)} objects ({size_text(found.bytes)}), "
+        f"{'would abort' if dry_run else 'aborted'} {len(found.uploads)} unfinished uploads",
+        highlight=False,
+    )
+
+
+@app.command(rich_help_panel="Train")
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes and what each is for."""
+    from nightshift.recipes import get_recipe, recipe_names
+
+    rows = [
+        {"name": name, "model": recipe.config.model, "epochs": recipe.config.epochs, "detail": recipe.detail}
+        for name, recipe in ((name, get_recipe(name)) for name in recipe_names())
+    ]
+    if as_json:
+        print_json({"recipes": rows})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for name in ("recipe", "model", "epochs", "what it is for"):
+        table.add_column(name, justify="right" if name == "epochs" else "left")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console().print(table)
+
+
+@app.command(rich_help_panel="Servers and machine")
+def doctor(as_json: AsJson = False) -> None:
+    """Check storage, Prefect, GPU, disk and clock."""
+    from nightshift.doctor import examine
+    from nightshift.settings import Settings
+
+    checks = examine(Settings.load())
+    ok = all(check.ok for check in checks)
+    if as_json:
+        print_json({"ok": ok, "checks": [vars(check) for check in checks]})
+    else:
+        for check in checks:
+            mark = "[green]✓[/]" if check.ok else "[red]✗[/]"
+            console().print(f"{mark} {check.name:<20} {check.detail}", highlight=False, soft_wrap=True)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _run_line(record: "RunRecord") -> dict[str, Any]:
+    return {
+        "run_id": record.run_id,
+        "status": record.status,
+        "step": record.step,
+        "test_accuracy": record.test_accuracy,
+        "updated_at": record.updated_at.isoformat(),
+        "owner": record.lease.owner,
+    }
