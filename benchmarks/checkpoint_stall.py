@@ -23,8 +23,9 @@ Each round has a fresh server, and a first save of each method that is not count
 the benchmark. By default n = 100 saves and 5 blocks a method, which take an estimated 45 minutes on 2 cores
 and up to 19 GB in the temporary directory, where the server does not always give room back in time.
 The server runs on the same cores as the training and takes its share of them: images/s count that too.
+`--threads 1` trains on one core and leaves the other to the saving and the server, as a GPU's host would.
 
-    python benchmarks/checkpoint_stall.py [--quick] [--json FILE]
+    python benchmarks/checkpoint_stall.py [--threads N] [--quick] [--json FILE]
 """
 
 import json
@@ -281,12 +282,15 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds: one block a method in each.")] = 5,
     saves: Annotated[int, typer.Option(help="Saves a method and round whose stall is measured.")] = 20,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 192,
+    threads: Annotated[int, typer.Option(help="Threads that train; 0: as many as torch takes.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: a minute, small model.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
 ) -> None:
     """What saving costs the training loop."""
     if quick:
         model, every, rounds, saves, batch = "resnet18", 10, 1, 3, 64
+    if threads:
+        torch.set_num_threads(threads)
     facts, names = machine(), installed()
     samples, training = Samples(names), Training(model, batch)
     for number in range(rounds):
