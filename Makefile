@@ -1,4 +1,4 @@
-.PHONY: setup train test check soak
+.PHONY: setup train up down test check soak
 
 UV_VERSION := 0.13.9
 STAMP := .venv/.ready
@@ -21,6 +21,12 @@ endif
 
 train: setup
 	@.venv/bin/nightshift train
+
+up: setup
+	@.venv/bin/nightshift up
+
+down: setup
+	@.venv/bin/nightshift down
 
 test: setup
 	@.venv/bin/python -m pytest

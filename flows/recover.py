@@ -6,12 +6,14 @@ from datetime import timedelta
 from typing import Annotated
 from uuid import UUID
 
+import httpx
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from nightshift import progress, recovery
@@ -21,20 +23,33 @@ from nightshift.s3 import S3
 from nightshift.settings import Settings
 from nightshift.workspace import open_workspace
 
-WithinHours = Annotated[float, Field(ge=0, description="Look at runs that were written to so lately.")]
+WithinHours = Annotated[float, Field(ge=0)]
 _ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
 _CANCELLED = {StateType.CANCELLING, StateType.CANCELLED}
 
 
 @flow(name="recover", result_serializer="json")
 def recover(within_hours: WithinHours = 24) -> dict[str, list[str]]:
-    """Start the deployments of interrupted runs again, under the same run ids, and say which runs are live."""
+    """Start the deployments of interrupted runs again, under the same run ids, and say which runs are live.
+
+    Args:
+        within_hours: Look at runs that were written to so lately.
+    """
     settings = Settings.load()
     with open_workspace(settings) as workspace:
         found = recovery.find(workspace.store, timedelta(hours=within_hours))
         started = start_deployed(workspace.store, found, settings.max_recoveries)
     progress.current().say(f"started: {', '.join(started) or 'none'}; live: {', '.join(found.live) or 'none'}")
     return {"started": started, "live": found.live}
+
+
+def is_being_cancelled() -> bool:
+    """Whether the user has asked for the end of this flow run: its process gets the same signal as from a machine."""
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(UUID(flow_run.get_id())).state_type in _CANCELLED
+    except httpx.HTTPError:  # unknown; then the run is to be resumed, and recovery asks again
+        return False
 
 
 def start_deployed(store: S3, found: Found, max_recoveries: int) -> list[str]:
@@ -68,24 +83,23 @@ def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[In
     for run in found.interrupted:
         if not run.record.origin.deployment:
             continue
-        newest = _newest_flow_run(client, run)
+        newest = newest_flow_run(client, run.record.run_id, run.record.origin.flow_run_id)
         # Not the last state alone: one that is being cancelled ends Crashed, since a signal has stopped it.
         states = {state.type for state in client.read_flow_run_states(newest.id)} if newest else set()
         if states & _CANCELLED:
-            recovery.cancel(store, run)
+            recovery.close(store, run.record.run_id, "cancelled")
         elif not newest or newest.state_type not in _ON_ITS_WAY:
             yield run
 
 
-def _newest_flow_run(client: SyncPrefectClient, run: Interrupted) -> FlowRun | None:
-    """The one that trained last, or the one a recovery has started since."""
-    record = run.record
+def newest_flow_run(client: SyncPrefectClient, run_id: str, flow_run_id: str | None) -> FlowRun | None:
+    """That of this id, or the newest that a recovery has started to go on with the run."""
     flow_runs = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=["recovery", record.run_id])),
+        flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=["recovery", run_id])),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=1,
     )
-    if record.origin.flow_run_id:
+    if flow_run_id:
         with suppress(ObjectNotFound):  # it was of another server, or of one that has lost its database
-            flow_runs.append(client.read_flow_run(UUID(record.origin.flow_run_id)))
+            flow_runs.append(client.read_flow_run(UUID(flow_run_id)))
     return max(flow_runs, key=lambda flow_run: str(flow_run.created), default=None)

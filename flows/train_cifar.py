@@ -5,12 +5,17 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelled
 from pydantic import Field
 
+from flows.recover import is_being_cancelled
+from nightshift import recovery
+from nightshift.errors import RecoveryLimitError
 from nightshift.recipes import make_config, recipe_names
-from nightshift.refs import ModelRef, parse_run_id
+from nightshift.refs import ModelRef, durable_run_id
 from nightshift.settings import Settings
 from nightshift.workspace import open_workspace
 from tasks.download import download
@@ -21,48 +26,49 @@ from tasks.train import train
 
 __all__ = ["TerminationSignal", "train_cifar"]
 
-Recipe = Annotated[
-    str, Field(description="The named config to start from.", json_schema_extra={"enum": list(recipe_names())})
-]
-Overrides = Annotated[
-    dict[str, Any] | None,
-    Field(description='Fields of the config to replace, such as {"epochs": 3, "lr": 0.1}.'),
-]
-RunId = Annotated[
-    str | None,
-    Field(description="Durable name of the run. An unfinished run of this name is resumed. Empty: a name is made."),
-]
+Recipe = Annotated[str, Field(json_schema_extra={"enum": list(recipe_names())})]
 
 
 # Prefect passes on the loggers named in PREFECT_LOGGING_EXTRA_LOGGERS, but leaves their level at WARNING.
 logging.getLogger("nightshift").setLevel(logging.INFO)
 
 
-def default_run_id(recipe: str) -> str:
-    """The same name however often this flow run is started: of its deployment and day, or of itself."""
+def _run_id(run_id: str | None, recipe: str) -> str:
     scheduled = flow_run.get_scheduled_start_time() or datetime.now(UTC)
-    if deployment.get_name():
-        return f"{deployment.get_name()}-{scheduled:%Y-%m-%d}"
-    return f"{recipe}-{scheduled:%Y%m%d}-{str(flow_run.get_id())[:8]}"
+    return durable_run_id(run_id, deployment.get_name() or recipe, scheduled, str(flow_run.get_id()))
 
 
 def _flow_run_name() -> str:
     parameters = flow_run.get_parameters()
-    run_id = parameters["run_id"] or default_run_id(parameters["recipe"])
-    return f"{run_id} ({parameters['recipe']})"
+    return f"{_run_id(parameters['run_id'], parameters['recipe'])} ({parameters['recipe']})"
 
 
 @flow(name="train-cifar", flow_run_name=_flow_run_name, persist_result=True, result_serializer="json")
-def train_cifar(recipe: Recipe = "quick", overrides: Overrides = None, run_id: RunId = None) -> ModelRef:
+def train_cifar(
+    recipe: Recipe = "quick", overrides: dict[str, Any] | None = None, run_id: str | None = None
+) -> ModelRef | State[Any]:
     """Train an image classifier on CIFAR-10, evaluate what was stored, and publish it.
 
     Whatever starts this again under the same run id goes on where it stopped, and ends with the same bits.
+
+    Args:
+        recipe: The named config to start from.
+        overrides: Fields of the config to replace, such as {"epochs": 3, "lr": 0.1}.
+        run_id: Durable name of the run, in which {date} stands for the day it is scheduled for. An unfinished run of
+            this name is resumed, a finished one trains nothing. None: a name is made.
     """
-    config = make_config(recipe, overrides)
-    run_id = parse_run_id(run_id or default_run_id(recipe))
-    with open_workspace(Settings.load()) as workspace:
-        raw = download(workspace, config.dataset)
-        dataset = preprocess(workspace, raw)
-        checkpoint = train(workspace, run_id, config, dataset)
-        evaluation = evaluate(workspace, checkpoint, dataset)
-        return publish(workspace, checkpoint, dataset, evaluation)
+    config, run_id, settings = make_config(recipe, overrides), _run_id(run_id, recipe), Settings.load()
+    with open_workspace(settings) as workspace:
+        if flow_run.get_run_count() > 1 + settings.max_recoveries:
+            raise RecoveryLimitError(recovery.give_up(workspace.store, run_id, settings.max_recoveries))
+        try:
+            raw = download(workspace, config.dataset)
+            dataset = preprocess(workspace, raw)
+            checkpoint = train(workspace, run_id, config, dataset)
+            evaluation = evaluate(workspace, checkpoint, dataset)
+            return publish(workspace, checkpoint, dataset, evaluation)
+        except TerminationSignal:
+            if not is_being_cancelled():
+                raise
+            recovery.close(workspace.store, run_id, "cancelled")
+            return Cancelled(message=f"Cancelled. What was last saved stands: nightshift resume {run_id}")

@@ -1,7 +1,6 @@
 """Is everything there that a run needs? Each check says what it found, or what to do."""
 
 import shutil
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from importlib.metadata import version
 import torch
 
 from nightshift.errors import NightshiftError
-from nightshift.local_prefect import configured_api_url
+from nightshift.local_prefect import POOL, online_workers, server_url
 from nightshift.settings import Settings
 from nightshift.workspace import Workspace, open_workspace
 
@@ -27,7 +26,7 @@ class Check:
 
 def examine(settings: Settings) -> list[Check]:
     """All checks, none of which raises."""
-    return [*_storage(settings), _prefect(), _device(), _disk(settings)]
+    return [*_storage(settings), *_prefect(settings), _device(), _disk(settings)]
 
 
 def _storage(settings: Settings) -> list[Check]:
@@ -60,16 +59,21 @@ def _clock(workspace: Workspace) -> Check:
     return Check("clock", abs(ahead) < _CLOCK_SECONDS, detail)
 
 
-def _prefect() -> Check:
+def _prefect(settings: Settings) -> list[Check]:
     name, release = "Prefect", f"Prefect {version('prefect')}"
-    api_url = configured_api_url()
+    api_url = server_url(settings.home)
     if not api_url:
-        return Check(name, True, f"{release}, no server configured: a local one is started when it is needed")
+        return [Check(name, True, f"{release}, no server configured: a local one is started when it is needed")]
     try:
-        with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=10):
-            return Check(name, True, f"{release}, server at {api_url}")
-    except OSError as error:
-        return Check(name, False, f"{api_url} does not answer ({error}): start it, or unset PREFECT_API_URL")
+        workers = online_workers(api_url)
+    except (OSError, ValueError) as error:
+        return [Check(name, False, f"{api_url} does not answer ({error}): start it, or correct PREFECT_API_URL")]
+    detail = (
+        f"online: {', '.join(workers)}"
+        if workers
+        else f"none online in the work pool {POOL}. Start one: nightshift worker"
+    )
+    return [Check(name, True, f"{release}, server at {api_url}"), Check("worker", bool(workers), detail)]
 
 
 def _device() -> Check:

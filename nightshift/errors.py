@@ -5,6 +5,7 @@
     │   ├── ConfigError                      a recipe, field, model or run id that is not valid
     │   ├── SettingsError                    an environment variable that does not parse
     │   ├── RunNotFoundError                 no record under this run id
+    │   ├── DeploymentNotFoundError          no deployment of this name on the Prefect server
     │   ├── ResumeMismatchError              the stored run was made with another config or data set
     │   └── LeaseHeldError                   somebody else is training this run right now
     ├── StorageError
@@ -19,7 +20,9 @@
     ├── CheckpointCorruptError               a stored payload is not what its record says
     ├── TrainingDivergedError                the loss is not a finite number
     ├── DiskError                            a local disk is full or cannot be written
-    ├── LocalServiceError                    the embedded S3 or Prefect server does not start
+    ├── LocalServiceError                    the embedded S3, the local Prefect server or worker does not start
+    ├── PrefectServerError                   the Prefect server does not answer, or refuses what it is asked
+    ├── RecoveryLimitError                   a run was started again by itself as often as is allowed
     └── Interrupted                 exit 3   stopped on purpose; the run can be resumed
         ├── TrainingInterrupted              SIGTERM or SIGINT; the last step is saved
         └── LeaseLostError                   another trainer has taken the run over
@@ -56,6 +59,10 @@ class SettingsError(UserError):
 
 
 class RunNotFoundError(UserError):
+    pass
+
+
+class DeploymentNotFoundError(UserError):
     pass
 
 
@@ -116,6 +123,14 @@ class DiskError(NightshiftError):
 
 
 class LocalServiceError(NightshiftError):
+    pass
+
+
+class PrefectServerError(NightshiftError):
+    pass
+
+
+class RecoveryLimitError(NightshiftError):
     pass
 
 

@@ -3,20 +3,26 @@
 It is a process of its own; nothing here imports Prefect.
 """
 
+import json
 import os
 import socket
 import sys
 import tomllib
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from nightshift import supervisor
 from nightshift.supervisor import Server, using, wait_until
 
 # A first start creates the database, which takes about 20 s on two busy cores.
 _START_SECONDS = 180
+
+POOL = "gpu-process"
+"""The work pool whose workers run the deployments."""
 
 
 def configured_api_url() -> str | None:
@@ -33,6 +39,11 @@ def configured_api_url() -> str | None:
         return None
 
 
+def server_url(home: Path) -> str | None:
+    """The server the user has chosen, or else the one that `nightshift up` keeps running here."""
+    return configured_api_url() or supervisor.kept_facts(home.resolve() / "prefect").get("api_url")
+
+
 @contextmanager
 def local_prefect(home: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """The server that lives under `home`, started if need be and not yet waited for.
@@ -47,9 +58,7 @@ def local_prefect(home: Path) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def _plan(directory: Path) -> Server:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _port(directory)
     api_url = f"http://127.0.0.1:{port}/api"
     return Server(
         # With its background services: without them the states of tasks are not recorded.
@@ -58,10 +67,45 @@ def _plan(directory: Path) -> Server:
             "PREFECT_HOME": str(directory),
             "PREFECT_API_URL": api_url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            # In memory, where they are by default, a restart loses them, and a run dies when it renews its own.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "DO_NOT_TRACK": "1",
         },
         facts={"api_url": api_url},
     )
+
+
+def online_workers(api_url: str) -> list[str]:
+    """The names of the workers of our pool that have reported lately.
+
+    Raises:
+        OSError: the server does not answer, or wants other credentials.
+    """
+    headers = {"Content-Type": "application/json"}
+    if login := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
+    elif key := os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    url = f"{api_url.rstrip('/')}/work_pools/{POOL}/workers/filter"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}", headers), timeout=10) as response:
+            return [worker["name"] for worker in json.load(response) if worker["status"] == "ONLINE"]
+    except urllib.error.HTTPError as error:
+        if error.code == 404:  # no such pool yet
+            return []
+        raise
+
+
+def _port(directory: Path) -> int:
+    """That of last time if it is still free, so that the URL stays what people have written down."""
+    path = directory / "port"
+    for wanted in (int(path.read_text()) if path.exists() else 0, 0):
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", wanted))
+            path.write_text(str(probe.getsockname()[1]))
+            break
+    return int(path.read_text())
 
 
 def _answers(api_url: str) -> bool:

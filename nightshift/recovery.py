@@ -5,11 +5,13 @@ fails. Starting one too many would still do no harm, since the lease lets only o
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Literal
 
 from nightshift import processes, progress, runs
-from nightshift.errors import PreconditionFailedError
+from nightshift.errors import PreconditionFailedError, RunNotFoundError
 from nightshift.records import PREFIX, RunRecord, read_record, read_records, write_record
 from nightshift.s3 import S3
 
@@ -72,19 +74,31 @@ def claims(store: S3, interrupted: Iterable[Interrupted], max_recoveries: int) -
         record, now = run.record, store.now()
         number = len(record.recoveries) + 1
         if number > max_recoveries:
-            progress.current().warn(
-                f"run {record.run_id} was started again {max_recoveries} times and is given up "
-                f"(NIGHTSHIFT_MAX_RECOVERIES). Look at it with `nightshift show {record.run_id}`"
-            )
+            give_up(store, record.run_id, max_recoveries)
         elif now < run.due:
             progress.current().say(f"run {record.run_id} waits until {run.due:%H:%M:%S} UTC for its next start")
         elif _write(store, run, record.with_event("recovered", now, f"start {number} of at most {max_recoveries}")):
             yield record
 
 
-def cancel(store: S3, run: Interrupted) -> None:
-    """Write down that the user cancelled it: then it is never started again by itself."""
-    _write(store, run, run.record.changed(status="cancelled").with_event("cancelled", store.now()))
+def give_up(store: S3, run_id: str, max_recoveries: int) -> str:
+    """Mark a run failed that was started again as often as is allowed; what to tell about it."""
+    close(store, run_id, "failed", f"started again {max_recoveries} times")
+    told = (
+        f"run {run_id} was started again {max_recoveries} times and is given up (NIGHTSHIFT_MAX_RECOVERIES). Look at "
+        f"it with `nightshift show {run_id}`; `nightshift resume {run_id}` goes on with it all the same"
+    )
+    progress.current().warn(told)
+    return told
+
+
+def close(store: S3, run_id: str, status: Literal["cancelled", "failed"], detail: str = "") -> None:
+    """Write down that a run is never to be started again by itself; one that is live or over is left alone."""
+    with suppress(RunNotFoundError):  # stopped before it was created
+        record, etag = read_record(store, run_id)
+        now = store.now()
+        if record.status in ("running", "interrupted") and not runs.is_live(record.lease, now):
+            _write(store, Interrupted(record, etag), record.changed(status=status).with_event(status, now, detail))
 
 
 def _write(store: S3, run: Interrupted, record: RunRecord) -> bool:

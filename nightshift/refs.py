@@ -30,6 +30,20 @@ def parse_run_id(text: str) -> str:
     return text
 
 
+def durable_run_id(run_id: str | None, label: str, scheduled: datetime, flow_run_id: str) -> str:
+    """The id of the run that a flow run trains, the same however often it is started.
+
+    Args:
+        run_id: may have {date} in it, which stands for the day the flow run is scheduled for; none: one is made.
+        label: what a made one begins with.
+
+    Raises:
+        ConfigError: it is not a run id.
+    """
+    made = f"{label}-{scheduled:%Y%m%d}-{flow_run_id[:8]}"
+    return parse_run_id(run_id.replace("{date}", f"{scheduled:%Y-%m-%d}") if run_id else made)
+
+
 def new_run_id(recipe: str, now: datetime) -> str:
     """A run id nobody else has: recipe, day and eight random characters."""
     return f"{recipe}-{now:%Y%m%d}-{secrets.token_hex(4)}"

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -34,6 +34,8 @@ from nightshift.records import Lease, Origin, Result, RunRecord, Status, read_re
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.s3 import S3
 from nightshift.settings import TrainConfig
+
+_POLL_SECONDS = 2.0
 
 # Owners of this process' own leases. One that is no longer here was left by a training that has ended.
 _held: set[str] = set()
@@ -233,6 +235,17 @@ def is_live(lease: Lease, now: datetime) -> bool:
     if lease.process == processes.identity(os.getpid()):
         return lease.owner in _held
     return processes.state_of(lease.process) != "dead"
+
+
+def wait_until_free(store: S3, run_id: str) -> None:
+    """Wait for whoever trains the run: until it is over, or their lease has run out."""
+    waiting = False
+    with suppress(RunNotFoundError):
+        while (record := read_record(store, run_id)[0]).status == "running" and is_live(record.lease, store.now()):
+            if not waiting:
+                progress.current().say(f"run {run_id} is being trained by {record.lease.owner}: waiting for it")
+            waiting = True
+            time.sleep(_POLL_SECONDS)
 
 
 def acquire(store: S3, spec: RunSpec, lease_seconds: float) -> Run:

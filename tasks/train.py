@@ -2,7 +2,7 @@
 
 from prefect.runtime import deployment, flow_run
 
-from nightshift import training
+from nightshift import runs, training
 from nightshift.records import Origin
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.settings import TrainConfig
@@ -15,6 +15,8 @@ def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: Datas
     """Train from wherever the run stands. Called, not submitted: signals reach only the main thread."""
     name = f"{flow_run.get_flow_name()}/{deployment.get_name()}" if deployment.get_name() else None
     with interruptible():
+        if name:  # started again by mistake, it waits for the trainer that lives and returns its result
+            runs.wait_until_free(workspace.store, run_id)
         return training.train(
             workspace, run_id, config, dataset, Origin(flow_run_id=flow_run.get_id(), deployment=name)
         )

@@ -1,8 +1,9 @@
-"""One real S3 server, one real Prefect server and the real CIFAR-10 a session; a fresh prefix a test."""
+"""One real S3 server, one real Prefect server and the real CIFAR-10 a process of the tests; a fresh prefix a test."""
 
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # The batches of the tests are tiny: threads that wait for each other on shared cores would take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +27,11 @@ from nightshift.refs import DatasetRef
 from nightshift.s3 import S3
 from nightshift.settings import TrainConfig
 from nightshift.workspace import Workspace
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits the most comes first, so that the other process works meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_server.py")
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +60,18 @@ def workspace(home: Path, server: S3, prefix: str) -> Iterator[Workspace]:
 
 
 @pytest.fixture(scope="session")
-def cifar10(home: Path, server: S3) -> DatasetRef:
-    """CIFAR-10 in the session's local cache, from wherever it is to be had."""
-    with embedded_s3(home, "shared-data") as store:
+def cifar10(home: Path, server: S3, tmp_path_factory: pytest.TempPathFactory) -> DatasetRef:
+    """CIFAR-10 in the session's local cache, from wherever it is to be had; one process has it from the other."""
+    base = tmp_path_factory.getbasetemp()
+    fetched = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "datasets"
+    with FileLock(f"{fetched}.lock"), embedded_s3(home, "shared-data") as store:
+        if fetched.exists():
+            shutil.copytree(fetched, home / "datasets")
         shared = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
-        return datasets.pack(shared, datasets.fetch(shared, "cifar10"))
+        dataset = datasets.pack(shared, datasets.fetch(shared, "cifar10"))
+        if not fetched.exists():
+            shutil.copytree(home / "datasets", fetched)
+        return dataset
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def train(
     from nightshift.recipes import make_config
     from nightshift.refs import new_run_id, parse_run_id
 
-    overrides = _parse_settings(settings or [])
+    overrides = parse_settings(settings or [])
     config = make_config(recipe, overrides)
     run_id = parse_run_id(run_id) if run_id is not None else new_run_id(recipe, datetime.now(UTC))
     _train(run_id, config, as_json, verbose)
@@ -73,17 +73,20 @@ def recover(
     from datetime import timedelta
 
     from nightshift import recovery
-    from nightshift.local_prefect import configured_api_url
+    from nightshift.local_prefect import server_url
     from nightshift.settings import Settings
 
-    settings, has_server, started, failed = Settings.load(), configured_api_url(), [], False
+    settings, started, failed = Settings.load(), [], False
+    url = server_url(settings.home)
+    if url:
+        os.environ["PREFECT_API_URL"] = url
     with configured_workspace() as workspace, ExitStack() as stack:
         found = recovery.find(workspace.store, timedelta(hours=within_hours))
-        if has_server:
+        if url:
             from flows.recover import start_deployed
 
             started += start_deployed(workspace.store, found, settings.max_recoveries)
-        here = [run for run in found.interrupted if not (has_server and run.record.origin.deployment)]
+        here = [run for run in found.interrupted if not (url and run.record.origin.deployment)]
         run_flow = None
         for record in recovery.claims(workspace.store, here, settings.max_recoveries):
             run_flow = run_flow or stack.enter_context(_flow_runner(verbose))
@@ -180,7 +183,7 @@ def _record(run_id: str) -> "RunRecord":
         return read_record(workspace.store, run_id)[0]
 
 
-def _parse_settings(settings: list[str]) -> dict[str, str]:
+def parse_settings(settings: list[str]) -> dict[str, str]:
     pairs = {}
     for setting in settings:
         name, equals, value = setting.partition("=")

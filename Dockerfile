@@ -1,0 +1,47 @@
+# The image of worker and trainer, for CPU and GPU alike. From the root of the checkout:
+#   docker build --tag nightshift:0.1.0 .
+# The small CPU build:
+#   docker build --tag nightshift:0.1.0-cpu --build-arg UV_TORCH_BACKEND=cpu .
+
+FROM python:3.11-slim-bookworm AS dependencies
+ARG UV_VERSION=0.13.9
+RUN pip install --no-cache-dir uv==${UV_VERSION}
+
+ENV UV_COMPILE_BYTECODE=1 \
+    UV_LINK_MODE=copy \
+    UV_PYTHON_DOWNLOADS=never \
+    VIRTUAL_ENV=/app/.venv
+WORKDIR /app
+RUN uv venv --python /usr/local/bin/python .venv
+
+# Only what decides the dependencies, so that a change of the source leaves this layer, the large one, as it is.
+# The lock as a constraint: the versions are its own, its development tools stay out, and so do the CUDA
+# libraries where UV_TORCH_BACKEND chooses a build of torch that does not ask for them.
+COPY pyproject.toml requirements.lock ./
+ARG UV_TORCH_BACKEND
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --requirements pyproject.toml --constraints requirements.lock
+
+
+FROM python:3.11-slim-bookworm
+# A fixed number, so that Kubernetes can check that it is not root and volumes keep their owner.
+RUN useradd --no-log-init --create-home --uid 10001 nightshift \
+    && install --directory --owner=nightshift --group=nightshift /var/lib/nightshift
+
+ENV PATH=/app/.venv/bin:$PATH \
+    VIRTUAL_ENV=/app/.venv \
+    NIGHTSHIFT_HOME=/var/lib/nightshift \
+    DO_NOT_TRACK=1 \
+    PYTHONUNBUFFERED=1
+WORKDIR /app
+COPY --from=dependencies /app/.venv .venv
+COPY . .
+# Editable, so that the source is there once and a change of it costs a small layer only.
+RUN --mount=type=bind,from=dependencies,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
+    uv pip install --no-cache --no-deps --editable .
+
+USER 10001:10001
+# No entry point and no shell: what is given as a command is the main process and gets SIGTERM itself. The wrapper
+# passes it on to the trainers and waits for their saves; `prefect worker start` would kill them.
+STOPSIGNAL SIGTERM
+CMD ["nightshift", "worker", "--pool", "gpu-process", "--limit", "1"]

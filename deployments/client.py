@@ -1,0 +1,29 @@
+"""The Prefect server's client, with errors a user can act on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
+
+from nightshift.errors import PrefectServerError
+
+
+@contextmanager
+def connected() -> Iterator[SyncPrefectClient]:
+    """A client of the configured server.
+
+    Raises:
+        PrefectServerError: it does not answer, or refuses what it is asked.
+    """
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except PrefectHTTPStatusError as error:
+        raise PrefectServerError(f"{PREFECT_API_URL.value()} answers {error.response.text or error}") from error
+    except httpx.TransportError as error:
+        raise PrefectServerError(
+            f"{PREFECT_API_URL.value()} does not answer ({error}): start the server, or correct PREFECT_API_URL"
+        ) from error

@@ -1,0 +1,75 @@
+"""Everything on one machine: embedded S3, a Prefect server and a worker, which stay until they are told to go."""
+
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from nightshift import supervisor
+from nightshift.local_prefect import POOL, local_prefect, online_workers
+from nightshift.local_s3 import embedded_s3
+from nightshift.settings import Settings
+from nightshift.supervisor import Server, using, wait_until
+
+_SERVERS = ("worker", "prefect", "s3")
+
+
+@dataclass(frozen=True)
+class Running:
+    """What `up` has left running."""
+
+    api_url: str
+    s3_endpoint: str
+    deployments: list[str]
+
+    @property
+    def prefect_ui(self) -> str:
+        return self.api_url.removesuffix("/api")
+
+
+def up(settings: Settings) -> Running:
+    """Start what does not run yet, and deploy everything again; does no harm when repeated.
+
+    Raises:
+        LocalServiceError: one of them does not start.
+        PrefectServerError: the server refuses a deployment.
+    """
+    home = settings.home.resolve()
+    with ExitStack() as stack:
+        api_url, wait_for_server = stack.enter_context(local_prefect(home))
+        supervisor.keep(home / "prefect")
+        endpoint = settings.s3.endpoint_url or "AWS"
+        if not settings.s3.bucket:
+            endpoint = stack.enter_context(embedded_s3(home)).endpoint
+            supervisor.keep(home / "s3")
+        wait_for_server()
+        # Prefect reads it when it is imported.
+        os.environ["PREFECT_API_URL"] = api_url
+        from deployments.apply import apply
+
+        deployments = apply()
+        directory = home / "worker"
+        stack.enter_context(using(directory, lambda: _worker(home, api_url, settings.save_retry_seconds)))
+        supervisor.keep(directory)
+        wait_until(lambda: bool(online_workers(api_url)), directory, timeout=60)
+    return Running(api_url, endpoint, deployments)
+
+
+def down(settings: Settings) -> list[str]:
+    """Stop what `up` has started, the worker first, which lets its runs save; a server that is in use stays."""
+    return [name for name in _SERVERS if supervisor.release(settings.home.resolve() / name)]
+
+
+def _worker(home: Path, api_url: str, save_retry_seconds: float) -> Server:
+    return Server(
+        command=[str(Path(sys.executable).with_name("nightshift")), "worker", "--pool", POOL],
+        environment={
+            "NIGHTSHIFT_HOME": str(home),
+            "PREFECT_HOME": str(home / "prefect"),
+            "PREFECT_API_URL": api_url,
+            "DO_NOT_TRACK": "1",
+        },
+        facts={},
+        stop_seconds=save_retry_seconds + 60,
+    )

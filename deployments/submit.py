@@ -1,0 +1,105 @@
+"""A run on the Prefect server by its short name, watched until it has really ended."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.utilities.urls import url_for
+
+from deployments.client import connected
+from flows.recover import newest_flow_run
+from nightshift import progress
+from nightshift.errors import DeploymentNotFoundError
+from nightshift.recipes import make_config
+from nightshift.refs import durable_run_id
+
+_POLL_SECONDS = 2.0
+_THE_END = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED}
+
+
+@dataclass(frozen=True)
+class Submitted:
+    flow_run_id: UUID
+    name: str
+    url: str | None
+    """Its page in the UI."""
+    run_id: str | None
+    """Of the run it is to train, if it trains one."""
+
+
+def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
+    """Start a deployment.
+
+    Args:
+        name: FLOW/DEPLOYMENT, or only FLOW: then its deployment `nightly`, or its only one.
+        parameters: replace the deployment's own.
+
+    Raises:
+        ConfigError: the parameters are no valid config.
+        DeploymentNotFoundError: there is none of this name, or several.
+        PrefectServerError: the server does not answer, or refuses.
+    """
+    with connected() as client:
+        deployment = _find(client, name)
+        chosen = {**deployment.parameters, **parameters}
+        if "recipe" in chosen:
+            make_config(chosen["recipe"], chosen.get("overrides"))
+        flow_run = client.create_flow_run_from_deployment(deployment.id, parameters=chosen)
+        run_id = None
+        if "recipe" in chosen:
+            assert flow_run.expected_start_time is not None
+            run_id = durable_run_id(
+                chosen.get("run_id"), deployment.name, flow_run.expected_start_time, str(flow_run.id)
+            )
+        return Submitted(flow_run.id, flow_run.name, url_for(flow_run), run_id)
+
+
+def watch(submitted: Submitted) -> Iterator[State[Any]]:
+    """Each new state of a run until it is completed, failed or cancelled, whichever flow run carries it on.
+
+    A crash is not the end: an automation runs the same flow run again, or the recovery flow starts another.
+    """
+    seen, reachable = None, True
+    with connected() as client:
+        while True:
+            try:
+                flow_run = newest_flow_run(client, submitted.run_id or "", str(submitted.flow_run_id))
+            except httpx.TransportError as error:
+                if reachable:
+                    progress.current().warn(f"the Prefect server does not answer ({error}); the run goes on without it")
+                reachable = False
+            else:
+                assert flow_run is not None
+                assert flow_run.state is not None
+                reachable = True
+                if flow_run.state.id != seen:
+                    seen = flow_run.state.id
+                    yield flow_run.state
+                if flow_run.state.type in _THE_END:
+                    return
+            time.sleep(_POLL_SECONDS)
+
+
+def _find(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+    flow, _, deployment = name.partition("/")
+    known = {
+        f"{flow}/{found.name}": found
+        for found in client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])))
+    }
+    if deployment or f"{flow}/nightly" in known:
+        name = f"{flow}/{deployment or 'nightly'}"
+    elif len(known) == 1:
+        name = next(iter(known))
+    if name in known:
+        return known[name]
+    there = f"There are {', '.join(sorted(known))}" if known else f"There is none of the flow {flow!r}"
+    raise DeploymentNotFoundError(
+        f"there is no deployment {name!r}. {there}. `nightshift deploy` makes those of nightshift"
+    )

@@ -1,0 +1,99 @@
+"""A Prefect worker that lets its runs save before it goes.
+
+A worker that is told to stop kills the flow runs in its care without warning. So this process stands before it:
+on SIGTERM it halts the worker, tells the flow runs to stop, waits until they have saved and reported, and only
+then ends the worker.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+_WORKER_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+class _Stop(BaseException):
+    pass
+
+
+def run(pool: str, limit: int | None, grace_seconds: float) -> int:
+    """Be a worker of `pool` until a SIGTERM or SIGINT; a second one stops at once.
+
+    Args:
+        limit: how many flow runs at a time.
+        grace_seconds: how long the flow runs may take to save.
+
+    Returns:
+        0 after a signal, otherwise what the worker ended with.
+    """
+    name = "-gpu".join(filter(None, (socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"))))
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
+    # A session of its own: a Ctrl-C at the terminal must reach the runs by way of us alone.
+    worker = subprocess.Popen(
+        [*command, *([] if limit is None else ["--limit", str(limit)])],
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+    try:
+        try:
+            return worker.wait()
+        except _Stop:
+            _stop(worker, grace_seconds)
+    except _Stop:
+        pass
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
+    return 0
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    raise _Stop
+
+
+def _die_with_parent() -> None:
+    """A worker without us would take up runs that nobody lets save. Its runs live on, and report by themselves."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _stop(worker: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    # Halted, it neither takes up another run when one ends, nor kills any.
+    worker.send_signal(signal.SIGSTOP)
+    runs = _children(worker.pid)
+    if runs:
+        print(f"stopping: {len(runs)} flow runs have {grace_seconds:.0f} s to save", file=sys.stderr)
+    _end(runs, grace_seconds)
+    worker.terminate()
+    worker.send_signal(signal.SIGCONT)
+    try:
+        worker.wait(_WORKER_SECONDS)
+    except subprocess.TimeoutExpired:
+        print("the worker does not stop; it is killed", file=sys.stderr)
+
+
+def _children(pid: int) -> list[int]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for thread in threads for child in thread.read_text().split()]
+
+
+def _end(pids: Sequence[int], grace_seconds: float) -> None:
+    """Send SIGTERM and wait until all have ended; a halted parent cannot reap them, so each is held by a pidfd."""
+    deadline = time.monotonic() + grace_seconds
+    living = [os.pidfd_open(pid) for pid in pids]
+    for process in living:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+    while living and (left := deadline - time.monotonic()) > 0:
+        ended, _, _ = select.select(living, [], [], left)
+        living = [process for process in living if process not in ended]
