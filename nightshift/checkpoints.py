@@ -30,6 +30,7 @@ from tenacity import (
 
 from nightshift import progress
 from nightshift.errors import CheckpointCorruptError, ObjectNotFoundError, StorageError, StorageUnreachableError
+from nightshift.metrics import MetricsLog
 from nightshift.records import Checkpoint, RunRecord, payload_key
 from nightshift.refs import CheckpointRef
 from nightshift.runs import Run
@@ -46,8 +47,17 @@ class Saver:
     budget; then training goes on, and the log and the record say that it is not protected.
     """
 
-    def __init__(self, run: Run, config: TrainConfig, device: torch.device, retry_seconds: float) -> None:
+    def __init__(
+        self,
+        run: Run,
+        config: TrainConfig,
+        device: torch.device,
+        retry_seconds: float,
+        metrics: MetricsLog | None = None,
+    ) -> None:
+        """`metrics`: told of each checkpoint, which is when it stores its lines."""
         self._run, self._config, self._retry_seconds = run, config, retry_seconds
+        self._metrics = metrics
         self._snapshot = Snapshot(device)
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
@@ -127,7 +137,7 @@ class Saver:
             return  # a diverged state is not worth keeping; the loop finds out by itself, within a moment
         if payload["curve"]:
             metrics["epoch_loss"] = payload["curve"][-1]["loss"]
-        run, step = self._run, payload["step"]
+        run, step, started = self._run, payload["step"], time.perf_counter()
         buffer = io.BytesIO()
         torch.save(payload, buffer)
         body = buffer.getvalue()
@@ -145,6 +155,8 @@ class Saver:
                 run.store.upload(checkpoint.key, io.BytesIO(body))
                 self._commit(checkpoint, payload["curve"])
         self._saved = run.record.ref(checkpoint)
+        if self._metrics:
+            self._metrics.saved(checkpoint, time.perf_counter() - started)
 
     def _attempts(self, step: int) -> Retrying:
         def tell(state: RetryCallState) -> None:

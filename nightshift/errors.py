@@ -6,6 +6,8 @@
     │   ├── SettingsError                    an environment variable that does not parse
     │   ├── RunNotFoundError                 no record under this run id
     │   ├── DeploymentNotFoundError          no deployment of this name on the Prefect server
+    │   ├── ModelNotFoundError               no such published version, or no champion yet
+    │   ├── NoImagesError                    nothing to predict: no image was found, or none can be read
     │   ├── ResumeMismatchError              the stored run was made with another config or data set
     │   └── LeaseHeldError                   somebody else is training this run right now
     ├── StorageError
@@ -18,6 +20,8 @@
     ├── DataUnavailableError                 no source of the data set answered
     ├── DataCorruptError                     the data is not what its digest says
     ├── CheckpointCorruptError               a stored payload is not what its record says
+    ├── NotPromotedError                     the gate's verdict, where the settings make it a failure
+    ├── ExportError                          an exported file does not do what the model does
     ├── TrainingDivergedError                the loss is not a finite number
     ├── DiskError                            a local disk is full or cannot be written
     ├── LocalServiceError                    the embedded S3, the local Prefect server or worker does not start
@@ -66,6 +70,14 @@ class DeploymentNotFoundError(UserError):
     pass
 
 
+class ModelNotFoundError(UserError):
+    pass
+
+
+class NoImagesError(UserError):
+    pass
+
+
 class ResumeMismatchError(UserError):
     pass
 
@@ -111,6 +123,14 @@ class DataCorruptError(NightshiftError):
 
 
 class CheckpointCorruptError(NightshiftError):
+    pass
+
+
+class NotPromotedError(NightshiftError):
+    pass
+
+
+class ExportError(NightshiftError):
     pass
 
 

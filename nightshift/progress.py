@@ -4,9 +4,10 @@ The core reports to `current()`, whoever that is: by default the log, in a termi
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +67,51 @@ class LogProgress:
         _log.warning(message)
 
 
+class _Watched:
+    """Hands everything on, and keeps the newest report of the training."""
+
+    def __init__(self, inner: Progress) -> None:
+        self.newest: StepReport | None = None
+        self.transfer, self.say, self.warn, self._trained = inner.transfer, inner.say, inner.warn, inner.trained
+
+    def trained(self, report: StepReport, epoch_ended: bool) -> None:
+        self.newest = report
+        self._trained(report, epoch_ended)
+
+
+@contextmanager
+def watched(show: Callable[[StepReport], object], seconds: float) -> Iterator[None]:
+    """Also show the newest report of the training every so many seconds, and the last one at the end.
+
+    `show` is called in a thread of its own: however slow it is, and whatever it raises, the training goes on.
+    """
+    progress, ended = _Watched(current()), threading.Event()
+
+    def run() -> None:
+        shown, last, failed = None, False, False
+        while not last:
+            last = ended.wait(seconds)
+            if progress.newest and progress.newest is not shown:
+                shown = progress.newest
+                try:
+                    show(shown)
+                    failed = False
+                except Exception as error:
+                    if not failed:  # once an outage
+                        progress.warn(f"the live view could not be updated: {error}")
+                    failed = True
+
+    thread = threading.Thread(target=copy_context().run, args=(run,), name="live view", daemon=True)
+    thread.start()
+    try:
+        with shown_by(progress):
+            yield
+    finally:
+        ended.set()
+        thread.join(_LAST_SHOW_SECONDS)
+
+
+_LAST_SHOW_SECONDS = 5
 _LOG = LogProgress()
 _current: ContextVar[Progress] = ContextVar("nightshift_progress")
 

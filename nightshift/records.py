@@ -1,4 +1,4 @@
-"""The run record: one small JSON object a run, the only object that is ever overwritten.
+"""The run record: one small JSON object a run, overwritten by compare-and-swap only.
 
 It holds its own sha256, so that a bit that flips in it, on the wire or at rest, is noticed and not believed.
 """
@@ -20,13 +20,14 @@ from nightshift.errors import (
     StorageError,
     StorageUnreachableError,
 )
-from nightshift.refs import CheckpointRef, DatasetRef, RunId, Sha256, parse_run_id
+from nightshift.refs import CheckpointRef, DatasetRef, RunId, Sha256, Verdict, parse_run_id
 from nightshift.s3 import S3, Stored
 from nightshift.settings import TrainConfig
 
 Status = Literal["running", "interrupted", "finished", "failed", "cancelled"]
 PREFIX = "runs/"
 PAYLOADS = "checkpoints/"
+REPORTS = "reports/"
 READERS = 8
 """How many records are read at a time."""
 
@@ -88,6 +89,8 @@ class Result(_Part):
     weights_sha256: Sha256
     model: str
     """The published version's key prefix."""
+    verdict: Verdict | None = None
+    """The gate's; None for a run of before there was one."""
 
 
 class RunRecord(_Part):
@@ -147,6 +150,7 @@ class RunRecord(_Part):
     def summary(self) -> dict[str, Any]:
         """The run as `nightshift train --json` tells it."""
         result = self.result
+        verdict = result.verdict if result else None
         return {
             "run_id": self.run_id,
             "status": self.status,
@@ -157,7 +161,8 @@ class RunRecord(_Part):
             "weights_sha256": result and result.weights_sha256,
             "checkpoints": [checkpoint.model_dump(mode="json") for checkpoint in self.checkpoints],
             "resumed_from_step": self.resumed_from_step,
-            "champion": None,
+            "champion": verdict.champion and verdict.champion.model_dump(mode="json") if verdict else None,
+            "verdict": verdict and verdict.model_dump(mode="json", exclude={"champion"}),
             "model": result and result.model,
             "data_source": self.dataset.source,
         }
@@ -178,10 +183,7 @@ def read_record(store: S3, run_id: str) -> tuple[RunRecord, str]:
             f"there is no run {run_id!r} in {store.url(PREFIX)}: `nightshift runs` lists those there are"
         ) from None
     try:
-        fields = json.loads(body)
-        if fields.pop("sha256", None) != _digest(fields):
-            raise ValueError("its sha256 is not the one it holds")
-        return RunRecord.model_validate(fields), etag
+        return RunRecord.model_validate(unsealed(body)), etag
     except (ValueError, AttributeError) as error:  # of which ValidationError and JSONDecodeError are kinds
         raise StorageError(
             f"{store.url(key)} is damaged, or not a run record of this version of nightshift: {error}. If it stays so, "
@@ -191,9 +193,24 @@ def read_record(store: S3, run_id: str) -> tuple[RunRecord, str]:
 
 def write_record(store: S3, record: RunRecord, **condition: Any) -> str:
     """Put the record under a condition of `S3.put`, and return its ETag."""
-    fields = record.model_dump(mode="json")
-    body = json.dumps({**fields, "sha256": _digest(fields)}, indent=1)
-    return store.put(record_key(record.run_id), body.encode(), **condition)
+    return store.put(record_key(record.run_id), sealed(record.model_dump(mode="json")), **condition)
+
+
+def sealed(fields: dict[str, Any]) -> bytes:
+    """JSON that holds its own sha256."""
+    return json.dumps({**fields, "sha256": _digest(fields)}, indent=1).encode()
+
+
+def unsealed(body: bytes) -> dict[str, Any]:
+    """The fields `sealed` was given.
+
+    Raises:
+        ValueError, AttributeError: it is not such JSON, or was changed.
+    """
+    fields: dict[str, Any] = json.loads(body)
+    if fields.pop("sha256", None) != _digest(fields):
+        raise ValueError("its sha256 is not the one it holds")
+    return fields
 
 
 def record_key(run_id: str) -> str:
@@ -202,6 +219,10 @@ def record_key(run_id: str) -> str:
 
 def payload_key(run_id: str, step: int, token: int) -> str:
     return f"{PAYLOADS}{run_id}/{step}-{token}.pt"
+
+
+def report_key(run_id: str, file_name: str) -> str:
+    return f"{REPORTS}{run_id}/{file_name}"
 
 
 def is_written_under(key: str, token: int) -> bool:

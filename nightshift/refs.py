@@ -111,3 +111,52 @@ class ModelRef(_Ref):
     key: str
     test_accuracy: float
     weights_sha256: Sha256
+
+
+class PredictionsRef(_Ref):
+    """Where predictions were written, by which version, and what could not be read."""
+
+    out: str
+    version: str
+    predicted: int
+    bad: list[str]
+    """The images, each with its reason."""
+
+
+class Comparison(_Ref):
+    """A candidate and the champion on the same test images, image by image.
+
+    `difference` is the candidate's accuracy less the champion's, `low` and `high` its 95 % interval, `p_value`
+    that of McNemar's test.
+    """
+
+    champion: str
+    images: int
+    only_candidate: int
+    """How many images only the candidate classifies correctly."""
+    only_champion: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+class ChampionRef(_Ref):
+    """The version of a model that is live."""
+
+    name: str
+    version: str
+    run_id: RunId
+    test_accuracy: float
+    previous: str | None
+    """The version that was live before it."""
+
+
+class Verdict(_Ref):
+    """What the gate said of a candidate, and who is champion after it."""
+
+    promoted: bool
+    reason: str
+    comparison: Comparison | None
+    """None if there was no champion, or the candidate was it already."""
+    champion: ChampionRef | None

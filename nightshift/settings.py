@@ -53,6 +53,21 @@ class S3Settings(BaseModel):
         return self.bucket is None
 
 
+class GateSettings(BaseModel):
+    """What a candidate must reach to become the champion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_accuracy: float = Field(0.0, ge=0, le=1, description="Below this test accuracy nothing is promoted.")
+    max_regression: float = Field(
+        0.0, ge=0, le=1, description="How far the test accuracy may lie below the champion's, as a share of 1."
+    )
+    require_significance: bool = Field(
+        False, description="Promote only what McNemar's test finds better than the champion."
+    )
+    fail_when_rejected: bool = Field(False, description="End the flow run Failed, not Completed, on a rejection.")
+
+
 class Settings(BaseSettings):
     """Where things are on this machine. Only `flows/` and the command line construct it."""
 
@@ -66,6 +81,8 @@ class Settings(BaseSettings):
     save_retry_seconds: float = Field(
         120, ge=0, description="How long a failing save is tried again before training goes on without it."
     )
+    gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
+    price_per_hour: float | None = Field(None, ge=0, description="What an hour of training costs, for the report.")
     max_recoveries: int = Field(20, ge=0, description="How often an interrupted run is started again by itself.")
 
     @classmethod
@@ -126,6 +143,7 @@ class TrainConfig(BaseModel):
     normalization: Literal["dataset", "half"] = Field(
         "dataset", description="By the data set's own mean and deviation, or by 0.5 and 0.5."
     )
+    tta: Literal["off", "flip"] = Field("off", description="flip: test on the mean of each image and its mirror.")
     seed: int = Field(0, ge=0, lt=2**31, description="Of the initial weights, the order and the augmentation.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Save at every so many steps.")
     checkpoint_every_seconds: float | None = Field(30.0, gt=0, description="Save at the step edge after so long.")
@@ -136,6 +154,7 @@ class TrainConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast in forward.")
     compile: Literal["off", "on"] = Field("off", description="torch.compile the model.")
+    tensorboard: bool = Field(False, description="Write TensorBoard event files under NIGHTSHIFT_HOME.")
     nproc_per_node: int = Field(1, ge=1, le=1, description="Processes a machine.")
 
     @classmethod
@@ -178,6 +197,8 @@ _WITHOUT_EFFECT_ON_BITS = (
     "keep_last",
     "keep_best",
     "keep_every_epochs",
+    "tta",
+    "tensorboard",
     "device",
     "nproc_per_node",
 )

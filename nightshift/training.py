@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from nightshift.errors import (
     TrainingDivergedError,
     TrainingInterrupted,
 )
+from nightshift.metrics import MetricsLog
 from nightshift.optim import build_optimizer, learning_rate, set_learning_rate
 from nightshift.records import Checkpoint, Origin
 from nightshift.refs import CheckpointRef, DatasetRef
@@ -74,7 +76,8 @@ def train(
         runs.hold(workspace.store, spec, workspace.lease_seconds) as run,
         StopSignals() as signals,
     ):
-        return _Loop(run, config, dataset, plan, device, workspace.save_retry_seconds).run_to_end(
+        events = workspace.home / "tensorboard" / run_id if config.tensorboard else None
+        return _Loop(run, config, dataset, plan, device, workspace.save_retry_seconds, events).run_to_end(
             lambda step: signals.received is not None or should_stop(step)
         )
 
@@ -84,6 +87,8 @@ def check_config(config: TrainConfig) -> None:
     get_spec(config.dataset)
     if config.model not in known_models():
         raise ConfigError(f"there is no model {config.model!r}. The models are: {', '.join(known_models())}")
+    if config.tensorboard and not find_spec("tensorboard"):
+        raise ConfigError("tensorboard=true needs a package that is not here: install nightshift[tensorboard]")
     pick_device(config)
 
 
@@ -119,11 +124,19 @@ class _Loop:
     """The training loop of one process: steps, and what has to happen at their edges."""
 
     def __init__(
-        self, run: Run, config: TrainConfig, dataset: Dataset, plan: Plan, device: torch.device, retry_seconds: float
+        self,
+        run: Run,
+        config: TrainConfig,
+        dataset: Dataset,
+        plan: Plan,
+        device: torch.device,
+        retry_seconds: float,
+        tensorboard: Path | None,
     ) -> None:
         self.run, self.config, self.dataset, self.plan = run, config, dataset, plan
-        self.saver = Saver(run, config, device, retry_seconds)
         self.state, restored = build_state(run, config, dataset, device)
+        self.metrics = MetricsLog(run.store, run.run_id, self.state.step, tensorboard)
+        self.saver = Saver(run, config, device, retry_seconds, self.metrics)
         model = self.state.model
         self.forward: nn.Module = torch.compile(model) if config.compile == "on" else model  # type: ignore[assignment]
         self.scale, self.shift = (part.to(device) for part in batches.normalizer(dataset, config.normalization))
@@ -227,6 +240,16 @@ class _Loop:
         loss, accuracy = self.epoch_means()
         rate = self.images_since_report / max(now - self.last_report, 1e-9)
         self.last_report, self.images_since_report = now, 0
+        self.metrics.trained(
+            self.state.step,
+            self.plan.batch_size,
+            epoch_ended,
+            train_seconds=self.saved_with()[1],
+            epoch=epoch + 1,
+            loss=loss,
+            accuracy=accuracy,
+            learning_rate=learning_rate(self.config, self.state.step - 1, self.plan.total_steps),
+        )
         progress.current().trained(
             progress.StepReport(
                 step=self.state.step,

@@ -6,16 +6,19 @@ what was done is found again in the store, under the digest of its content, wher
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 from prefect import Task, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
 
 from nightshift.errors import Interrupted, NightshiftError
+from nightshift.progress import StepReport
 
 
 def worth_another_try(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -31,6 +34,25 @@ def interruptible() -> Iterator[None]:
         yield
     except Interrupted as stopped:
         raise TerminationSignal(signal.SIGTERM) from stopped
+
+
+def progress_artifact(run_id: str) -> Callable[[StepReport], object]:
+    """A function that shows the training as a progress artifact of the task run."""
+    artifact: UUID | None = None
+
+    def show(report: StepReport) -> None:
+        nonlocal artifact
+        share = 100 * report.step / report.total_steps
+        text = (
+            f"{run_id}: step {report.step:,} of {report.total_steps:,}, epoch {report.epoch} of {report.epochs}, loss "
+            f"{report.loss:.3f}, accuracy {report.accuracy:.1%}, {report.images_per_second:,.0f} images/s"
+        )
+        if artifact:
+            update_progress_artifact(artifact, share, text)
+        else:
+            artifact = cast(UUID, create_progress_artifact(share, key="training", description=text))
+
+    return show
 
 
 step = task(

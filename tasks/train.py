@@ -2,19 +2,19 @@
 
 from prefect.runtime import deployment, flow_run
 
-from nightshift import runs, training
+from nightshift import progress, runs, training
 from nightshift.records import Origin
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.settings import TrainConfig
 from nightshift.workspace import Workspace
-from tasks import interruptible, step
+from tasks import interruptible, progress_artifact, step
 
 
 @step
 def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef) -> CheckpointRef:
     """Train from wherever the run stands. Called, not submitted: signals reach only the main thread."""
     name = f"{flow_run.get_flow_name()}/{deployment.get_name()}" if deployment.get_name() else None
-    with interruptible():
+    with interruptible(), progress.watched(progress_artifact(run_id), seconds=5):
         if name:  # started again by mistake, it waits for the trainer that lives and returns its result
             runs.wait_until_free(workspace.store, run_id)
         return training.train(

@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "flip": False,
     "translate": 3,
     "normalization": "half",
+    "tta": "flip",
     "seed": 1,
     "checkpoint_every_steps": 5,
     "checkpoint_every_seconds": None,
@@ -42,6 +43,7 @@ OTHER: dict[str, Any] = {
     "device": "cpu",
     "precision": "bfloat16",
     "compile": "on",
+    "tensorboard": True,
     "nproc_per_node": 2,
 }
 WITHOUT_EFFECT_ON_BITS = {
@@ -51,6 +53,8 @@ WITHOUT_EFFECT_ON_BITS = {
     "keep_last",
     "keep_best",
     "keep_every_epochs",
+    "tta",
+    "tensorboard",
     "device",
     "nproc_per_node",
 }
