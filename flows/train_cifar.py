@@ -1,4 +1,4 @@
-"""The flow `train-cifar`: download → preprocess → train → evaluate → publish."""
+"""The flow `train-cifar`: download → preprocess → train → evaluate → publish → promote → report."""
 
 import logging
 from datetime import UTC, datetime
@@ -8,12 +8,12 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows.recover import is_being_cancelled
 from nightshift import recovery
-from nightshift.errors import RecoveryLimitError
+from nightshift.errors import NotPromotedError, RecoveryLimitError
 from nightshift.recipes import make_config, recipe_names
 from nightshift.refs import ModelRef, durable_run_id
 from nightshift.settings import Settings
@@ -21,7 +21,9 @@ from nightshift.workspace import open_workspace
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.preprocess import preprocess
+from tasks.promote import promote
 from tasks.publish import publish
+from tasks.report import report
 from tasks.train import train
 
 __all__ = ["TerminationSignal", "train_cifar"]
@@ -46,10 +48,11 @@ def _flow_run_name() -> str:
 @flow(name="train-cifar", flow_run_name=_flow_run_name, persist_result=True, result_serializer="json")
 def train_cifar(
     recipe: Recipe = "quick", overrides: dict[str, Any] | None = None, run_id: str | None = None
-) -> ModelRef | State[Any]:
-    """Train an image classifier on CIFAR-10, evaluate what was stored, and publish it.
+) -> State[ModelRef]:
+    """Train an image classifier on CIFAR-10, evaluate what was stored, publish it, and let it go live if it is better.
 
-    Whatever starts this again under the same run id goes on where it stopped, and ends with the same bits.
+    Whatever starts this again under the same run id goes on where it stopped, and ends with the same bits. That
+    a model is not promoted is a result and no failure: the verdict is the message of the final state.
 
     Args:
         recipe: The named config to start from.
@@ -66,9 +69,15 @@ def train_cifar(
             dataset = preprocess(workspace, raw)
             checkpoint = train(workspace, run_id, config, dataset)
             evaluation = evaluate(workspace, checkpoint, dataset)
-            return publish(workspace, checkpoint, dataset, evaluation)
+            model = publish(workspace, checkpoint, dataset, evaluation)
+            verdict = promote(workspace, model, settings.gate)
+            report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
         except TerminationSignal:
             if not is_being_cancelled():
                 raise
             recovery.close(workspace.store, run_id, "cancelled")
             return Cancelled(message=f"Cancelled. What was last saved stands: nightshift resume {run_id}")
+    told = f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}"
+    if settings.gate.fail_when_rejected and not verdict.promoted:
+        raise NotPromotedError(told)
+    return Completed(message=told, data=model)

@@ -5,6 +5,7 @@ anything before it and without a generator that had to be carried along.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -69,7 +70,12 @@ def pixel_statistics(dataset: Dataset, normalization: str) -> tuple[tuple[float,
 
 def normalizer(dataset: Dataset, normalization: str) -> tuple[Tensor, Tensor]:
     """Scale and shift, float32 (3, 1, 1), such that pixels * scale + shift is what the network sees."""
-    mean, std = map(torch.tensor, pixel_statistics(dataset, normalization))
+    return scale_and_shift(*pixel_statistics(dataset, normalization))
+
+
+def scale_and_shift(means: Sequence[float], deviations: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """`normalizer` of these statistics, one a channel, on the scale 0 to 255."""
+    mean, std = torch.tensor(means), torch.tensor(deviations)
     return (1 / std)[:, None, None], (-mean / std)[:, None, None]
 
 

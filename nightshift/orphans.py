@@ -12,7 +12,7 @@ from itertools import groupby
 
 from nightshift import progress, registry, runs
 from nightshift.errors import ConfigError, RunNotFoundError, StorageError
-from nightshift.records import PAYLOADS, READERS, is_written_under, read_record
+from nightshift.records import PAYLOADS, READERS, REPORTS, is_written_under, read_record
 from nightshift.s3 import S3, Stored, Upload
 
 _PROBES = "probe/"
@@ -38,23 +38,23 @@ class Orphans:
 def find(store: S3, older_than: timedelta) -> Orphans:
     """All that are at least as old as `older_than`.
 
-    Objects are payloads no record names, versions of a model without a card, and probes of the store. Data
-    sets are a cache and stay.
+    Objects are payloads no record names, reports of runs without a record, versions of a model without a card,
+    and probes of the store. Data sets are a cache and stay.
 
     Raises:
         StorageError: the store cannot be listed.
     """
     before = store.now() - older_than
 
-    def old(prefix: str) -> list[Stored]:
-        return [item for item in store.list(prefix) if item.modified <= before]
+    def old(items: Iterable[Stored]) -> list[Stored]:
+        return [item for item in items if item.modified <= before]
 
     uploads = [upload for upload in store.list_uploads("") if upload.started <= before]
-    payloads, models, probes = old(PAYLOADS), old(_MODELS), old(_PROBES)
-    unpublished = list(_without_card(models))
-    claims = _claims(store, [*(item.key for item in (*payloads, *unpublished)), *(upload.key for upload in uploads)])
+    found = old([*store.list(PAYLOADS), *store.list(REPORTS), *_without_card(store.list(_MODELS))])
+    probes = old(store.list(_PROBES))
+    claims = _claims(store, [*(item.key for item in found), *(upload.key for upload in uploads)])
     return Orphans(
-        objects=[item for item in (*payloads, *unpublished) if not claims(item.key)] + probes,
+        objects=[item for item in found if not claims(item.key)] + probes,
         uploads=[upload for upload in uploads if not claims(upload.key)],
     )
 
@@ -81,24 +81,26 @@ def _claims(store: S3, keys: Iterable[str]) -> Callable[[str], bool]:
         named = {checkpoint.key for checkpoint in record.checkpoints}
         live = runs.is_live(record.lease, store.now())
         return lambda key: (
-            key in named or (live and (key.startswith(_MODELS) or is_written_under(key, record.lease.token)))
+            key in named
+            or key.startswith(REPORTS)
+            or (live and (key.startswith(_MODELS) or is_written_under(key, record.lease.token)))
         )
 
     run_ids = sorted({run_id for key in keys if (run_id := _run_of(key))})
     with ThreadPoolExecutor(READERS) as pool:
         claims = dict(zip(run_ids, pool.map(claim, run_ids), strict=True))
-    return lambda key: key.startswith((PAYLOADS, _MODELS)) and claims[_run_of(key)](key)
+    return lambda key: key.startswith((PAYLOADS, REPORTS, _MODELS)) and claims[_run_of(key)](key)
 
 
 def _run_of(key: str) -> str:
-    """`checkpoints/<run_id>/…` and `models/<name>/<run_id>/…`; of anything else, nothing."""
+    """`checkpoints/<run_id>/…`, `reports/<run_id>/…` and `models/<name>/<run_id>/…`; of anything else, nothing."""
     parts = key.split("/")
-    if key.startswith(PAYLOADS):
+    if key.startswith((PAYLOADS, REPORTS)):
         return parts[1]
     return parts[2] if key.startswith(_MODELS) and len(parts) > 3 else ""
 
 
-def _without_card(models: list[Stored]) -> Iterator[Stored]:
+def _without_card(models: Iterable[Stored]) -> Iterator[Stored]:
     """The files of versions whose card was never written; the champion pointers are not files of a version."""
     for _, files in groupby(models, key=lambda item: item.key.rpartition("/")[0]):
         version = list(files)

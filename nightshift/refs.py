@@ -94,12 +94,13 @@ class CheckpointRef(_Ref):
 
 
 class Evaluation(_Ref):
-    """What a model does on the test images."""
+    """What a model does on the test images, in short; the rest is stored under `key`."""
 
     accuracy: float
     loss: float
     images: int
     weights_sha256: Sha256
+    key: str
 
 
 class ModelRef(_Ref):

@@ -5,6 +5,7 @@ server against the checksum boto3 sends; conditional writes are single PutObject
 conditional CompleteMultipartUpload is not atomic on every store.
 """
 
+import copy
 import io
 import json
 import secrets
@@ -27,6 +28,7 @@ from urllib3.exceptions import HTTPError as BrokenAnswer
 
 from nightshift.errors import (
     BucketNotFoundError,
+    ConfigError,
     ObjectNotFoundError,
     PreconditionFailedError,
     StorageDeniedError,
@@ -109,6 +111,19 @@ class S3:
 
     def url(self, key: str) -> str:
         return f"s3://{self.bucket}/{self.prefix}{key}"
+
+    def at(self, url: str) -> tuple["S3", str]:
+        """Another bucket of the same server, or this one without the prefix, and the key `url` names in it.
+
+        Raises:
+            ConfigError: it is not of the form s3://BUCKET/KEY.
+        """
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        if not url.startswith("s3://") or not bucket:
+            raise ConfigError(f"{url!r} is not of the form s3://BUCKET/KEY")
+        other = copy.copy(self)
+        other.bucket, other.prefix = bucket, ""
+        return other, key
 
     def now(self) -> datetime:
         """The server's clock, in UTC, to the second; asks the server if it has not answered yet.

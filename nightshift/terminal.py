@@ -21,6 +21,7 @@ from rich.table import Table
 
 from nightshift.progress import StepReport
 from nightshift.records import RunRecord
+from nightshift.registry import Transition
 
 _STATUS_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
@@ -153,6 +154,16 @@ def runs_table(records: list[RunRecord]) -> Table:
             percent(record.test_accuracy),
             f"{record.updated_at:%m-%d %H:%M}",
         )
+    return table
+
+
+def transitions_table(transitions: list[Transition]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("when (UTC)", "what", "version", "accuracy", "why"):
+        table.add_column(name, justify="right" if name == "accuracy" else "left", overflow="fold")
+    for entry in reversed(transitions):
+        when = f"{entry.at:%Y-%m-%d %H:%M:%S}"
+        table.add_row(when, entry.what, entry.version, percent(entry.test_accuracy), entry.reason)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Task: publish an evaluated model and finish its run."""
+"""Task: publish an evaluated model as an immutable version."""
 
 from nightshift import export
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
@@ -8,6 +8,6 @@ from tasks import interruptible, step
 
 @step
 def publish(workspace: Workspace, checkpoint: CheckpointRef, dataset: DatasetRef, evaluation: Evaluation) -> ModelRef:
-    """Write `weights.pth`, `weights.safetensors` and `card.json` under `models/`."""
+    """Export it, compare each file with the model on real images, and store all under `models/`."""
     with interruptible():
         return export.publish(workspace, checkpoint, dataset, evaluation)

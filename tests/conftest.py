@@ -19,11 +19,11 @@ from filelock import FileLock
 # The batches of the tests are tiny: threads that wait for each other on shared cores would take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from nightshift import datasets
+from nightshift import datasets, evaluation, export, training
 from nightshift.local_prefect import local_prefect
 from nightshift.local_s3 import embedded_s3
 from nightshift.recipes import make_config
-from nightshift.refs import DatasetRef
+from nightshift.refs import DatasetRef, ModelRef
 from nightshift.s3 import S3
 from nightshift.settings import TrainConfig
 from nightshift.workspace import Workspace
@@ -165,3 +165,18 @@ def nightshift(start: Callable[..., Command]) -> Callable[..., Finished]:
         return start(*arguments, **environment).finish()
 
     return run_command
+
+
+@pytest.fixture(scope="session")
+def candidates(home: Path, server: S3, cifar10: DatasetRef) -> Iterator[tuple[Workspace, dict[int, ModelRef]]]:
+    """Published models of one, two and three epochs, each better than the one before, and where they lie."""
+    with embedded_s3(home, f"candidates-{secrets.token_hex(6)}") as store:
+        workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
+        yield workspace, {epochs: publish_model(workspace, cifar10, epochs) for epochs in (1, 2, 3)}
+
+
+def publish_model(workspace: Workspace, cifar10: DatasetRef, epochs: int) -> ModelRef:
+    """Train, evaluate and publish, without the flow."""
+    config = small_config("quick", epochs=epochs, batch_size=32, lr=0.1, max_train_images=1280)
+    checkpoint = training.train(workspace, f"epochs-{epochs}", config, cifar10)
+    return export.publish(workspace, checkpoint, cifar10, evaluation.evaluate(workspace, checkpoint, cifar10))

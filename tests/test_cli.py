@@ -30,6 +30,10 @@ from tests.conftest import Command, Finished
         (("resume", "nobody"), "nightshift runs"),
         (("show", "nobody"), "nightshift runs"),
         (("verify", "../nobody"), "is not valid"),
+        (("export", "nobody", "--out", "model"), "nightshift runs"),
+        (("promote", "nobody"), "no version 'nobody' of cifar10 is published"),
+        (("champion",), "cifar10 has no champion yet"),
+        (("predict", "picture.png", "--out", "found.txt"), "written as .csv or .jsonl"),
         (("train", "--nope"), "No such option"),
     ],
 )

@@ -1,6 +1,9 @@
 """The whole flow as a user runs it: a process of its own, a real Prefect server, a real store."""
 
+import hashlib
+import io
 import json
+import os
 import secrets
 import signal
 import subprocess
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+from PIL import Image
 from safetensors import safe_open
 
 from nightshift import checkpoints, records
@@ -64,7 +68,7 @@ def prefix() -> str:
 def run(home: Path, prefix: str, prefect_api: str, cifar10: DatasetRef) -> Callable[..., Finished]:
     """Run a command on the session's servers, with the data set in the local cache already."""
     environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix}
-    return lambda *arguments: Command(arguments, environment, home).finish()
+    return lambda *arguments, **more: Command(arguments, {**environment, **more}, home).finish()
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +77,22 @@ def whole(run: Callable[..., Finished]) -> Finished:
     return run("train", *TUTORIAL, "--run-id", "whole", "--json")
 
 
+def ask(api_url: str, what: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"{api_url}/{what}/filter", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
+
+
+def newest_flow_run(api_url: str, run_id: str) -> Any:
+    return ask(api_url, "flow_runs", {"flow_runs": {"name": {"like_": run_id}}, "sort": "START_TIME_DESC"})[0]
+
+
 def flow_run_state(api_url: str, run_id: str) -> tuple[str, dict[str, str]]:
     """The state of the newest flow run of this run id, and those of its tasks by name."""
-
-    def ask(what: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            f"{api_url}/{what}/filter", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return json.load(response)
-
-    found = ask("flow_runs", {"flow_runs": {"name": {"like_": run_id}}, "sort": "START_TIME_DESC"})[0]
-    tasks = ask("task_runs", {"flow_runs": {"id": {"any_": [found["id"]]}}})
+    found = newest_flow_run(api_url, run_id)
+    tasks = ask(api_url, "task_runs", {"flow_runs": {"id": {"any_": [found["id"]]}}})
     return found["state"]["type"], {task["name"].rpartition("-")[0]: task["state"]["type"] for task in tasks}
 
 
@@ -103,15 +111,16 @@ def test_the_published_weights_have_the_same_accuracy_in_plain_torch(
     assert int(plain.stdout) / 10_000 == pytest.approx(whole.json["test_accuracy"], abs=1e-7)
 
 
-def test_the_published_version_has_both_formats_and_a_card(whole: Finished, workspace: Workspace) -> None:
+def test_the_published_version_has_its_formats_and_a_card(whole: Finished, workspace: Workspace) -> None:
     card = json.loads(workspace.store.get(whole.json["model"] + "card.json")[0])
     tensors = workspace.store.get(whole.json["model"] + "weights.safetensors")[0]
-    assert set(card["files"]) == {"weights.pth", "weights.safetensors"}
+    assert {"weights.pth", "weights.safetensors", "model.pt2"} <= set(card["files"])
     assert card["weights_sha256"] == whole.json["weights_sha256"] == weights_sha256(safetensors.torch.load(tensors))
 
 
-def test_prefect_knows_the_flow_run_and_its_five_tasks(whole: Finished, prefect_api: str) -> None:
-    completed = dict.fromkeys(("download", "preprocess", "train", "evaluate", "publish"), "COMPLETED")
+def test_prefect_knows_the_flow_run_and_its_seven_tasks(whole: Finished, prefect_api: str) -> None:
+    tasks = ("download", "preprocess", "train", "evaluate", "publish", "promote", "report")
+    completed = dict.fromkeys(tasks, "COMPLETED")
     assert flow_run_state(prefect_api, "whole")[0] == "COMPLETED"
     eventually(lambda: flow_run_state(prefect_api, "whole")[1] == completed)  # recorded from events, after a while
 
@@ -140,6 +149,81 @@ def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Fini
     assert {"storage", "conditional writes", "clock", "Prefect", "device", "disk"} == {
         check["name"] for check in examined["checks"]
     }
+
+
+def test_what_was_trained_is_exported_champion_and_of_use(
+    whole: Finished, run: Callable[..., Finished], home: Path, cifar10: DatasetRef, tmp_path: Path
+) -> None:
+    assert whole.json["champion"]["run_id"] == "whole"
+    assert whole.json["verdict"]["promoted"]
+    champion = run("champion", "--json").json
+    assert champion.items() >= whole.json["champion"].items()
+    assert set(champion) >= {"name", "version", "run_id", "test_accuracy", "previous"}
+
+    exported = run("export", "whole", "--format", "safetensors", "--out", str(tmp_path / "model"), "--json").json
+    body = (tmp_path / "model").read_bytes()
+    assert exported.items() >= {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}.items()
+    assert weights_sha256(safetensors.torch.load(body)) == whole.json["weights_sha256"]
+
+    with safe_open(home / "datasets" / f"{cifar10.digest}.safetensors", framework="np") as packed:
+        Image.fromarray(packed.get_tensor("test_images")[0]).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"damaged")
+    predicted = run("predict", str(tmp_path), "--json")
+    assert (predicted.exit_code, predicted.json["predicted"], predicted.json["model"]) == (0, 1, "whole")
+    assert predicted.json["bad"] == [{"image": str(tmp_path / "bad.png"), "reason": "not an image, or damaged"}]
+    none = run("predict", str(tmp_path / "bad.png"))
+    assert none.exit_code == 2
+    assert none.out.splitlines()[0] == "image,label,probability,error"
+    assert "bad.png: not an image" in none.err
+
+    page = run("report", "whole", "--out", str(tmp_path / "page.html"), "--json")
+    assert page.json["bytes"] == (tmp_path / "page.html").stat().st_size > 100_000
+
+
+def test_the_flow_predict_writes_where_it_is_told(
+    whole: Finished, home: Path, prefix: str, prefect_api: str, workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    with safe_open(home / "datasets" / f"{cifar10.digest}.safetensors", framework="np") as packed:
+        picture = io.BytesIO()
+        Image.fromarray(packed.get_tensor("test_images")[0]).save(picture, "png")
+    workspace.store.put("inbox/a.png", picture.getvalue())
+    code = "import sys; from flows.predict import predict; print(predict(sys.argv[1:2], sys.argv[2]).predicted)"
+    places = (workspace.store.url("inbox/"), workspace.store.url("predictions.csv"))
+    ours = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix, "PREFECT_API_URL": prefect_api}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *places], env={**os.environ, **ours}, cwd=home, capture_output=True, text=True
+    )
+    assert done.stdout == "1\n", done.stderr
+    assert b"inbox/a.png" in workspace.store.get("predictions.csv")[0]
+
+
+def test_a_rejection_is_a_result_and_by_setting_a_failure(
+    whole: Finished, run: Callable[..., Finished], prefect_api: str
+) -> None:
+    worse = ("train", "--recipe", "tutorial", "--set", "max_train_images=320", "--set", "epochs=1")
+    rejected = run(*worse, "--run-id", "rejected", "--json")
+    assert (rejected.exit_code, rejected.json["status"]) == (0, "finished"), rejected.err
+    assert not rejected.json["verdict"]["promoted"]
+    assert rejected.json["champion"]["run_id"] == "whole"
+    state = newest_flow_run(prefect_api, "rejected")["state"]
+    assert (state["type"], state["message"]) == (
+        "COMPLETED",
+        f"rejected is not promoted: {rejected.json['verdict']['reason']}",
+    )
+    failed = run(*worse, "--run-id", "rejected", NIGHTSHIFT_GATE__FAIL_WHEN_REJECTED="true")
+    assert failed.exit_code == 1
+    assert "rejected is not promoted" in failed.err
+    assert "Traceback" not in failed.err
+    assert newest_flow_run(prefect_api, "rejected")["state"]["type"] == "FAILED"
+
+
+def test_prefect_shows_the_report_and_the_progress_as_artifacts(whole: Finished, prefect_api: str) -> None:
+    flow_run = newest_flow_run(prefect_api, "whole")["id"]
+    found = ask(prefect_api, "artifacts", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
+    by_key = {artifact["key"]: artifact for artifact in found if artifact["key"]}  # results have none
+    assert set(by_key) == {"report", "training"}
+    assert (by_key["training"]["type"], by_key["training"]["data"]) == ("progress", 100)
+    assert whole.json["verdict"]["reason"] in by_key["report"]["data"]
 
 
 def test_verify_reads_every_checkpoint_back(

@@ -23,7 +23,8 @@ def forkserver() -> ForkServerContext:
     """For processes forked from one that has torch imported already."""
     context = multiprocessing.get_context("forkserver")
     # Only what is installed is found there. The first optimizer imports torch._dynamo, which takes seconds.
-    context.set_forkserver_preload(["nightshift.training", "nightshift.local_s3", "torch._dynamo"])
+    heavy = ["torch._dynamo", "torch.export", "torchmetrics.functional.classification", "scipy.stats"]
+    context.set_forkserver_preload(["nightshift.local_s3", "nightshift.export", "nightshift.plots", *heavy])
     return context
 
 

@@ -2,6 +2,6 @@
 
 from nightshift.cli.common import main
 
-from nightshift.cli import train, stored, server  # isort: skip  # in the order of `--help`
+from nightshift.cli import train, models, stored, server  # isort: skip  # in the order of `--help`
 
-__all__ = ["main", "server", "stored", "train"]
+__all__ = ["main", "models", "server", "stored", "train"]

@@ -26,6 +26,7 @@ from nightshift.errors import ConfigError, Interrupted, NightshiftError
 
 if TYPE_CHECKING:
     from nightshift.records import RunRecord
+    from nightshift.refs import Verdict
     from nightshift.settings import TrainConfig
 
 
@@ -193,6 +194,12 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
     return pairs
 
 
+def _verdict_text(verdict: "Verdict | None") -> str:
+    if not verdict:
+        return "–"
+    return f"{'[green]promoted[/]' if verdict.promoted else '[yellow]not promoted[/]'}: {verdict.reason}"
+
+
 def _print_summary(record: "RunRecord") -> None:
     from rich.panel import Panel
 
@@ -206,6 +213,7 @@ def _print_summary(record: "RunRecord") -> None:
         "data": f"{record.dataset.name} from the {record.dataset.source}",
         "checkpoints": f"{len(record.checkpoints)} in checkpoints/{record.run_id}/",
         "published": record.result.model,
+        "verdict": _verdict_text(record.result.verdict),
         "weights_sha256": record.result.weights_sha256,
     }
     if record.resumed_from_step is not None:

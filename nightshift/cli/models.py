@@ -1,0 +1,167 @@
+"""The commands for what was trained: `champion`, `promote`, `rollback`, `export`, `predict`, `report`."""
+
+import io
+import json
+import sys
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nightshift.cli.common import AsJson, RunArgument, app, configured_workspace, console, error_console, print_json
+
+if TYPE_CHECKING:
+    from nightshift.refs import ChampionRef
+    from nightshift.s3 import S3
+
+Name = Annotated[str, typer.Option("--name", help="Name of the model, which is its data set's.")]
+
+
+@app.command(rich_help_panel="Models")
+def champion(name: Name = "cifar10", as_json: AsJson = False) -> None:
+    """Show which version is live, and how it came to be."""
+    from nightshift import registry
+
+    with configured_workspace() as workspace:
+        _show(workspace.store, registry.read_champion(workspace.store, name), as_json)
+
+
+@app.command(rich_help_panel="Models")
+def promote(run: RunArgument, name: Name = "cifar10", as_json: AsJson = False) -> None:
+    """Make a run's published version the champion, whatever the gate said."""
+    from nightshift import registry
+
+    with configured_workspace() as workspace:
+        _show(workspace.store, registry.promote_by_hand(workspace.store, name, run), as_json)
+
+
+@app.command(rich_help_panel="Models")
+def rollback(
+    version: Annotated[
+        str | None, typer.Argument(metavar="[VERSION]", help="An earlier champion; by default the one before.")
+    ] = None,
+    name: Name = "cifar10",
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier champion the champion again. The history is kept."""
+    from nightshift import registry
+
+    with configured_workspace() as workspace:
+        _show(workspace.store, registry.roll_back(workspace.store, name, version), as_json)
+
+
+@app.command(rich_help_panel="Models")
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write it.")],
+    kind: Annotated[str, typer.Option("--format", help="state_dict, safetensors, pt2 or onnx.")] = "state_dict",
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model to a file others can load, after checking that the file does what the model does."""
+    import hashlib
+
+    from nightshift.export import export_run
+    from nightshift.records import read_record
+    from nightshift.terminal import size_text
+
+    with configured_workspace() as workspace:
+        body = export_run(workspace, read_record(workspace.store, run)[0], kind)
+    out.write_bytes(body)
+    sha256 = hashlib.sha256(body).hexdigest()
+    if as_json:
+        print_json({"path": str(out), "bytes": len(body), "sha256": sha256, "format": kind})
+    else:
+        console().print(f"{out}  {size_text(len(body))}  sha256 {sha256}", highlight=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel="Models")
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES…", help="Files, folders or s3://BUCKET/PREFIX.")],
+    model: Annotated[str, typer.Option("--model", help="The version (a run's id), or `champion`.")] = "champion",
+    name: Name = "cifar10",
+    out: Annotated[str | None, typer.Option("--out", help="A .csv or .jsonl file, or s3://BUCKET/KEY of one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict the classes of images: CSV on standard output, or a file."""
+    from rich.markup import escape
+
+    from nightshift import prediction
+
+    if out is not None:
+        prediction.output_format(out)  # a mistake in it is told before anything is done
+    rows = io.StringIO()
+    with configured_workspace() as workspace:
+        store = workspace.store
+        classifier = prediction.Classifier(store, name, model)
+        found = classifier.predict(store, images)
+        if out is not None:
+            good, bad = prediction.write_to(store, out, found)
+        else:
+            good, bad = prediction.write(found, *((rows, "jsonl") if as_json else (sys.stdout, "csv")))
+    if as_json:
+        print_json(
+            {
+                "model": classifier.version,
+                "predicted": good,
+                "bad": [{"image": item.image, "reason": item.error} for item in bad],
+                "out": out,
+                "predictions": [json.loads(row) for row in rows.getvalue().splitlines()],
+            }
+        )
+    screen = error_console()
+    for item in bad:
+        screen.print(f"[yellow]![/] {escape(item.image)}: {escape(str(item.error))}", highlight=False, soft_wrap=True)
+    told = f"· {good} predicted by {classifier.version}, {len(bad)} not readable{f', in {out}' if out else ''}"
+    screen.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel="Models")
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write it.")] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's report, as it stands now, to one HTML file that needs no network."""
+    from nightshift.records import read_record
+    from nightshift.report import build
+    from nightshift.settings import Settings
+
+    settings = Settings.load()
+    with configured_workspace() as workspace:
+        record, _ = read_record(workspace.store, run)
+        page = build(workspace, record, record.result.verdict if record.result else None, settings.price_per_hour)
+    path = (out or settings.home / "reports" / f"{run}.html").resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page.html, encoding="utf-8")
+    if as_json:
+        print_json({"run_id": run, "path": str(path), "bytes": path.stat().st_size})
+    else:
+        console().print(str(path), highlight=False, soft_wrap=True)
+    if open_it and not webbrowser.open(path.as_uri()):
+        error_console().print("There is no browser here: open the file by hand.")
+
+
+def _show(store: "S3", champion: "ChampionRef", as_json: bool) -> None:
+    from nightshift.registry import read_history
+
+    history = read_history(store, champion.name)[0].transitions
+    if as_json:
+        print_json({**champion.model_dump(), "history": [entry.model_dump(mode="json") for entry in history]})
+        return
+    from nightshift.terminal import facts_table, percent, transitions_table
+
+    screen = console()
+    screen.print(
+        facts_table(
+            {
+                "champion": f"[bold]{champion.version}[/]",
+                "model": champion.name,
+                "test accuracy": percent(champion.test_accuracy),
+                "before it": champion.previous or "–",
+            }
+        )
+    )
+    screen.print("\n[bold]history[/]")
+    screen.print(transitions_table(history))

@@ -1,0 +1,13 @@
+"""Task: the champion gate."""
+
+from nightshift import gate
+from nightshift.refs import ModelRef, Verdict
+from nightshift.settings import GateSettings
+from nightshift.workspace import Workspace
+from tasks import step
+
+
+@step
+def promote(workspace: Workspace, candidate: ModelRef, settings: GateSettings) -> Verdict:
+    """Compare it with the champion on the same images, and put it in its place if it passes."""
+    return gate.promote(workspace.store, candidate, settings)

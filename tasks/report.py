@@ -1,0 +1,24 @@
+"""Task: write the morning's page and finish the run."""
+
+from prefect.artifacts import create_markdown_artifact
+
+from nightshift import report as morning
+from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
+from nightshift.workspace import Workspace
+from tasks import interruptible, step
+
+
+@step
+def report(
+    workspace: Workspace,
+    checkpoint: CheckpointRef,
+    evaluation: Evaluation,
+    model: ModelRef,
+    verdict: Verdict,
+    price_per_hour: float | None,
+) -> str:
+    """Store it as HTML, show it as an artifact, and return where it lies."""
+    with interruptible():
+        page = morning.publish(workspace, checkpoint, evaluation, model, verdict, price_per_hour)
+    create_markdown_artifact(page.markdown, key="report", description=f"Run {checkpoint.run_id}")
+    return page.url
