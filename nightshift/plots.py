@@ -74,7 +74,7 @@ def night(record: RunRecord, lines: Sequence[Line]) -> dict[str, str]:
         axes.set_ylim(bottom=0)
         axes.set_xlim(0, 1.02 * max((minutes(line["at"]) for line in lines), default=1))
         if len(axes.get_legend_handles_labels()[0]) > 1:
-            axes.legend(frameon=False, loc="lower right", fontsize=10)
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=10)
         figures[name] = _svg(figure)
     return figures
 
@@ -150,7 +150,7 @@ def _mark_events(axes: Axes, record: RunRecord, minutes: Any) -> None:
             known = [checkpoint.written_at for checkpoint in record.checkpoints if checkpoint.written_at < event.at]
             since = stopped or max(known, default=record.events[0].at)
             label = None if "gap" in labelled else "interrupted"
-            axes.axvspan(minutes(since), minutes(event.at), color=_ORANGE, alpha=0.3, hatch="//", label=label)
+            axes.axvspan(minutes(since), minutes(event.at), fc=_ORANGE, ec=_GREY, alpha=0.4, hatch="//", label=label)
             labelled.add("gap")
             stopped = None
         elif event.what in ("skipped", "unprotected"):
