@@ -28,11 +28,12 @@ from prefect.workers.process import ProcessJobConfiguration
 from pydantic import ValidationError as RefusedError
 from safetensors.numpy import load_file
 
-from nightshift import datasets, orphans, registry, training
+from nightshift import datasets, export, gate, orphans, report, training
 from nightshift.datasets import Arrays, Spec
+from nightshift.evaluation import evaluate
 from nightshift.refs import DatasetRef
 from nightshift.s3 import MIB, S3
-from nightshift.settings import Settings
+from nightshift.settings import GateSettings, Settings
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.test_orphans import begin_upload
@@ -395,9 +396,12 @@ def live(workspace: Workspace, cifar10: DatasetRef, tmp_path: Path) -> None:
     (elsewhere.home / "datasets" / f"{first.digest}.safetensors").unlink()
     datasets.pack(elsewhere, datasets.fetch(elsewhere, "tiny"))
 
-    training.train(workspace, "run", small_config(checkpoint_every_steps=10, keep_last=1), cifar10)
-    registry.publish(store, "tiny", "run", {"weights.pth": b"weights"}, {})
-    store.check_fencing()
+    checkpoint = training.train(workspace, "run", small_config(checkpoint_every_steps=10, keep_last=1), cifar10)
+    evaluation = evaluate(workspace, checkpoint, cifar10)
+    model = export.publish(workspace, checkpoint, cifar10, evaluation)
+    verdict = gate.promote(store, model, GateSettings())
+    report.publish(workspace, checkpoint, evaluation, model, verdict, price_per_hour=None)
+    store.put("reports/no-such-run/report.html", b"")
 
     store.upload("checkpoints/run/large-0.pt", io.BytesIO(bytes(17 * MIB)))
     store.download_bytes("checkpoints/run/large-0.pt")
