@@ -5,27 +5,33 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import yaml
 from prefect.automations import AutomationCore
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+from prefect.exceptions import ObjectNotFound
 from pydantic import TypeAdapter
 
 from deployments.client import connected
-from nightshift.errors import PrefectServerError
+from nightshift.errors import ConfigError, PrefectServerError
 
 _HERE = Path(__file__).parent
 
 
-def apply() -> list[str]:
+def apply(notify: str | None) -> list[str]:
     """Make or update the work pools that the deployments name, the deployments, and the automations.
+
+    Args:
+        notify: the notification block, as TYPE/NAME, that is told of failed, lost and rejected runs; none: nobody is.
 
     Returns:
         The deployments, as FLOW/DEPLOYMENT.
 
     Raises:
+        ConfigError: there is no such block on the server.
         PrefectServerError: the server does not answer, or refuses one of them.
     """
     planned = _read("prefect.yaml")["deployments"]
@@ -35,8 +41,7 @@ def apply() -> list[str]:
             kind = pool.removeprefix("gpu-")
             client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=template), overwrite=True)
         _deploy()
-        for automation in TypeAdapter(list[AutomationCore]).validate_python(_read("automations.yaml")["automations"]):
-            _upsert(client, automation)
+        _automate(client, notify)
         names = DeploymentFilterName(any_=[deployment["name"] for deployment in planned])
         made = client.read_deployments(deployment_filter=DeploymentFilter(name=names))
         return sorted(f"{client.read_flow(deployment.flow_id).name}/{deployment.name}" for deployment in made)
@@ -47,6 +52,32 @@ def _deploy() -> None:
     done = subprocess.run(command, cwd=_HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise PrefectServerError(f"`prefect deploy` has failed:\n{done.stdout}{done.stderr}")
+
+
+def _automate(client: SyncPrefectClient, notify: str | None) -> None:
+    planned, notifications = _read("automations.yaml")["automations"], _read("notifications.yaml")["automations"]
+    if notify:
+        block_id = _block_id(client, notify)
+        for notification in notifications:
+            notification["actions"] = [{**action, "block_document_id": block_id} for action in notification["actions"]]
+        planned += notifications
+    else:
+        for notification in notifications:
+            for stored in client.read_automations_by_name(notification["name"]):
+                client.delete_automation(stored.id)
+    for automation in TypeAdapter(list[AutomationCore]).validate_python(planned):
+        _upsert(client, automation)
+
+
+def _block_id(client: SyncPrefectClient, notify: str) -> UUID:
+    kind, _, name = notify.partition("/")
+    try:
+        return client.read_block_document_by_name(name, kind).id
+    except ObjectNotFound:
+        raise ConfigError(
+            f"NIGHTSHIFT_NOTIFY={notify}: the server has no such block. Make it in the UI (Blocks, for example Slack "
+            "Webhook), and name it TYPE/NAME, such as slack-webhook/nightshift"
+        ) from None
 
 
 def _upsert(client: SyncPrefectClient, automation: AutomationCore) -> None:

@@ -48,7 +48,7 @@ def up(settings: Settings) -> Running:
         os.environ["PREFECT_API_URL"] = api_url
         from deployments.apply import apply
 
-        deployments = apply()
+        deployments = apply(settings.notify)
         directory = home / "worker"
         stack.enter_context(using(directory, lambda: _worker(home, api_url, settings.save_retry_seconds)))
         supervisor.keep(directory)

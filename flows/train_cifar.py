@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
+from prefect.events import emit_event
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
@@ -78,6 +79,9 @@ def train_cifar(
             recovery.close(workspace.store, run_id, "cancelled")
             return Cancelled(message=f"Cancelled. What was last saved stands: nightshift resume {run_id}")
     told = f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}"
+    if not verdict.promoted:
+        resource = {"prefect.resource.id": f"nightshift.run.{run_id}", "prefect.resource.name": run_id}
+        emit_event("nightshift.rejected", resource, payload={"reason": verdict.reason})
     if settings.gate.fail_when_rejected and not verdict.promoted:
         raise NotPromotedError(told)
     return Completed(message=told, data=model)

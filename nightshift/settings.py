@@ -83,6 +83,11 @@ class Settings(BaseSettings):
     )
     gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
     price_per_hour: float | None = Field(None, ge=0, description="What an hour of training costs, for the report.")
+    notify: str | None = Field(
+        None,
+        pattern=r"^[\w-]+/[\w-]+$",
+        description="A notification block of the Prefect server, TYPE/NAME, to be told of failed and rejected runs.",
+    )
     max_recoveries: int = Field(20, ge=0, description="How often an interrupted run is started again by itself.")
 
     @classmethod

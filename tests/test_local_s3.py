@@ -31,7 +31,7 @@ with embedded_s3(Path(sys.argv[1])) as store:
     sys.stdin.read()
 """
 
-LONGEST = supervisor.LINGER_SECONDS + supervisor._STOP_SECONDS
+LONGEST = supervisor.LINGER_SECONDS + supervisor.Server.stop_seconds
 
 
 @contextmanager

@@ -63,11 +63,13 @@ def test_the_report_has_the_verdict_the_comparison_and_what_it_was_made_of(
     assert record.result
     assert record.result.verdict
     assert not record.result.verdict.promoted
+    assert record.result.verdict.champion
+    champion = record.result.verdict.champion.version
     shown = evaluation.read_metrics(workspace.store, models[1].run_id)
     assert shown
     for text in (page.html, page.markdown):
         for fact in (
-            *("✗ Not promoted", record.result.verdict.reason, f"{100 * shown.accuracy:.2f} %", "epochs-2"),
+            *("✗ Not promoted", record.result.verdict.reason, f"{100 * shown.accuracy:.2f} %", champion),
             *("label_smoothing", "torch", "cat", "at 2.5 an hour", f"{100 * shown.classes[3].recall:.2f} %"),
         ):
             assert fact in text.replace("&#43;", "+"), fact

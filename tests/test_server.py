@@ -14,7 +14,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.error import HTTPError
 
@@ -41,10 +43,42 @@ def prefix() -> str:
 
 
 @pytest.fixture(scope="module")
-def nightshift(home: Path, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Nightshift:
+def told() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """The URL of a webhook, and what it was told."""
+    messages: list[dict[str, str]] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", messages
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def block(prefect_api: str, told: tuple[str, list[dict[str, str]]]) -> str:
+    """A notification block on the server, which sends to that webhook."""
+    make = f"""
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+message = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
+CustomWebhookNotificationBlock(name="webhook", url="{told[0]}", json_data=message).save("nightshift")
+"""
+    subprocess.run([sys.executable, "-c", make], env={**os.environ, "PREFECT_API_URL": prefect_api}, check=True)
+    return "custom-webhook/nightshift"
+
+
+@pytest.fixture(scope="module")
+def nightshift(home: Path, prefix: str, block: str, tmp_path_factory: pytest.TempPathFactory) -> Nightshift:
     """Run `nightshift`, without a Prefect server configured: it has to find that of `up`."""
     directory = tmp_path_factory.mktemp("elsewhere")
-    environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix}
+    environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix, "NIGHTSHIFT_NOTIFY": block}
 
     def run(*arguments: str) -> Finished:
         return Command(arguments, environment, directory).finish(timeout=280)
@@ -212,6 +246,9 @@ def test_up_and_deploy_change_nothing_when_they_are_repeated(
     assert nightshift("deploy", "--json").json == {"deployments": stack["deployments"]}
     assert deployed() == before
     assert [name for kind, name in before if kind == "automations"] == [
+        "tell that a model was rejected",
+        "tell that train-cifar has crashed and does not go on",
+        "tell that train-cifar has failed",
         "train-cifar is lost",
         "train-cifar is started again",
         "train-cifar is stuck in Pending",
@@ -255,13 +292,16 @@ def test_a_run_whose_worker_is_told_to_stop_loses_no_step_and_is_resumed(
     assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
 
 
-def test_a_run_that_is_interrupted_too_often_is_given_up(train: Callable[..., Training]) -> None:
+def test_a_run_that_is_interrupted_too_often_is_given_up_and_somebody_is_told(
+    train: Callable[..., Training], told: tuple[str, list[dict[str, str]]]
+) -> None:
     training = train("hopeless", NIGHTSHIFT_MAX_RECOVERIES="0")
     training.kill(signal.SIGTERM)
     eventually(training.has_ended, timeout=120)
     assert training.events == ["started", "interrupted", "failed"]
     eventually(lambda: training.state["type"] == "FAILED")
     assert "NIGHTSHIFT_MAX_RECOVERIES" in training.state["message"]
+    eventually(lambda: any("hopeless (tutorial) has failed" in message["subject"] for message in told[1]))
 
 
 def test_a_run_that_the_user_cancels_stays_cancelled(
@@ -300,6 +340,12 @@ def test_of_two_nightly_runs_at_once_the_second_waits(
     eventually(lambda: all(run.state["type"] == "COMPLETED" for run in both), timeout=120)
     earlier, later = sorted((run.record for run in both), key=lambda record: record.created_at)
     assert earlier.updated_at <= later.created_at
+
+
+def test_somebody_is_told_of_a_model_that_is_worse_than_the_champion(told: tuple[str, list[dict[str, str]]]) -> None:
+    """The two before were trained for one epoch only."""
+    eventually(lambda: any("first is not promoted" in message["subject"] for message in told[1]))
+    assert any("max_regression" in message["body"] for message in told[1])
 
 
 def test_the_lost_run_was_resumed_without_a_human_hand(lost: Training, undisturbed: RunRecord) -> None:

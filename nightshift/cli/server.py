@@ -69,10 +69,12 @@ def down(as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=_PANEL)
 def deploy(as_json: AsJson = False) -> None:
     """Make or update nightshift's work pool, deployments and automations on the Prefect server."""
+    from nightshift.settings import Settings
+
     _use_server()
     from deployments.apply import apply
 
-    deployments = apply()
+    deployments = apply(Settings.load().notify)
     if as_json:
         print_json({"deployments": deployments})
     else:
