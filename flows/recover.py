@@ -25,6 +25,8 @@ from nightshift.workspace import open_workspace
 
 WithinHours = Annotated[float, Field(ge=0)]
 _ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
+_PREFECTS_TURN = timedelta(minutes=5)
+"""So long a run whose flow run the server knows is left to the automations, which take two minutes."""
 _CANCELLED = {StateType.CANCELLING, StateType.CANCELLED}
 
 
@@ -88,6 +90,10 @@ def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[In
         states = {state.type for state in client.read_flow_run_states(newest.id)} if newest else set()
         if states & _CANCELLED:
             recovery.close(store, run.record.run_id, "cancelled")
+        elif newest and store.now() < run.record.updated_at + _PREFECTS_TURN:
+            progress.current().say(
+                f"run {run.record.run_id} is left to Prefect for {_PREFECTS_TURN.seconds // 60} minutes"
+            )
         elif not newest or newest.state_type not in _ON_ITS_WAY:
             yield run
 

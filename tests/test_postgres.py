@@ -1,13 +1,17 @@
 """What a server at work runs on: the same deployments and the same flow with a Prefect server on PostgreSQL."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -15,21 +19,26 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
     import pgserver
 
+from nightshift import runs
 from nightshift.local_prefect import online_workers
+from nightshift.records import Origin
 from nightshift.refs import DatasetRef
+from nightshift.workspace import Workspace
 from tests.conftest import Finished, eventually
+from tests.test_runs import spec
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pgserver.PostgresServer]:
     database = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
     yield database
     database.cleanup()
 
 
-@pytest.fixture
-def api_url(postgres: pgserver.PostgresServer, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def api_url(postgres: pgserver.PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prefect server on that database."""
+    tmp_path = tmp_path_factory.mktemp("prefect")
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -70,3 +79,26 @@ def test_deployments_and_flow_run_on_a_server_with_postgresql(
     assert trained.json["status"] == "finished"
     states = postgres.psql("select name || ': ' || state_type from flow_run where state_type = 'COMPLETED'")
     assert trained.json["run_id"] in states
+
+
+def test_recover_starts_what_prefect_has_lost_once_and_leaves_to_prefect_what_it_knows(
+    api_url: str, nightshift: Callable[..., Finished], workspace: Workspace
+) -> None:
+    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+        headers, data = {"Content-Type": "application/json"}, json.dumps(body).encode() if body else None
+        with urllib.request.urlopen(urllib.request.Request(f"{api_url}/{path}", data, headers), timeout=30) as answer:
+            return json.load(answer)
+
+    def recover() -> list[str]:
+        started: list[str] = nightshift("recover", "--json", PREFECT_API_URL=api_url).json["started"]
+        return started
+
+    adhoc = ask("deployments/name/train-cifar/adhoc")["id"]
+    known = ask(f"deployments/{adhoc}/create_flow_run", {"state": {"type": "CRASHED"}})["id"]
+    for run_id, flow_run_id in (("lost", str(uuid4())), ("known", known)):
+        origin = Origin(flow_run_id=flow_run_id, deployment="train-cifar/adhoc")
+        runs.acquire(workspace.store, replace(spec(run_id), origin=origin), lease_seconds=60).end("interrupted")
+    assert recover() == ["lost"]
+    tagged = ask("flow_runs/filter", {"flow_runs": {"tags": {"all_": ["recovery", "lost"]}}})
+    assert [(run["deployment_id"], run["parameters"]["run_id"]) for run in tagged] == [(adhoc, "lost")]
+    assert recover() == []
