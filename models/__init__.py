@@ -7,12 +7,14 @@ from torch import nn
 from models.quick_cnn import QuickCNN
 from models.resnet import resnet18
 from models.simple_cnn import SimpleCNN, simple_cnn_sequential
+from models.speednet import SpeedNet
 
 _MODELS: dict[str, Callable[[int], nn.Module]] = {
     "quick_cnn": QuickCNN,
     "resnet18": resnet18,
     "simple_cnn": SimpleCNN,
     "simple_cnn_sequential": simple_cnn_sequential,
+    "speednet": SpeedNet,
 }
 
 

@@ -54,11 +54,11 @@ def training_batch(dataset: Dataset, config: TrainConfig, plan: Plan, step: int)
     """The images and labels of one step, augmented but not yet normalized.
 
     Returns:
-        uint8 images (batch, 32, 32, 3) and int64 labels (batch,), on the CPU.
+        uint8 images (batch, 32, 32, 3) and int64 labels (batch,), where the data set lies.
     """
     indices = batch_indices(plan, config.seed, step)
-    images = _gather(dataset.train_images, indices, config, step)
-    return images, dataset.train_labels[indices].long()
+    images = _gather(dataset.train_images, indices, config, plan, step)
+    return images, dataset.train_labels[indices.to(dataset.train_labels.device)].long()
 
 
 def pixel_statistics(dataset: Dataset, normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -89,28 +89,50 @@ def _epoch_order(images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(images, generator=_generator(seed, "order", epoch))
 
 
+@lru_cache(maxsize=2)
+def _first_flips(images: int, seed: int) -> Tensor:
+    """Which images are mirrored in the first epoch, and in every second one after it."""
+    return torch.rand(images, generator=_generator(seed, "flip", 0)) < 0.5
+
+
 def _generator(seed: int, purpose: str, number: int) -> Generator:
     """Hashed, because generators seeded with neighbouring numbers would not be independent."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _gather(images: Tensor, indices: Tensor, config: TrainConfig, step: int) -> Tensor:
-    """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from."""
-    if not config.flip and not config.translate:
-        return images[indices]
-    batch, size = len(indices), images.shape[1]
+def _gather(images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int) -> Tensor:
+    """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from.
+
+    What is drawn is drawn on the CPU, so that it is the same on every device; it is small.
+    """
+    batch, size, device = len(indices), images.shape[1], images.device
     generator = _generator(config.seed, "augment", step)
-    rows = cols = torch.arange(size).expand(batch, size)
-    if config.flip:
-        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
-        cols = torch.where(mirrored, size - 1 - cols, cols)
+    rows = cols = torch.arange(size, device=device).expand(batch, size)
+    if config.flip != "off":
+        mirrored = _mirrored(indices, config, plan, step, generator).to(device)
+        cols = torch.where(mirrored[:, None], size - 1 - cols, cols)
     if config.translate:
         span = 2 * config.translate + 1
-        shifts = torch.randint(span, (2, batch, 1), generator=generator) - config.translate
+        shifts = torch.randint(span, (2, batch, 1), generator=generator).to(device) - config.translate
         rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
+    indices = indices.to(device)
+    if rows is cols:
+        return images[indices]
     pixels = (indices[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]
     return images.reshape(-1, 3).index_select(0, pixels.flatten()).view(batch, size, size, 3)
+
+
+def _mirrored(indices: Tensor, config: TrainConfig, plan: Plan, step: int, generator: Generator) -> Tensor:
+    """Which images of a batch are mirrored, bool (batch,).
+
+    Alternating (Jordan, arXiv 2404.00498, section 3.6): chance decides in the first epoch, and from then on each image
+    is mirrored in every second epoch, so that two successive epochs show all images both ways.
+    """
+    if config.flip == "random":
+        return torch.rand(len(indices), generator=generator) < 0.5
+    epoch, _ = plan.position(step)
+    return _first_flips(plan.images, config.seed)[indices] ^ (epoch % 2 == 1)
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:

@@ -15,11 +15,12 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -98,6 +99,10 @@ class Dataset:
     mean: tuple[float, float, float]
     """Per channel, over the training images, on the scale 0 to 255; so is `std`."""
     std: tuple[float, float, float]
+
+    def resident_on(self, device: torch.device) -> Self:
+        """The same with its training part in a device's memory, so that no step has to copy images there."""
+        return replace(self, train_images=self.train_images.to(device), train_labels=self.train_labels.to(device))
 
 
 def get_spec(name: str) -> Spec:

@@ -135,20 +135,28 @@ class TrainConfig(BaseModel):
     epochs: int = Field(ge=1, le=10_000, description="Passes over the training images.")
     batch_size: int = Field(ge=1, le=65_536, description="Images a step, over all ranks together.")
     drop_last: bool = Field(False, description="Leave out an epoch's last, smaller batch.")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field(description="sgd is SGD with Nesterov momentum.")
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = Field(
+        description="sgd is SGD with Nesterov momentum; muon is Muon for filters, and SGD for all else."
+    )
     lr: float = Field(gt=0, le=100, description="The highest learning rate of the schedule.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum; Adam's first beta.")
-    weight_decay: float = Field(0.0, ge=0, le=10, description="L2 in SGD and Adam, decoupled in AdamW.")
-    schedule: Literal["constant", "triangular", "one_cycle", "cosine"] = Field(
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's and Muon's momentum; Adam's first beta.")
+    weight_decay: float = Field(
+        0.0, ge=0, le=10, description="L2 in SGD and Adam, decoupled in AdamW; Muon needs none."
+    )
+    schedule: Literal["constant", "triangular", "one_cycle", "cosine", "linear"] = Field(
         "constant", description="The learning rate as a function of the step."
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
-    flip: bool = Field(False, description="Mirror each training image with probability one half.")
+    flip: Literal["off", "random", "alternating"] = Field(
+        "off", description="Mirror training images: each with probability one half, or every second epoch."
+    )
     translate: int = Field(0, ge=0, le=16, description="Shift by up to so many pixels, edges reflected.")
     normalization: Literal["dataset", "half"] = Field(
         "dataset", description="By the data set's own mean and deviation, or by 0.5 and 0.5."
     )
-    tta: Literal["off", "flip"] = Field("off", description="flip: test on the mean of each image and its mirror.")
+    tta: Literal["off", "flip", "crops"] = Field(
+        "off", description="Test on the mean of each image and its mirror; crops: also of both shifted by a pixel."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of the initial weights, the order and the augmentation.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Save at every so many steps.")
     checkpoint_every_seconds: float | None = Field(30.0, gt=0, description="Save at the step edge after so long.")
@@ -157,8 +165,12 @@ class TrainConfig(BaseModel):
     keep_every_epochs: int | None = Field(None, ge=1, description="Keep also the first after every so many epochs.")
     deterministic: bool = Field(True, description="Refuse operations whose result varies from run to run.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast in forward.")
-    compile: Literal["off", "on"] = Field("off", description="torch.compile the model.")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32", description="bfloat16: autocast in forward; auto: where the hardware has it."
+    )
+    compile: Literal["off", "on", "auto"] = Field(
+        "off", description="torch.compile the model; auto: on a GPU, where a training is long enough to repay it."
+    )
     tensorboard: bool = Field(False, description="Write TensorBoard event files under NIGHTSHIFT_HOME.")
     nproc_per_node: int = Field(1, ge=1, le=1, description="Processes a machine.")
 

@@ -27,7 +27,7 @@ from nightshift.errors import (
     TrainingInterrupted,
 )
 from nightshift.metrics import MetricsLog
-from nightshift.optim import build_optimizer, learning_rate, set_learning_rate
+from nightshift.optim import build_optimizer, learning_rate, set_learning_rates
 from nightshift.records import Checkpoint, Origin
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.runs import Run, RunSpec
@@ -37,6 +37,10 @@ from nightshift.state import TrainState, seed_everything, seed_step
 from nightshift.workspace import Workspace
 
 _REPORT_SECONDS = 0.25
+_INITIAL_IMAGES = 5000
+"""So many training images a network may see to set its first weights."""
+_COMPILATION_STEPS = 2000
+"""A training of so many steps takes minutes on a GPU, and a compilation half a one."""
 
 
 def train(
@@ -67,10 +71,14 @@ def train(
         progress.current().say(f"run {run_id} is finished: nothing to train")
         return finished
     workspace.store.check_fencing()
-    dataset = open_dataset(workspace, dataset_ref)
-    plan = batches.make_plan(config, dataset)
     device = pick_device(config)
-    spec = RunSpec(run_id, config, dataset_ref, describe_environment(device), plan.total_steps, origin or Origin())
+    dataset = open_dataset(workspace, dataset_ref).resident_on(device)
+    plan = batches.make_plan(config, dataset)
+    environment = describe_environment(device) | {
+        "precision": pick_precision(config, device),
+        "compile": pick_compile(config, device, plan.total_steps),
+    }
+    spec = RunSpec(run_id, config, dataset_ref, environment, plan.total_steps, origin or Origin())
     with (
         _numerics(config, device),
         runs.hold(workspace.store, spec, workspace.lease_seconds) as run,
@@ -99,6 +107,25 @@ def pick_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
+def pick_precision(config: TrainConfig, device: torch.device) -> str:
+    """float32 or bfloat16. Where the hardware lacks bfloat16 it is emulated, many times slower than float32."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        native = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+    return "bfloat16" if native else "float32"
+
+
+def pick_compile(config: TrainConfig, device: torch.device, total_steps: int) -> str:
+    """on or off. Compiled code is faster on a GPU only, and only many steps repay the compilation."""
+    if config.compile != "auto":
+        return config.compile
+    return "on" if device.type == "cuda" and total_steps >= _COMPILATION_STEPS else "off"
+
+
 def build_state(
     run: Run, config: TrainConfig, dataset: Dataset, device: torch.device
 ) -> tuple[TrainState, Checkpoint | None]:
@@ -113,6 +140,9 @@ def build_state(
     state = TrainState(model, build_optimizer(model, config), device)
     changes = run.record.events[-1].detail
     restored = restore(run, state)
+    if not restored and hasattr(model, "initialize_from"):
+        images = dataset.train_images[:_INITIAL_IMAGES].cpu()  # so that every device begins with the same weights
+        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.normalization)))
     if restored:
         progress.current().say(f"resumed from step {restored.step} ({run.store.url(restored.key)})")
         if changes:
@@ -138,7 +168,9 @@ class _Loop:
         self.metrics = MetricsLog(run.store, run.run_id, self.state.step, tensorboard)
         self.saver = Saver(run, config, device, retry_seconds, self.metrics)
         model = self.state.model
-        self.forward: nn.Module = torch.compile(model) if config.compile == "on" else model  # type: ignore[assignment]
+        self.bfloat16 = pick_precision(config, device) == "bfloat16"
+        compiled = pick_compile(config, device, plan.total_steps) == "on"
+        self.forward: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
         self.scale, self.shift = (part.to(device) for part in batches.normalizer(dataset, config.normalization))
         self.restored = run.record.ref(restored) if restored else None
         self.seconds_before = restored.metrics["train_seconds"] if restored else 0.0
@@ -152,8 +184,7 @@ class _Loop:
         )
         state.model.train()
         while state.step < plan.total_steps:
-            images, labels = batches.training_batch(self.dataset, self.config, plan, state.step)
-            self.train_step(images.to(state.device), labels.to(state.device))
+            self.train_step(*batches.training_batch(self.dataset, self.config, plan, state.step))
             self.run.check()
             self.report()
             if state.step == first + 1:
@@ -194,8 +225,8 @@ class _Loop:
         if within == 0:
             state.begin_epoch()
         seed_step(config.seed, state.step)
-        set_learning_rate(state.optimizer, learning_rate(config, state.step, self.plan.total_steps))
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        set_learning_rates(state.optimizer, config, state.step, self.plan.total_steps)
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=self.bfloat16):
             logits = self.forward(batches.to_input(images, self.scale, self.shift))
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         state.optimizer.zero_grad()

@@ -36,7 +36,7 @@ def noise(count: int) -> Tensor:
 
 
 def config_of(**overrides: Any) -> TrainConfig:
-    plain = {"batch_size": 16, "epochs": 3, "flip": False, "translate": 0, "drop_last": False}
+    plain = {"batch_size": 16, "epochs": 3, "flip": "off", "translate": 0, "drop_last": False}
     return make_config("quick", {**plain, **overrides})
 
 
@@ -114,7 +114,7 @@ def test_a_steps_images_are_the_same_whatever_was_asked_before(plan: Plan, seed:
 @given(st.permutations(range(12)), SEEDS)
 @settings(max_examples=10, deadline=None)
 def test_a_steps_augmentation_is_the_same_whatever_was_asked_before(order: list[int], seed: int) -> None:
-    dataset, config = dataset_of(noise(60)), config_of(flip=True, translate=3, seed=seed)
+    dataset, config = dataset_of(noise(60)), config_of(flip="random", translate=3, seed=seed)
     expected = [batch(dataset, config, step) for step in range(12)]
     for step in order:
         torch.manual_seed(step)
@@ -126,17 +126,17 @@ def test_a_steps_augmentation_is_the_same_whatever_was_asked_before(order: list[
 def test_augmentation_is_decided_by_seed_and_step_alone() -> None:
     # All images are the same one, so that batches differ only in how it was augmented.
     few, many = (dataset_of(noise(1).expand(count, -1, -1, -1).contiguous()) for count in (64, 320))
-    config = config_of(flip=True, translate=2)
+    config = config_of(flip="random", translate=2)
     augmented = [batch(few, config, step)[0] for step in range(4)]
     for step in range(4):
-        assert torch.equal(batch(many, config_of(flip=True, translate=2, epochs=9), step)[0], augmented[step])
-        assert not torch.equal(batch(few, config_of(flip=True, translate=2, seed=1), step)[0], augmented[step])
+        assert torch.equal(batch(many, config_of(flip="random", translate=2, epochs=9), step)[0], augmented[step])
+        assert not torch.equal(batch(few, config_of(flip="random", translate=2, seed=1), step)[0], augmented[step])
         assert not torch.equal(augmented[step - 1], augmented[step])
 
 
 def test_a_batch_draws_nothing_from_torchs_global_generator() -> None:
     before = torch.get_rng_state()
-    batch(dataset_of(noise(40)), config_of(flip=True, translate=2), 1)
+    batch(dataset_of(noise(40)), config_of(flip="random", translate=2), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -147,17 +147,29 @@ def test_without_augmentation_images_are_untouched() -> None:
 
 def test_augmentation_leaves_the_data_set_as_it_is() -> None:
     dataset = dataset_of(noise(50))
-    first_epoch(dataset, config_of(flip=True, translate=4))
+    first_epoch(dataset, config_of(flip="random", translate=4))
     assert torch.equal(dataset.train_images, noise(50))
 
 
 def test_flip_mirrors_some_images_and_leaves_the_others() -> None:
-    images, originals = first_epoch(dataset_of(noise(400)), config_of(flip=True))
+    images, originals = first_epoch(dataset_of(noise(400)), config_of(flip="random"))
     mirrored = (images == originals.flip(2)).flatten(1).all(1)
     untouched = (images == originals).flatten(1).all(1)
     assert (mirrored ^ untouched).all()
     # Four standard deviations around one half of 400.
     assert 160 < int(mirrored.sum()) < 240
+
+
+def test_alternating_flip_shows_each_image_both_ways_in_two_successive_epochs() -> None:
+    dataset, config = dataset_of(noise(400)), config_of(flip="alternating", epochs=5, batch_size=40)
+    plan = make_plan(config, dataset)
+    mirrored = torch.zeros(5, 400, dtype=torch.bool)
+    for step in range(plan.total_steps):
+        indices = batch_indices(plan, config.seed, step)
+        same = (batch(dataset, config, step)[0] == dataset.train_images[indices]).flatten(1).all(1)
+        mirrored[plan.position(step)[0], indices] = ~same
+    assert 160 < int(mirrored[0].sum()) < 240
+    assert (mirrored[1:] ^ mirrored[:-1]).all()
 
 
 @pytest.mark.parametrize(("reach", "count"), [(1, 300), (3, 500)])
@@ -177,14 +189,16 @@ def test_the_greatest_translation_still_reflects() -> None:
 
 
 def test_flip_and_translate_together_give_a_shift_of_the_image_or_of_its_mirror() -> None:
-    images, originals = first_epoch(dataset_of(noise(200)), config_of(flip=True, translate=2))
+    images, originals = first_epoch(dataset_of(noise(200)), config_of(flip="random", translate=2))
     straight, mirrored = shifts(images, originals, 2), shifts(images, originals.flip(2), 2)
     assert all(len(one) + len(other) == 1 for one, other in zip(straight, mirrored, strict=True))
     assert any(straight)
     assert any(mirrored)
 
 
-@pytest.mark.parametrize("augmentation", [{}, {"flip": True}, {"translate": 4}, {"flip": True, "translate": 4}])
+@pytest.mark.parametrize(
+    "augmentation", [{}, {"flip": "random"}, {"translate": 4}, {"flip": "alternating", "translate": 4}]
+)
 def test_each_label_belongs_to_its_image(augmentation: dict[str, Any]) -> None:
     # Each image is of one colour that tells its number, however it is flipped and shifted.
     numbers = torch.arange(250, dtype=torch.uint8)

@@ -26,12 +26,12 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("nightshift", "models", "tasks", "flows"):
+        if name.partition(".")[0] in ("nightshift", "tasks", "flows"):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Refuse())
 import numpy as np, onnxruntime, safetensors.torch, torch
-from network import QuickCNN
+from models.quick_cnn import QuickCNN
 
 images = torch.from_numpy(np.load("images.npy")).to(memory_format=torch.channels_last)
 found = {}
@@ -60,7 +60,7 @@ def test_each_format_predicts_the_same_in_a_process_without_nightshift(
         (tmp_path / name).write_bytes(export.export_run(workspace, record, name))
     images = batches.to_input(dataset.test_images[:1000], *batches.normalizer(dataset, config.normalization))
     np.save(tmp_path / "images.npy", images.numpy())
-    shutil.copy(str(networks.quick_cnn.__file__), tmp_path / "network.py")
+    shutil.copytree(Path(str(networks.__file__)).parent, tmp_path / "models")
     plain = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WITHOUT_NIGHTSHIFT], cwd=tmp_path, capture_output=True, text=True
     )

@@ -6,8 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from models import build_model, known_models
+from models.layers import DiracConv
+from models.quick_cnn import QuickCNN
 from models.resnet import resnet18
 from models.simple_cnn import SimpleCNN, simple_cnn_sequential
+from models.speednet import SpeedNet
 
 
 def seeded(name: str, seed: int, num_classes: int = 10) -> nn.Module:
@@ -68,15 +71,37 @@ def test_resnet18_has_torchvisions_layers_after_the_stem() -> None:
         assert repr(getattr(ours, name)) == repr(getattr(theirs, name))
 
 
+@pytest.mark.parametrize("fast", [QuickCNN, SpeedNet])
+def test_the_first_layer_of_a_fast_network_whitens_the_patches_it_was_initialized_from(
+    fast: type[QuickCNN | SpeedNet],
+) -> None:
+    network, seen = fast(), images(256).cumsum(3)  # neighbouring pixels are alike, as in photographs
+    network.initialize_from(seen)
+    whiten = network.whiten
+    directions, negatives = F.conv2d(seen, whiten.weight, stride=whiten.stride).chunk(2, dim=1)
+    assert torch.equal(directions, -negatives)
+    covariance = directions.permute(1, 0, 2, 3).flatten(1)
+    covariance = covariance @ covariance.T / covariance.shape[1]
+    assert torch.allclose(covariance, torch.eye(len(covariance)), atol=0.01)
+
+
+def test_the_convolutions_of_a_fast_network_begin_as_partial_identities() -> None:
+    for convolution in [module for module in SpeedNet().modules() if isinstance(module, DiracConv)]:
+        features = torch.randn(1, convolution.in_channels, 5, 5)
+        assert torch.allclose(convolution(features)[:, : convolution.in_channels], features, atol=1e-6)
+
+
 @pytest.mark.parametrize("num_classes", [2, 10])
 @pytest.mark.parametrize("name", known_models())
-def test_every_model_gives_a_logit_a_class_and_a_gradient_to_every_parameter(name: str, num_classes: int) -> None:
+def test_every_model_gives_a_logit_a_class_and_a_gradient_to_every_parameter_that_is_trained(
+    name: str, num_classes: int
+) -> None:
     model = seeded(name, 0, num_classes)
     logits = model(images())
     assert logits.shape == (2, num_classes)
     F.cross_entropy(logits, torch.tensor([0, 1])).backward()
-    without = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
-    assert without == []
+    given = {key for key, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert given == {key for key, weight in model.named_parameters() if weight.requires_grad}
 
 
 def test_an_unknown_model_is_refused_with_a_list_of_the_known_ones() -> None:

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn, optim
 
-from nightshift.optim import build_optimizer, learning_rate, set_learning_rate
+from models.speednet import SpeedNet
+from nightshift.muon import orthogonalized
+from nightshift.optim import build_optimizer, learning_rate, set_learning_rates
 from nightshift.recipes import make_config
 from nightshift.settings import TrainConfig
 
-SCHEDULES = ["constant", "triangular", "one_cycle", "cosine"]
+SCHEDULES = ["constant", "triangular", "one_cycle", "cosine", "linear"]
 
 
 def scheduled(schedule: str, lr: float = 0.15) -> TrainConfig:
@@ -94,7 +96,7 @@ def test_sgd_is_nesterovs_with_the_configured_momentum_and_decay() -> None:
 
 
 def test_sgd_works_without_momentum() -> None:
-    (group,) = build_optimizer(nn.Linear(2, 2), make_config("quick", {"momentum": 0})).param_groups
+    (group,) = build_optimizer(nn.Linear(2, 2), make_config("quick", {"optimizer": "sgd", "momentum": 0})).param_groups
     assert (group["momentum"], group["nesterov"]) == (0, False)
 
 
@@ -115,8 +117,72 @@ def test_the_optimizer_has_every_parameter_once(name: str) -> None:
     assert sorted(held) == sorted(id(weight) for weight in model.parameters())
 
 
-def test_the_set_rate_reaches_every_group() -> None:
+def test_the_rate_reaches_every_group() -> None:
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = optim.SGD([{"params": first.parameters(), "lr": 1.0}, {"params": second.parameters(), "lr": 2.0}])
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    set_learning_rates(optimizer, scheduled("linear"), 5, 10)
+    assert [group["lr"] for group in optimizer.param_groups] == [learning_rate(scheduled("linear"), 5, 10)] * 2
+
+
+def muon(model: nn.Module) -> tuple[TrainConfig, optim.Optimizer]:
+    config = make_config("speedrun")
+    return config, build_optimizer(model, config)
+
+
+def trained_step(model: nn.Module, optimizer: optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
+    optimizer.step()
+
+
+def test_muon_has_every_parameter_that_is_trained_once() -> None:
+    model = SpeedNet()
+    held = [id(weight) for group in muon(model)[1].param_groups for weight in group["params"]]
+    assert sorted(held) == sorted(id(weight) for weight in model.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (64, 64)])
+def test_an_orthogonalized_matrix_has_its_directions_and_singular_values_near_one(shape: tuple[int, int]) -> None:
+    left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    found = orthogonalized(left @ torch.diag(values.clamp(min=values.max() / 4)) @ right).float()
+    spectrum = left.T @ found @ right.T
+    assert ((spectrum.diag() > 0.5) & (spectrum.diag() < 1.5)).all()
+    assert (spectrum - spectrum.diag().diag()).abs().max() < 0.1
+
+
+def test_muon_keeps_the_norm_of_filters_and_moves_them_by_about_the_rate() -> None:
+    model = SpeedNet()
+    config, optimizer = muon(model)
+    set_learning_rates(optimizer, config, 0, 200)
+    filters = optimizer.param_groups[0]["params"]
+    before = [weight.detach() * len(weight) ** 0.5 / weight.norm() for weight in filters]
+    for weight in filters:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    for weight, normalized in zip(filters, before, strict=True):
+        moved = (weight - normalized).norm() / min(weight.flatten(1).shape) ** 0.5
+        assert 0.5 < moved / config.lr < 1.5
+
+
+def test_the_bias_of_the_whitening_layer_is_trained_in_the_first_three_eighths_only() -> None:
+    model = SpeedNet()
+    config, optimizer = muon(model)
+    moved = []
+    for step in range(16):
+        before = [weight.detach().clone() for weight in (model.whiten.bias, model.head.weight)]
+        set_learning_rates(optimizer, config, step, 16)
+        trained_step(model, optimizer)
+        after = (model.whiten.bias, model.head.weight)
+        moved.append([not torch.equal(*pair) for pair in zip(before, after, strict=True)])
+    assert moved == [[True, True]] * 6 + [[False, True]] * 10
+
+
+def test_the_weight_decay_of_muon_is_what_a_step_takes_off_at_the_highest_rate() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    config, optimizer = muon(model)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.zeros(2, 2)
+    for group in optimizer.param_groups:
+        group["lr"], group["momentum"] = group["scale"] * config.lr, 0
+    optimizer.step()
+    assert torch.allclose(model.weight, before * (1 - config.weight_decay))
