@@ -71,7 +71,7 @@ def night(record: RunRecord, lines: Sequence[Line]) -> dict[str, str]:
             axes.vlines(x, 0, y, color=_BLUE)
         axes.plot(x, y, mark, color=_BLUE, label="checkpoint" if name == "stalls" else "measured")
         _mark_events(axes, record, minutes)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(y, default=0) or 1)
         axes.set_xlim(0, 1.02 * max((minutes(line["at"]) for line in lines), default=1))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=10)

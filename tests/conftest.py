@@ -135,7 +135,7 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def finish(self, timeout: float = 120) -> Finished:
+    def finish(self, timeout: float = 240) -> Finished:
         out, err = self.process.communicate(timeout=timeout)
         return Finished(self.process.returncode, out, err)
 

@@ -26,6 +26,7 @@ from nightshift.workspace import Workspace
 from tests.conftest import Command, Finished, eventually
 
 TUTORIAL = ("--recipe", "tutorial", "--set", "max_train_images=6400", "--set", "epochs=3")
+WORSE = ("train", "--recipe", "tutorial", "--set", "max_train_images=320", "--set", "epochs=1", "--run-id", "worse")
 
 PLAIN_TORCH = """
 import sys, torch, numpy as np, torch.nn as nn
@@ -197,24 +198,38 @@ def test_the_flow_predict_writes_where_it_is_told(
     assert b"inbox/a.png" in workspace.store.get("predictions.csv")[0]
 
 
+@pytest.fixture(scope="module")
+def worse(whole: Finished, run: Callable[..., Finished]) -> Finished:
+    """What a person sees of a run whose model is worse than the one of `whole`."""
+    return run(*WORSE)
+
+
+def test_a_person_sees_epochs_and_a_summary_and_nothing_else(worse: Finished) -> None:
+    assert worse.exit_code == 0
+    assert all(part in worse.out for part in ("test accuracy", "cifar10 from the cache", "not promoted"))
+    lines = worse.err.splitlines()
+    assert [line for line in lines if not line.startswith(("·", "  epoch"))] == []
+    assert len([line for line in lines if line.startswith("  epoch")]) == 1
+
+
 def test_a_rejection_is_a_result_and_by_setting_a_failure(
-    whole: Finished, run: Callable[..., Finished], prefect_api: str
+    worse: Finished, run: Callable[..., Finished], workspace: Workspace, prefect_api: str
 ) -> None:
-    worse = ("train", "--recipe", "tutorial", "--set", "max_train_images=320", "--set", "epochs=1")
-    rejected = run(*worse, "--run-id", "rejected", "--json")
-    assert (rejected.exit_code, rejected.json["status"]) == (0, "finished"), rejected.err
-    assert not rejected.json["verdict"]["promoted"]
-    assert rejected.json["champion"]["run_id"] == "whole"
-    state = newest_flow_run(prefect_api, "rejected")["state"]
-    assert (state["type"], state["message"]) == (
-        "COMPLETED",
-        f"rejected is not promoted: {rejected.json['verdict']['reason']}",
-    )
-    failed = run(*worse, "--run-id", "rejected", NIGHTSHIFT_GATE__FAIL_WHEN_REJECTED="true")
+    record, _ = records.read_record(workspace.store, "worse")
+    assert record.status == "finished"
+    assert record.result
+    verdict = record.result.verdict
+    assert verdict
+    assert not verdict.promoted
+    assert verdict.champion
+    assert verdict.champion.run_id == "whole"
+    state = newest_flow_run(prefect_api, "worse")["state"]
+    assert (state["type"], state["message"]) == ("COMPLETED", f"worse is not promoted: {verdict.reason}")
+    failed = run(*WORSE, NIGHTSHIFT_GATE__FAIL_WHEN_REJECTED="true")
     assert failed.exit_code == 1
-    assert "rejected is not promoted" in failed.err
+    assert "worse is not promoted" in failed.err
     assert "Traceback" not in failed.err
-    assert newest_flow_run(prefect_api, "rejected")["state"]["type"] == "FAILED"
+    assert newest_flow_run(prefect_api, "worse")["state"]["type"] == "FAILED"
 
 
 def test_prefect_shows_the_report_and_the_progress_as_artifacts(whole: Finished, prefect_api: str) -> None:
@@ -249,44 +264,28 @@ def test_a_finished_run_returns_its_result_and_trains_nothing(
     assert records.read_record(workspace.store, "whole") == record
 
 
-def test_a_person_sees_epochs_and_a_summary_and_nothing_else(whole: Finished, run: Callable[..., Finished]) -> None:
-    done = run("train", *TUTORIAL)
-    assert done.exit_code == 0
-    assert "test accuracy" in done.out
-    assert "cifar10 from the cache" in done.out
-    lines = done.err.splitlines()
-    assert [line for line in lines if not line.startswith(("·", "  epoch"))] == []
-    assert len([line for line in lines if line.startswith("  epoch")]) == 3
-
-
-def test_a_run_ended_by_sigterm_loses_no_step_and_resumes_to_the_same_bits(
+def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
     whole: Finished, run: Callable[..., Finished], start: Callable[..., Command], workspace: Workspace, prefect_api: str
 ) -> None:
-    command = start("train", *TUTORIAL, "--run-id", "terminated", "--json")
-    command.wait_for_line("epoch 1/3")
-    command.send(signal.SIGTERM)
-    stopped = command.finish()
-    assert stopped.exit_code == 3, stopped.err
-    assert "nightshift resume terminated" in stopped.json["error"]
-    record = records.read_record(workspace.store, "terminated")[0]
-    assert record.status == "interrupted"
-    assert f"after step {record.step} of 600" in stopped.json["error"]
-    assert flow_run_state(prefect_api, "terminated")[0] == "CRASHED"
+    killed = start("train", *TUTORIAL, "--run-id", "stopped", "--set", "checkpoint_every_steps=20")
+    killed.wait_for_line("epoch 1/3")
+    killed.send(signal.SIGKILL)
+    killed.finish()
 
-    resumed = run("resume", "terminated", "--json")
+    terminated = start("resume", "stopped", "--json")
+    terminated.wait_for_line("epoch 2/3")
+    terminated.send(signal.SIGTERM)
+    stopped = terminated.finish()
+    assert stopped.exit_code == 3, stopped.err
+    assert "nightshift resume stopped" in stopped.json["error"]
+    record = records.read_record(workspace.store, "stopped")[0]
+    assert record.status == "interrupted"
+    assert record.resumed_from_step
+    assert record.resumed_from_step >= 20
+    assert f"after step {record.step} of 600" in stopped.json["error"]
+    assert flow_run_state(prefect_api, "stopped")[0] == "CRASHED"
+
+    resumed = run("resume", "stopped", "--json")
     assert resumed.exit_code == 0, resumed.err
     assert resumed.json["resumed_from_step"] == record.step
-    assert resumed.json["weights_sha256"] == whole.json["weights_sha256"]
-
-
-def test_a_run_killed_in_mid_training_resumes_at_once_and_ends_with_the_same_weights(
-    whole: Finished, run: Callable[..., Finished], start: Callable[..., Command]
-) -> None:
-    command = start("train", *TUTORIAL, "--run-id", "killed", "--set", "checkpoint_every_steps=20")
-    command.wait_for_line("epoch 1/3")
-    command.send(signal.SIGKILL)
-    command.finish()
-    resumed = run("resume", "killed", "--json")
-    assert resumed.exit_code == 0, resumed.err
-    assert resumed.json["resumed_from_step"] >= 20
     assert resumed.json["weights_sha256"] == whole.json["weights_sha256"]

@@ -292,20 +292,16 @@ def test_a_run_whose_worker_is_told_to_stop_loses_no_step_and_is_resumed(
     assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
 
 
-def test_a_run_that_is_interrupted_too_often_is_given_up_and_somebody_is_told(
-    train: Callable[..., Training], told: tuple[str, list[dict[str, str]]]
-) -> None:
+@pytest.fixture(scope="module")
+def hopeless(train: Callable[..., Training]) -> Training:
+    """A run that may not be started again, and is interrupted."""
     training = train("hopeless", NIGHTSHIFT_MAX_RECOVERIES="0")
     training.kill(signal.SIGTERM)
-    eventually(training.has_ended, timeout=120)
-    assert training.events == ["started", "interrupted", "failed"]
-    eventually(lambda: training.state["type"] == "FAILED")
-    assert "NIGHTSHIFT_MAX_RECOVERIES" in training.state["message"]
-    eventually(lambda: any("hopeless (tutorial) has failed" in message["subject"] for message in told[1]))
+    return training
 
 
 def test_a_run_that_the_user_cancels_stays_cancelled(
-    train: Callable[..., Training], prefect: Prefect, nightshift: Nightshift
+    hopeless: Training, train: Callable[..., Training], prefect: Prefect, nightshift: Nightshift
 ) -> None:
     training = train("unwanted")
     assert prefect("flow-run", "cancel", training.flow_run_id).returncode == 0
@@ -313,19 +309,6 @@ def test_a_run_that_the_user_cancels_stays_cancelled(
     assert training.events == ["started", "interrupted", "cancelled"]
     eventually(lambda: training.state["type"] == "CANCELLED")
     assert "unwanted" not in nightshift("recover", "--json").json["started"]
-
-
-def test_a_run_goes_on_while_the_server_is_killed_and_started_again(
-    train: Callable[..., Training], home: Path, undisturbed: RunRecord
-) -> None:
-    training = train("unobserved")
-    os.kill(int((home / "prefect" / "server.pid").read_text().split()[2]), signal.SIGKILL)
-    eventually(training.has_ended, timeout=120)
-    assert training.events == ["started", "finished"]
-    assert training.record.result
-    assert undisturbed.result
-    assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
-    eventually(lambda: training.state["type"] == "COMPLETED", timeout=60)
 
 
 def test_of_two_nightly_runs_at_once_the_second_waits(
@@ -346,6 +329,29 @@ def test_somebody_is_told_of_a_model_that_is_worse_than_the_champion(told: tuple
     """The two before were trained for one epoch only."""
     eventually(lambda: any("first is not promoted" in message["subject"] for message in told[1]))
     assert any("max_regression" in message["body"] for message in told[1])
+
+
+def test_a_run_that_is_interrupted_too_often_is_given_up_and_somebody_is_told(
+    hopeless: Training, told: tuple[str, list[dict[str, str]]]
+) -> None:
+    eventually(hopeless.has_ended, timeout=120)
+    assert hopeless.events == ["started", "interrupted", "failed"]
+    eventually(lambda: hopeless.state["type"] == "FAILED")
+    assert "NIGHTSHIFT_MAX_RECOVERIES" in hopeless.state["message"]
+    eventually(lambda: any("hopeless (tutorial) has failed" in message["subject"] for message in told[1]))
+
+
+def test_a_run_goes_on_while_the_server_is_killed_and_started_again(
+    train: Callable[..., Training], home: Path, undisturbed: RunRecord
+) -> None:
+    training = train("unobserved")
+    os.kill(int((home / "prefect" / "server.pid").read_text().split()[2]), signal.SIGKILL)
+    eventually(training.has_ended, timeout=120)
+    assert training.events == ["started", "finished"]
+    assert training.record.result
+    assert undisturbed.result
+    assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
+    eventually(lambda: training.state["type"] == "COMPLETED", timeout=60)
 
 
 def test_the_lost_run_was_resumed_without_a_human_hand(lost: Training, undisturbed: RunRecord) -> None:
