@@ -1,4 +1,4 @@
-.PHONY: setup train up down test check soak
+.PHONY: setup train up down test check soak bench
 
 UV_VERSION := 0.13.9
 STAMP := .venv/.ready
@@ -33,6 +33,11 @@ test: setup
 
 soak: setup
 	@.venv/bin/python -m tests.faults.soak
+
+bench: setup
+	@test -x .venv-bench/bin/python || .venv/bin/uv venv --quiet .venv-bench --python .venv/bin/python
+	@.venv/bin/uv pip install --quiet --python .venv-bench --constraints requirements.lock --group bench --editable .
+	@.venv-bench/bin/python benchmarks/results.py
 
 check: setup
 	@.venv/bin/ruff format --check

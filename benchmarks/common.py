@@ -4,10 +4,12 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +17,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from nightshift.settings import Settings
 
 console = Console(width=None if Console().is_terminal else 140, highlight=False)
 
@@ -73,6 +77,28 @@ def temporary_home() -> Iterator[Path]:
             for path in home.glob("*/supervisor.lock"):
                 with open(path, "a") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)  # a supervisor holds it until its server has ended
+
+
+def copy_data_cache(home: Path) -> None:
+    """Give a new home the data sets that are already on this machine, so that they are not downloaded again."""
+    known = Settings.load().home / "datasets"
+    if known.exists():
+        shutil.copytree(known, home / "datasets", dirs_exist_ok=True)
+
+
+def installed(peers: Mapping[str, Sequence[str]]) -> list[str]:
+    """Those peers whose packages are here; says what to do about the others."""
+    names = []
+    for name, packages in peers.items():
+        absent = [package for package in packages if find_spec(package) is None]
+        if absent:
+            console.print(
+                f"[yellow]![/] {name} is left out: {', '.join(absent)} not installed. In an environment of its own: "
+                "uv pip install --group bench"
+            )
+        else:
+            names.append(name)
+    return names
 
 
 def show(title: str, facts: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
