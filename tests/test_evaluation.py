@@ -44,6 +44,7 @@ def test_with_tta_an_image_and_its_mirror_are_the_same() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(evaluation.predict(model, images, "flip"), evaluation.predict(model, images.flip(3), "flip"))
+    assert not torch.equal(evaluation.predict(model, images, "crops"), evaluation.predict(model, images, "flip"))
     assert not torch.equal(evaluation.predict(model, images), evaluation.predict(model, images.flip(3)))
 
 

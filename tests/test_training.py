@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from nightshift import checkpoints, records, training
 from nightshift.errors import ConfigError, TrainingDivergedError, TrainingInterrupted
@@ -138,3 +139,17 @@ def test_every_boundary_is_saved_or_counted_as_skipped(
     saved = records.read_record(workspace.store, "run")[0].checkpoints
     # The last step is saved in any case: where its boundary had been skipped, it is counted twice.
     assert len(saved) + saved[-1].metrics["skipped"] in (40, 41)
+
+
+def test_what_is_left_to_the_hardware_is_chosen_by_it_and_what_is_asked_for_is_done() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    auto = small_config("quick", compile="auto")
+    assert [training.pick_compile(auto, *where) for where in ((cpu, 9999), (gpu, 50), (gpu, 9999))] == [
+        "off",
+        "off",
+        "on",
+    ]
+    assert training.pick_compile(small_config(compile="on"), cpu, 50) == "on"
+    has_bfloat16 = "bf16" in Path("/proc/cpuinfo").read_text()
+    assert training.pick_precision(auto, cpu) == ("bfloat16" if has_bfloat16 else "float32")
+    assert training.pick_precision(small_config(precision="float32"), cpu) == "float32"
