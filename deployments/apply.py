@@ -82,10 +82,11 @@ def _block_id(client: SyncPrefectClient, notify: str) -> UUID:
 
 def _upsert(client: SyncPrefectClient, automation: AutomationCore) -> None:
     stored = client.read_automations_by_name(automation.name)
-    if stored:
-        client.update_automation(stored[0].id, automation)
-    else:
+    if not stored:
         client.create_automation(automation)
+    elif stored[0].model_dump(exclude={"id"}) != automation.model_dump():
+        # Only then: an update forgets the events seen so far, and a run that is being missed just now stays lost.
+        client.update_automation(stored[0].id, automation)
 
 
 def _read(name: str) -> Any:

@@ -240,11 +240,15 @@ def test_up_and_deploy_change_nothing_when_they_are_repeated(
         kinds = ("automations", "deployments", "work_pools")
         return sorted((kind, found["name"]) for kind in kinds for found in ask(f"{kind}/filter", limit=100))
 
-    before = deployed()
+    def last_changes() -> dict[str, str]:
+        return {found["name"]: found["updated"] for found in ask("automations/filter", limit=100)}
+
+    before, changes_before = deployed(), last_changes()
 
     assert nightshift("up", "--json").json == stack
     assert nightshift("deploy", "--json").json == {"deployments": stack["deployments"]}
     assert deployed() == before
+    assert last_changes() == changes_before, "an automation that is updated forgets which heartbeats it has seen"
     assert [name for kind, name in before if kind == "automations"] == [
         "tell that a model was rejected",
         "tell that train-cifar has crashed and does not go on",
