@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -42,7 +41,7 @@ import fsspec  # type: ignore[import-untyped]
 import torch
 import torchvision
 import typer
-from common import Summary, console, machine, show, temporary_home, write_json
+from common import Summary, console, installed, machine, show, temporary_home, write_json
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -60,7 +59,7 @@ from nightshift.training import describe_environment
 
 _CPU = torch.device("cpu")
 _IMAGES = 10_000
-_PEERS = {"lightning": ("pytorch_lightning", "s3fs"), "dcp": ("s3fs",)}
+_PEERS = {"nightshift": (), "lightning": ("pytorch_lightning", "s3fs"), "dcp": ("s3fs",)}
 
 
 class Method(Protocol):
@@ -261,21 +260,6 @@ def opened(home: Path, names: Sequence[str], state: TrainState) -> Iterator[dict
         yield {name: makers[name]() for name in names}
 
 
-def installed() -> list[str]:
-    """The names of the methods whose packages are here; says what to do about the others."""
-    names = ["nightshift"]
-    for name, packages in _PEERS.items():
-        absent = [package for package in packages if find_spec(package) is None]
-        if absent:
-            console.print(
-                f"[yellow]![/] {name} is left out: {', '.join(absent)} not installed. In an environment of its own: "
-                "uv pip install --group bench"
-            )
-        else:
-            names.append(name)
-    return names
-
-
 def main(
     model: Annotated[str, typer.Option(help="A classifier of torchvision.")] = "resnet50",
     every: Annotated[int, typer.Option(help="Steps a block, each of which begins with a save.")] = 50,
@@ -291,7 +275,7 @@ def main(
         model, every, rounds, saves, batch = "resnet18", 10, 1, 3, 64
     if threads:
         torch.set_num_threads(threads)
-    facts, names = machine(), installed()
+    facts, names = machine(), installed(_PEERS)
     samples, training = Samples(names), Training(model, batch)
     for number in range(rounds):
         console.print(f"[dim]· round {number + 1} of {rounds}[/]")
