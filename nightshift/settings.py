@@ -141,7 +141,7 @@ class TrainConfig(BaseModel):
     lr: float = Field(gt=0, le=100, description="The highest learning rate of the schedule.")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's and Muon's momentum; Adam's first beta.")
     weight_decay: float = Field(
-        0.0, ge=0, le=10, description="L2 in SGD and Adam, decoupled in AdamW; Muon needs none."
+        0.0, ge=0, le=10, description="L2 in SGD and Adam, decoupled in AdamW; in Muon for all but filters."
     )
     schedule: Literal["constant", "triangular", "one_cycle", "cosine", "linear"] = Field(
         "constant", description="The learning rate as a function of the step."
