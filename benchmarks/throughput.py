@@ -52,12 +52,11 @@ from nightshift.optim import build_optimizer, set_learning_rates
 from nightshift.recipes import make_config
 from nightshift.refs import DatasetRef
 from nightshift.settings import TrainConfig
-from nightshift.training import describe_environment, pick_device, pick_precision, train
+from nightshift.training import describe_environment, pick_device, pick_precision, show_first_images, train
 from nightshift.workspace import Workspace
 
 _PEERS = {"nightshift": (), "plain": (), "lightning": ("pytorch_lightning",), "accelerate": ("accelerate",)}
 _WARM_UP_SECONDS = 2
-_INITIAL_IMAGES = 5000
 _LEASE_SECONDS = 60
 _SAVE_RETRY_SECONDS = 60
 
@@ -117,9 +116,7 @@ class Task:
         torch.manual_seed(config.seed)
         device = pick_device(config)
         model = build_model(config.model, len(dataset.classes))
-        if initialize := getattr(model, "initialize_from", None):
-            images = dataset.train_images[:_INITIAL_IMAGES]
-            initialize(batches.to_input(images, *batches.normalizer(dataset, config.normalization)))
+        show_first_images(model, config, dataset)
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         total_steps = batches.make_plan(config, dataset).total_steps
         return cls(config, model, build_optimizer(model, config), device, total_steps)

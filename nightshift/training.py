@@ -140,14 +140,20 @@ def build_state(
     state = TrainState(model, build_optimizer(model, config), device)
     changes = run.record.events[-1].detail
     restored = restore(run, state)
-    if not restored and hasattr(model, "initialize_from"):
-        images = dataset.train_images[:_INITIAL_IMAGES].cpu()  # so that every device begins with the same weights
-        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.normalization)))
+    if not restored:
+        show_first_images(model, config, dataset)
     if restored:
         progress.current().say(f"resumed from step {restored.step} ({run.store.url(restored.key)})")
         if changes:
             progress.current().warn(f"the environment has changed, so bits may differ from here: {changes}")
     return state, restored
+
+
+def show_first_images(model: nn.Module, config: TrainConfig, dataset: Dataset) -> None:
+    """Let a network that sets its first weights by training images (`initialize_from`) do so."""
+    if hasattr(model, "initialize_from"):
+        images = dataset.train_images[:_INITIAL_IMAGES].cpu()  # so that every device begins with the same weights
+        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.normalization)))  # type: ignore[operator]
 
 
 class _Loop:
