@@ -204,15 +204,17 @@ def main(
                 command += ["--epochs", str(epochs)] if epochs else []
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 runs[name].append([Copy(*copy) for copy in json.loads(done.stdout.splitlines()[-1])])
-    found = compare(runs)
+            # After each round, so that a measurement of an hour that is broken off is not lost.
+            found = compare(runs)
+            facts |= {"rounds": number + 1, "epochs": epochs}
+            write_json(json_file, {"machine": facts, "result": found, "runs": runs})
     levels = [f"to {level:.1%}" for level in LEVELS]
     show(
         f"Test accuracy and time, {rounds} trainings each: median (lowest–highest)",
-        facts | {"rounds": rounds, "epochs": epochs},
+        facts,
         ["", *levels, "times sooner", "whole", "accuracy", "by quick's end"],
         rows(found),
     )
-    write_json(json_file, {"machine": facts, "rounds": rounds, "epochs": epochs, "result": found, "runs": runs})
 
 
 if __name__ == "__main__":
