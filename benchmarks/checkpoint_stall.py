@@ -84,7 +84,7 @@ class Nightshift:
 
     def save(self, state: TrainState) -> None:
         self._step = state.step
-        self._saver.save(state, epoch=0, train_seconds=0)
+        self._saver.save(state, [state.part()], epoch=0, train_seconds=0)
 
     def in_flight(self) -> bool:
         return any(thread.name == "checkpoint" for thread in threading.enumerate())

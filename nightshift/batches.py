@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from nightshift.datasets import Dataset
+from nightshift.ranks import ALONE, Ranks
 from nightshift.settings import TrainConfig
 
 
@@ -34,6 +35,15 @@ class Plan:
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
+    @property
+    def smallest_batch(self) -> int:
+        return self.batch_of(self.steps_per_epoch - 1)
+
+    def batch_of(self, step: int) -> int:
+        """How many images a step sees."""
+        _, within = self.position(step)
+        return min(self.batch_size, self.images - within * self.batch_size)
+
     def position(self, step: int) -> tuple[int, int]:
         """The epoch a step belongs to and its number within that epoch, both from 0."""
         return divmod(step, self.steps_per_epoch)
@@ -50,15 +60,18 @@ def batch_indices(plan: Plan, seed: int, step: int) -> Tensor:
     return _epoch_order(plan.images, seed, epoch)[within * plan.batch_size : (within + 1) * plan.batch_size]
 
 
-def training_batch(dataset: Dataset, config: TrainConfig, plan: Plan, step: int) -> tuple[Tensor, Tensor]:
-    """The images and labels of one step, augmented but not yet normalized.
+def training_batch(
+    dataset: Dataset, config: TrainConfig, plan: Plan, step: int, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor]:
+    """This rank's share of the images and labels of one step, augmented but not yet normalized.
 
     Returns:
-        uint8 images (batch, 32, 32, 3) and int64 labels (batch,), where the data set lies.
+        uint8 images (share, 32, 32, 3) and int64 labels (share,), where the data set lies.
     """
     indices = batch_indices(plan, config.seed, step)
-    images = _gather(dataset.train_images, indices, config, plan, step)
-    return images, dataset.train_labels[indices.to(dataset.train_labels.device)].long()
+    share = ranks.share_of(len(indices))
+    images = _gather(dataset.train_images, indices, config, plan, step, share)
+    return images, dataset.train_labels[indices[share].to(dataset.train_labels.device)].long()
 
 
 def pixel_statistics(dataset: Dataset, normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -101,22 +114,23 @@ def _generator(seed: int, purpose: str, number: int) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _gather(images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int) -> Tensor:
+def _gather(images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: slice) -> Tensor:
     """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from.
 
-    What is drawn is drawn on the CPU, so that it is the same on every device; it is small.
+    What is drawn is drawn on the CPU and for the whole batch, so that it is the same on every device and for any number
+    of ranks; it is small.
     """
-    batch, size, device = len(indices), images.shape[1], images.device
+    whole, batch, size, device = len(indices), len(indices[share]), images.shape[1], images.device
     generator = _generator(config.seed, "augment", step)
     rows = cols = torch.arange(size, device=device).expand(batch, size)
     if config.flip != "off":
-        mirrored = _mirrored(indices, config, plan, step, generator).to(device)
+        mirrored = _mirrored(indices, config, plan, step, generator)[share].to(device)
         cols = torch.where(mirrored[:, None], size - 1 - cols, cols)
     if config.translate:
         span = 2 * config.translate + 1
-        shifts = torch.randint(span, (2, batch, 1), generator=generator).to(device) - config.translate
+        shifts = torch.randint(span, (2, whole, 1), generator=generator)[:, share].to(device) - config.translate
         rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
-    indices = indices.to(device)
+    indices = indices[share].to(device)
     if rows is cols:
         return images[indices]
     pixels = (indices[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]

@@ -70,10 +70,11 @@ class Saver:
         """Make room for the copies, in the background. The optimizer must have done a step: then its state exists."""
         self._snapshot.prepare(state.capture())
 
-    def save(self, state: TrainState, epoch: int, train_seconds: float) -> None:
+    def save(self, state: TrainState, parts: list[Payload], epoch: int, train_seconds: float) -> None:
         """Begin to save this step, unless the save before is still under way.
 
         Args:
+            parts: every rank's.
             epoch: finished epochs.
             train_seconds: seconds trained so far, over all resumes.
 
@@ -86,7 +87,7 @@ class Saver:
         if self._error and not isinstance(self._error, StorageError):
             raise self._error
         started = time.perf_counter()
-        self._snapshot.take(state.capture())
+        self._snapshot.take(state.capture(parts))
         metrics = {"train_seconds": train_seconds, "stall_seconds": time.perf_counter() - started}
         self._abandoned.clear()
         context = contextvars.copy_context()
@@ -96,8 +97,8 @@ class Saver:
         )
         self._thread.start()
 
-    def save_and_wait(self, state: TrainState, epoch: int, train_seconds: float) -> CheckpointRef:
-        """Save this step and return its committed checkpoint.
+    def save_and_wait(self, state: TrainState, parts: list[Payload], epoch: int, train_seconds: float) -> CheckpointRef:
+        """Save this step and return its committed checkpoint; the arguments are those of `save`.
 
         Raises:
             LeaseLostError: another trainer has taken the run over; nothing was committed.
@@ -106,7 +107,7 @@ class Saver:
         self._abandoned.set()  # the save before is not waited for longer than its current attempt
         self._wait()
         if self._saved is None or self._saved.step != state.step:
-            self.save(state, epoch, train_seconds)
+            self.save(state, parts, epoch, train_seconds)
             self._wait()
             if self._error:
                 raise self._error
@@ -131,8 +132,11 @@ class Saver:
             self._error = error
 
     def _store(self, payload: Payload, epoch: int, metrics: dict[str, float]) -> None:
-        images = max(payload["epoch_images"], 1)
-        metrics |= {"loss": float(payload["epoch_loss"]) / images, "accuracy": int(payload["epoch_correct"]) / images}
+        images, parts = max(payload["epoch_images"], 1), payload["ranks"]
+        metrics |= {
+            "loss": sum(float(part["epoch_loss"]) for part in parts) / images,
+            "accuracy": sum(int(part["epoch_correct"]) for part in parts) / images,
+        }
         if not math.isfinite(metrics["loss"]):
             return  # a diverged state is not worth keeping; the loop finds out by itself, within a moment
         if payload["curve"]:
@@ -246,8 +250,8 @@ def _verified_body(store: S3, checkpoint: Checkpoint | CheckpointRef) -> bytes:
     return body
 
 
-def restore(run: Run, state: TrainState) -> Checkpoint | None:
-    """Restore the newest committed checkpoint that is whole and return it, or None if the run has to begin anew.
+def restore(run: Run) -> tuple[Checkpoint, Payload] | None:
+    """The newest committed checkpoint that is whole and its payload, or None if the run has to begin anew.
 
     Each one skipped is warned of by name and dropped from the record: what comes after the restored step is
     written again. Beginning anew costs time but not correctness: the same bits come out.
@@ -269,7 +273,6 @@ def restore(run: Run, state: TrainState) -> Checkpoint | None:
             skipped.append(Bad(checkpoint.key, str(error)))
             progress.current().warn(f"checkpoint {run.store.url(checkpoint.key)} is skipped: {error}")
         else:
-            state.restore(payload)
             restored = checkpoint
             break
     if failure and not restored:
@@ -278,7 +281,7 @@ def restore(run: Run, state: TrainState) -> Checkpoint | None:
         progress.current().warn(f"run {run.run_id} has no usable checkpoint: it begins anew")
     if restored or skipped:
         run.update(lambda record: _resumed(record, restored, skipped))
-    return restored
+    return (restored, payload) if restored else None
 
 
 def _resumed(record: RunRecord, restored: Checkpoint | None, skipped: "list[Bad]") -> RunRecord:

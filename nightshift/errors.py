@@ -27,8 +27,10 @@
     ├── LocalServiceError                    the embedded S3, the local Prefect server or worker does not start
     ├── PrefectServerError                   the Prefect server does not answer, or refuses what it is asked
     ├── RecoveryLimitError                   a run was started again by itself as often as is allowed
+    ├── RankFailedError                      one of a run's processes failed, again after every restart
     └── Interrupted                 exit 3   stopped on purpose; the run can be resumed
         ├── TrainingInterrupted              SIGTERM or SIGINT; the last step is saved
+        ├── RankLostError                    another of the run's processes is gone, or cannot be reached
         └── LeaseLostError                   another trainer has taken the run over
 
 The message of each says what was wrong, where, and what to do next.
@@ -154,11 +156,19 @@ class RecoveryLimitError(NightshiftError):
     pass
 
 
+class RankFailedError(NightshiftError):
+    pass
+
+
 class Interrupted(NightshiftError):
     exit_code = 3
 
 
 class TrainingInterrupted(Interrupted):
+    pass
+
+
+class RankLostError(Interrupted):
     pass
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
 from nightshift import processes, progress
 from nightshift.errors import (
     Interrupted,
@@ -51,6 +53,8 @@ class RunSpec:
     environment: dict[str, str]
     total_steps: int
     origin: Origin = field(default_factory=Origin)
+    process: str = field(default_factory=lambda: processes.identity(os.getpid()))
+    """Who answers for the training: this process, or the one that has started it as one of several."""
 
 
 class Run:
@@ -162,17 +166,26 @@ class Run:
 
 
 @contextmanager
-def hold(store: S3, spec: RunSpec, lease_seconds: float) -> Iterator[Run]:
+def hold(store: S3, spec: RunSpec, lease_seconds: float, patience: float = 0) -> Iterator[Run]:
     """Create the run or take it up again, and hold its lease; how it stops goes into its record.
 
     A run left without an error stays `running`: evaluation and publication are still to come. One that was
     stopped by what can pass by itself is `interrupted`, not `failed`.
 
+    Args:
+        patience: how many seconds to wait for a lease that may be one of a trainer that was lost.
+
     Raises:
         ResumeMismatchError: the stored run has another config or data set.
         LeaseHeldError: another trainer, not known to be dead, holds it.
     """
-    run = acquire(store, spec, lease_seconds)
+    waiting = Retrying(
+        retry=retry_if_exception_type(LeaseHeldError),
+        stop=stop_after_delay(patience),
+        wait=wait_fixed(_POLL_SECONDS),
+        reraise=True,
+    )
+    run = waiting(acquire, store, spec, lease_seconds)
     try:
         with run.renewed():
             yield run
@@ -204,7 +217,8 @@ def attached(store: S3, checkpoint: CheckpointRef, lease_seconds: float) -> Iter
     if record.status == "finished":
         yield run
         return
-    run.update(lambda record: record)
+    ours = processes.identity(os.getpid())  # it may have been trained by a process that has ended
+    run.update(lambda record: record.changed(lease=record.lease.changed(process=ours)))
     with run.renewed():
         yield run
 
@@ -225,14 +239,14 @@ def check_matches(record: RunRecord, config: TrainConfig, dataset: DatasetRef) -
         )
 
 
-def is_live(lease: Lease, now: datetime) -> bool:
+def is_live(lease: Lease, now: datetime, process: str | None = None) -> bool:
     """Whether somebody may still be training: not expired, and its owner is not known to be gone.
 
-    Gone is a process of this machine that is dead, or this process, if it no longer trains the run.
+    Gone is a process of this machine that is dead, or `process`, by default this one, if it no longer trains the run.
     """
     if lease.expires_at <= now:
         return False
-    if lease.process == processes.identity(os.getpid()):
+    if lease.process == (process or processes.identity(os.getpid())):
         return lease.owner in _held
     return processes.state_of(lease.process) != "dead"
 
@@ -257,7 +271,7 @@ def acquire(store: S3, spec: RunSpec, lease_seconds: float) -> Run:
             now = store.now()
             lease = Lease(
                 owner=owner,
-                process=processes.identity(os.getpid()),
+                process=spec.process,
                 token=1,
                 expires_at=now + timedelta(seconds=lease_seconds),
             )
@@ -296,7 +310,7 @@ def _new_record(spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
 
 def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
     check_matches(found, spec.config, spec.dataset)
-    if is_live(found.lease, now):
+    if is_live(found.lease, now, spec.process):
         raise LeaseHeldError(
             f"run {found.run_id} is being trained by {found.lease.owner} until "
             f"{found.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC at least. Wait for it, or if it is dead, "

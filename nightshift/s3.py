@@ -85,6 +85,7 @@ class S3:
 
     def __init__(self, settings: S3Settings, credentials: Credentials | None = None, attempts: int = 5) -> None:
         assert settings.bucket is not None
+        self._made_of = settings, credentials, attempts
         self.bucket = settings.bucket
         self.prefix = settings.prefix.strip("/") + "/" if settings.prefix.strip("/") else ""
         self.endpoint = settings.endpoint_url or f"AWS S3 ({settings.region})"
@@ -105,6 +106,10 @@ class S3:
             ),
         )
         self._client.meta.events.register("after-call.s3", self._clock.read)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets a client of its own."""
+        return type(self), self._made_of
 
     def __repr__(self) -> str:
         return f"S3({self.url('')!r} at {self.endpoint})"

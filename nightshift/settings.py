@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -53,6 +53,39 @@ class S3Settings(BaseModel):
         return self.bucket is None
 
 
+class NodesSettings(BaseModel):
+    """The machines that train a run together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: str = Field("1", pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="How many there are, N or MIN:MAX.")
+    rendezvous: str | None = Field(
+        None, pattern=r"^[^:]+:\d+$", description="HOST:PORT, free on the machine that runs the flow, where all meet."
+    )
+    wait_seconds: int = Field(600, ge=1, description="How long to wait for the others to come, or to come back.")
+    max_restarts: int = Field(10, ge=0, description="How often the processes of a run are started again in place.")
+
+    @model_validator(mode="after")
+    def _several_need_a_rendezvous(self) -> Self:
+        if not self.alone and not self.rendezvous:
+            raise ValueError(f"several machines need a place to meet: set {_PREFIX}NODES__RENDEZVOUS too")
+        if self.fewest > self.most:
+            raise ValueError(f"{_PREFIX}NODES__COUNT is MIN:MAX, the smaller number first")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        return int(self.count.partition(":")[0])
+
+    @property
+    def most(self) -> int:
+        return int(self.count.rpartition(":")[2])
+
+    @property
+    def alone(self) -> bool:
+        return self.most == 1
+
+
 class GateSettings(BaseModel):
     """What a candidate must reach to become the champion."""
 
@@ -81,6 +114,7 @@ class Settings(BaseSettings):
     save_retry_seconds: float = Field(
         120, ge=0, description="How long a failing save is tried again before training goes on without it."
     )
+    nodes: NodesSettings = Field(NodesSettings(), description="The machines that train a run together.")
     gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
     price_per_hour: float | None = Field(None, ge=0, description="What an hour of training costs, for the report.")
     notify: str | None = Field(
@@ -172,7 +206,9 @@ class TrainConfig(BaseModel):
         "off", description="torch.compile the model; auto: on a GPU, where a training is long enough to repay it."
     )
     tensorboard: bool = Field(False, description="Write TensorBoard event files under NIGHTSHIFT_HOME.")
-    nproc_per_node: int = Field(1, ge=1, le=1, description="Processes a machine.")
+    nproc_per_node: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        1, description="Processes a machine that share each batch; auto: one a GPU."
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:

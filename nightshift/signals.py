@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -17,8 +18,10 @@ class StopSignals:
     whoever runs the loop there has to pass the request on by other means.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pass_on: Callable[[], object] = lambda: None) -> None:
+        """`pass_on`: called at the first signal, to tell whoever else is to stop."""
         self.received: signal.Signals | None = None
+        self._pass_on = pass_on
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -35,3 +38,4 @@ class StopSignals:
             raise KeyboardInterrupt(f"second {signal.Signals(number).name}")
         self.received = signal.Signals(number)
         progress.current().say(f"{self.received.name}: finishing this step and saving; once more stops at once")
+        self._pass_on()

@@ -30,11 +30,11 @@ class TrainState:
     step: int = 0
     """Steps done; the next one has this number."""
     epoch_images: int = 0
-    """Images seen since the epoch began."""
+    """Images seen since the epoch began, by all ranks together."""
     epoch_loss: Tensor = field(init=False)
-    """Sum of the losses of these images, float64 scalar."""
+    """Sum of the losses of this rank's share of them, float64 scalar."""
     epoch_correct: Tensor = field(init=False)
-    """How many of them were classified correctly, int64 scalar."""
+    """How many of its share were classified correctly, int64 scalar."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """For each finished epoch: `epoch`, `step`, `loss`, `accuracy`."""
 
@@ -46,32 +46,49 @@ class TrainState:
         self.epoch_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.epoch_correct = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def capture(self) -> Payload:
+    def part(self) -> Payload:
+        """What is this rank's own: its share of the epoch's sums, and its generators."""
+        return {
+            "epoch_loss": self.epoch_loss,
+            "epoch_correct": self.epoch_correct,
+            "rng": _capture_rng(self.device),
+        }
+
+    def capture(self, parts: list[Payload] | None = None) -> Payload:
         """Everything, as tensors and plain values that `torch.load(weights_only=True)` accepts.
 
         Tensors are the live ones, not copies: they change with the next step.
+
+        Args:
+            parts: every rank's, in order; by default this rank is the only one.
         """
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "epoch_images": self.epoch_images,
-            "epoch_loss": self.epoch_loss,
-            "epoch_correct": self.epoch_correct,
             "curve": self.curve,
-            "rng": _capture_rng(self.device),
+            "ranks": [self.part()] if parts is None else parts,
         }
 
-    def restore(self, payload: Payload) -> None:
-        """Take over what `capture` returned. The generators come last: nothing may draw from them after."""
+    def restore(self, payload: Payload, rank: int = 0, world_size: int = 1) -> None:
+        """Take over what `capture` returned. The generators come last: nothing may draw from them after.
+
+        With as many ranks as before each takes its own part, and all goes on with the same bits. With another number,
+        rank 0 takes the sums of all, and a rank that was not there before keeps the generators it has.
+        """
         self.model.load_state_dict(payload["model"])
         self.optimizer.load_state_dict(payload["optimizer"])
         self.step = payload["step"]
+        self.begin_epoch()
         self.epoch_images = payload["epoch_images"]
-        self.epoch_loss = payload["epoch_loss"].to(self.device)
-        self.epoch_correct = payload["epoch_correct"].to(self.device)
         self.curve = payload["curve"]
-        _restore_rng(payload["rng"])
+        parts = payload["ranks"]
+        for part in [parts[rank]] if len(parts) == world_size else parts if rank == 0 else []:
+            self.epoch_loss += part["epoch_loss"].to(self.device)
+            self.epoch_correct += part["epoch_correct"].to(self.device)
+        if rank < len(parts):
+            _restore_rng(parts[rank]["rng"], self.device)
 
 
 class Snapshot:
@@ -93,7 +110,7 @@ class Snapshot:
         def touch(path: Path, tensor: Tensor) -> Tensor:
             return self._buffers.setdefault(path, self._buffer_like(tensor).zero_())
 
-        self._preparation = threading.Thread(target=_mapped, args=(payload, touch), name="snapshot", daemon=True)
+        self._preparation = threading.Thread(target=mapped, args=(payload, touch), name="snapshot", daemon=True)
         self._preparation.start()
 
     def take(self, payload: Payload) -> None:
@@ -101,10 +118,10 @@ class Snapshot:
         if self._preparation:
             self._preparation.join()
         if self._stream:
-            payload = _mapped(payload, lambda _, tensor: tensor.clone() if tensor.is_cuda else tensor)
+            payload = mapped(payload, lambda _, tensor: tensor.clone() if tensor.is_cuda else tensor)
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):  # of None: no stream of its own
-            self._payload = _mapped(payload, self._copy)
+            self._payload = mapped(payload, self._copy)
 
     def payload(self) -> Payload:
         """The copy, complete. It stands until the next `take`."""
@@ -124,21 +141,22 @@ class Snapshot:
         return torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
 
 
-def _mapped(value: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
+def mapped(value: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
     """Nested dicts and lists with every tensor replaced, and everything that can change copied."""
     if isinstance(value, Tensor):
         return change(path, value.detach())
     if isinstance(value, dict):
-        return {key: _mapped(part, change, (*path, key)) for key, part in value.items()}
+        return {key: mapped(part, change, (*path, key)) for key, part in value.items()}
     if isinstance(value, list):
-        return [_mapped(part, change, (*path, number)) for number, part in enumerate(value)]
+        return [mapped(part, change, (*path, number)) for number, part in enumerate(value)]
     return value
 
 
-def seed_everything(seed: int) -> None:
-    """Seed numpy's and torch's global generators, those of all CUDA devices included."""
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed numpy's and torch's global generators, those of all CUDA devices included, otherwise for each rank."""
+    numbers = np.random.SeedSequence((seed, rank)).generate_state(1) if rank else [seed]
+    np.random.seed(numbers[0])
+    torch.manual_seed(int(numbers[0]))
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -164,13 +182,13 @@ def _capture_rng(device: torch.device) -> Payload:
     return {
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def _restore_rng(rng: Payload) -> None:
+def _restore_rng(rng: Payload, device: torch.device) -> None:
     name, keys, position, has_gauss, cached = rng["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(rng["torch"])
-    if rng["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(rng["cuda"])
+    if rng["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"][0], device)

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nightshift.local_s3 import embedded_s3
 from nightshift.s3 import S3
-from nightshift.settings import Settings
+from nightshift.settings import NodesSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Workspace:
     home: Path
     lease_seconds: float
     save_retry_seconds: float
+    nodes: NodesSettings = field(default_factory=NodesSettings)
 
 
 @contextmanager
@@ -30,8 +31,12 @@ def open_workspace(settings: Settings) -> Iterator[Workspace]:
     """
     if settings.s3.embedded:
         with embedded_s3(settings.home, settings.s3.prefix) as store:
-            yield Workspace(store, settings.home, settings.lease_seconds, settings.save_retry_seconds)
+            yield _workspace(settings, store)
     else:
         # Few attempts: a wrong endpoint is to be told in seconds.
         S3(settings.s3, attempts=2).check_access()
-        yield Workspace(S3(settings.s3), settings.home, settings.lease_seconds, settings.save_retry_seconds)
+        yield _workspace(settings, S3(settings.s3))
+
+
+def _workspace(settings: Settings, store: S3) -> Workspace:
+    return Workspace(store, settings.home, settings.lease_seconds, settings.save_retry_seconds, settings.nodes)

@@ -2,7 +2,7 @@
 
 from prefect.runtime import deployment, flow_run
 
-from nightshift import progress, runs, training
+from nightshift import launch, progress, runs
 from nightshift.records import Origin
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.settings import TrainConfig
@@ -17,6 +17,4 @@ def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: Datas
     with interruptible(), progress.watched(progress_artifact(run_id), seconds=5):
         if name:  # started again by mistake, it waits for the trainer that lives and returns its result
             runs.wait_until_free(workspace.store, run_id)
-        return training.train(
-            workspace, run_id, config, dataset, Origin(flow_run_id=flow_run.get_id(), deployment=name)
-        )
+        return launch.train(workspace, run_id, config, dataset, Origin(flow_run_id=flow_run.get_id(), deployment=name))

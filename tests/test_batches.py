@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nightshift.batches import Plan, batch_indices, make_plan, normalizer, to_input, training_batch
 from nightshift.datasets import Dataset
+from nightshift.ranks import Ranks
 from nightshift.recipes import make_config
 from nightshift.settings import TrainConfig
 
@@ -85,6 +86,20 @@ def test_every_epoch_sees_each_image_once(plan: Plan, seed: int) -> None:
         assert set(seen) <= set(range(plan.images))
         assert len(seen) == (plan.images - plan.images % plan.batch_size if plan.drop_last else plan.images)
         assert {len(indices) for indices in batches[:-1]} <= {plan.batch_size}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_the_shares_of_any_number_of_ranks_are_the_batch_of_one(world_size: int) -> None:
+    config = config_of(flip="alternating", translate=4, batch_size=17)
+    dataset = dataset_of(noise(60), torch.arange(60, dtype=torch.uint8))
+    plan = make_plan(config, dataset)
+    for step in range(plan.total_steps):
+        shares = [training_batch(dataset, config, plan, step, Ranks(rank, world_size)) for rank in range(world_size)]
+        images, labels = training_batch(dataset, config, plan, step)
+        assert torch.equal(torch.cat([share for share, _ in shares]), images)
+        assert torch.equal(torch.cat([share for _, share in shares]), labels)
+        assert len(images) == plan.batch_of(step)
+        assert max(len(share) for share, _ in shares) - min(len(share) for share, _ in shares) <= 1
 
 
 def test_drop_last_leaves_out_only_the_smaller_batch() -> None:

@@ -135,6 +135,37 @@ def test_a_state_that_was_restored_stores_the_same_content_again() -> None:
     assert bits(loaded(stored(other))) == bits(loaded(first))
 
 
+def parts_of(count: int) -> tuple[TrainState, list[Payload]]:
+    """A state, and the parts of so many ranks, each with sums and generators of its own."""
+    state, parts = fresh_state("sgd", seed=1), []
+    for rank in range(count):
+        seed_everything(1, rank)
+        train_steps(state, 1)
+        parts.append(loaded(stored(state))["ranks"][0])
+    return state, parts
+
+
+def test_each_of_as_many_ranks_as_before_takes_its_own_part() -> None:
+    state, parts = parts_of(3)
+    for rank in range(3):
+        resumed = fresh_state("sgd", seed=2)
+        resumed.restore(state.capture(parts), rank, world_size=3)
+        assert bits(resumed.part()) == bits(parts[rank])
+    assert len({str(bits(part["rng"])) for part in parts}) == 3
+
+
+@pytest.mark.parametrize("now", [1, 2, 5])
+def test_with_another_number_of_ranks_nothing_is_counted_twice_or_lost(now: int) -> None:
+    state, parts = parts_of(3)
+    sums = []
+    for rank in range(now):
+        resumed = fresh_state("sgd", seed=2)
+        resumed.restore(state.capture(parts), rank, world_size=now)
+        sums.append((float(resumed.epoch_loss), int(resumed.epoch_correct)))
+    assert sum(loss for loss, _ in sums) == pytest.approx(sum(float(part["epoch_loss"]) for part in parts))
+    assert sum(correct for _, correct in sums) == sum(int(part["epoch_correct"]) for part in parts)
+
+
 def test_an_epoch_begins_with_nothing_seen() -> None:
     state = fresh_state("sgd", seed=1)
     train_steps(state, 2)

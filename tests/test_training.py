@@ -109,7 +109,7 @@ def test_a_diverged_run_fails_with_advice_and_keeps_its_last_good_checkpoint(
     record, _ = records.read_record(workspace.store, "run")
     assert record.status == "failed"
     payload = checkpoints.read(workspace.store, record.checkpoints[-1])
-    assert payload["epoch_loss"].isfinite()
+    assert payload["ranks"][0]["epoch_loss"].isfinite()
 
 
 def test_every_epoch_leaves_a_point_on_the_curve(workspace: Workspace, cifar10: DatasetRef) -> None:

@@ -22,7 +22,7 @@ from nightshift.cli.common import (
     print_json,
     tell,
 )
-from nightshift.errors import ConfigError, Interrupted, NightshiftError
+from nightshift.errors import ConfigError, Interrupted, NightshiftError, SettingsError
 
 if TYPE_CHECKING:
     from nightshift.records import RunRecord
@@ -60,6 +60,48 @@ def resume(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) 
     with configured_workspace() as workspace:
         config = read_record(workspace.store, run)[0].train_config()
         _train(run, config, as_json, verbose)
+
+
+@app.command(rich_help_panel="Train")
+def join(
+    nproc_per_node: Annotated[
+        str, typer.Option("--nproc-per-node", metavar="N", help="Processes on this machine; auto: one a GPU.")
+    ] = "auto",
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Lend this machine to a run over several, at NIGHTSHIFT_NODES__RENDEZVOUS, until the run ends."""
+    from nightshift import progress
+    from nightshift.settings import Settings
+    from nightshift.terminal import TerminalProgress
+    from nightshift.workspace import open_workspace
+
+    settings = Settings.load()
+    if settings.nodes.alone:
+        raise SettingsError(
+            "there is no run to join: set NIGHTSHIFT_NODES__COUNT and NIGHTSHIFT_NODES__RENDEZVOUS as on the machine "
+            "that runs the flow"
+        )
+    if nproc_per_node != "auto" and not (nproc_per_node.isdecimal() and int(nproc_per_node)):
+        raise ConfigError(f"--nproc-per-node {nproc_per_node!r} is not valid: a number from 1, or auto")
+    _quieten(verbose)
+    with (
+        TerminalProgress(error_console()) as display,
+        progress.shown_by(display),
+        open_workspace(settings) as workspace,
+    ):
+        with display.waiting("starting"):
+            from nightshift import launch
+
+        display.say(f"joining at {settings.nodes.rendezvous}")
+        ending = launch.join(workspace, "auto" if nproc_per_node == "auto" else int(nproc_per_node))
+        ending.result()
+    if as_json:
+        print_json({"run_id": ending.run_id, "status": "trained"})
+    else:
+        console().print(
+            f"run {ending.run_id} is trained; the machine that runs its flow goes on alone", highlight=False
+        )
 
 
 @app.command(rich_help_panel="Train")

@@ -183,17 +183,17 @@ class Proxy:
 
 
 @contextmanager
-def running(upstream: str) -> Iterator[Proxy]:
-    """A proxy in front of the server at `upstream`."""
+def running(upstream: str, address: str = "127.0.0.1") -> Iterator[Proxy]:
+    """A proxy in front of the server at `upstream`, at an address of this machine."""
     proxy = Proxy(upstream)
 
     class Handler(_Handler):
         pass
 
     Handler.proxy = proxy
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((address, 0), Handler)
     server.daemon_threads = True
-    proxy.endpoint_url = f"http://127.0.0.1:{server.server_port}"
+    proxy.endpoint_url = f"http://{address}:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -1,0 +1,402 @@
+"""The ranks of a run, started, watched and started again by torch's elastic agent.
+
+    flow ── launch.train ── agent ─┬─ rank 0 ── training.train_as
+                                   └─ rank 1 ── training.train_as
+    nightshift join ─────── agent ─┬─ rank 2 ── …
+                                   └─ rank 3 ── …
+
+On each machine an agent starts `nproc_per_node` ranks. The agents meet at a rendezvous, which numbers the ranks anew
+whenever one was lost or a machine has come; each time all begin again from the last checkpoint. The machine that runs
+the flow hosts the rendezvous and knows what is to be trained; the others join it.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+from nightshift import errors, processes, progress, training
+from nightshift.errors import NightshiftError, RankFailedError, RankLostError, SettingsError, TrainingInterrupted
+from nightshift.progress import LogProgress, StepReport
+from nightshift.ranks import Ranks, joined
+from nightshift.records import Origin
+from nightshift.refs import CheckpointRef, DatasetRef, RunId
+from nightshift.settings import NodesSettings, TrainConfig
+from nightshift.signals import StopSignals
+from nightshift.training import RankOrders
+from nightshift.workspace import Workspace
+
+Order = Literal["stop", "restart"]
+_SAVING_SECONDS = 20
+"""So long ranks that are well may take to save before they are stopped."""
+_EXIT_SECONDS = 30
+"""So long an agent waits for the others when its ranks have ended."""
+_ENDED = "ended"
+
+# What they say of a lost rank in twenty lines, _Agent tells in one.
+for _name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+class Job(BaseModel):
+    """What the ranks are to train; those of a machine that has joined are told by the others."""
+
+    run_id: RunId
+    config: TrainConfig
+    dataset: DatasetRef
+    origin: Origin
+
+
+class Ending(BaseModel):
+    """How a training ended, for every rank and every machine alike: a checkpoint, or an error."""
+
+    run_id: RunId
+    checkpoint: CheckpointRef | None = None
+    error: str = ""
+    message: str = ""
+
+    def result(self) -> CheckpointRef:
+        if self.checkpoint:
+            return self.checkpoint
+        kind: type[NightshiftError] = getattr(errors, self.error)
+        raise kind(self.message)
+
+
+def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
+    """Start `count` ranks here, and start them again, until the training ends one way or another.
+
+    Args:
+        job: what to train; None to join those who know.
+
+    Raises:
+        RankFailedError: a rank failed, after every restart.
+        RankLostError: the machines do not meet.
+        TrainingInterrupted: stopped before the ranks could say how it ended.
+    """
+    logs = workspace.home / "ranks" / secrets.token_hex(4)
+    with (
+        _environment(workspace.nodes.alone),
+        _Lines() as lines,
+        StopSignals(lambda: lines.order("stop")) as signals,
+        _rendezvous(workspace.nodes, is_host=job is not None) as (handler, host, port),
+    ):
+        place = _Place(workspace, lines.address, lines.key, host, port, torch.get_num_threads() // count)
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=count,
+            entrypoint=_rank,
+            args=(place, job.model_dump_json() if job else None),
+            rdzv_handler=handler,
+            max_restarts=workspace.nodes.max_restarts,
+            monitor_interval=0.1,
+        )
+        result = _Agent(spec, lines, logs).run()
+    if result is None or (result.is_failed() and signals.received):
+        raise TrainingInterrupted("stopped before the training had begun, or after it had ended")
+    if result.is_failed():
+        rank, failure = next(iter(result.failures.items()))
+        raise RankFailedError(
+            f"rank {rank} failed after all had been started again {spec.max_restarts} times: {_reason(failure)}. "
+            f"What the ranks have printed is in {logs}"
+        )
+    shutil.rmtree(logs, ignore_errors=True)
+    return Ending.model_validate_json(next(iter(result.return_values.values())))
+
+
+@contextmanager
+def _rendezvous(nodes: NodesSettings, is_host: bool) -> Iterator[tuple[RendezvousHandler, str, int]]:
+    """Where the agents meet, and its host and port.
+
+    Raises:
+        RankLostError: nobody is there, or not enough come in time.
+    """
+    host, _, port = (nodes.rendezvous or "127.0.0.1:0").rpartition(":")
+    address = _address_towards(host)
+    try:
+        patience = timedelta(seconds=nodes.wait_seconds)
+        store = TCPStore(host, int(port), is_master=is_host, wait_for_workers=False, timeout=patience)
+        meeting = RendezvousParameters(
+            "c10d",
+            f"{host}:{store.port}",
+            "nightshift",
+            nodes.fewest,
+            nodes.most,
+            local_addr=address,
+            join_timeout=nodes.wait_seconds,
+            last_call_timeout=5,
+        )
+        handler = create_handler(store, C10dRendezvousBackend(store, meeting.run_id), meeting)
+        yield handler, host, store.port
+        handler.shutdown()
+    except (RendezvousError, dist.DistError) as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise RankLostError(f"the machines do not meet at {host}:{port}: {why}") from error
+
+
+class _Agent(LocalElasticAgent):
+    """As torch has it, but it tells what happened, and lets ranks that are well save before it stops them."""
+
+    def __init__(self, spec: WorkerSpec, lines: "_Lines", logs: Path) -> None:
+        super().__init__(
+            spec,
+            DefaultLogsSpecs(str(logs), redirects=Std.ERR, tee=Std.ERR),
+            exit_barrier_timeout=_EXIT_SECONDS,
+            log_line_prefix_template="[rank ${rank}] ",
+        )
+        self._lines = lines
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        for rank, failure in result.failures.items():
+            progress.current().warn(f"rank {rank} failed: {_reason(failure)}")
+        return result
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._lines.order("restart")
+        self._lines.wait_until_all_left()
+        super()._stop_workers(worker_group)
+        self._lines.withdraw("restart")
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        at_once = isinstance(sys.exception(), KeyboardInterrupt)  # of a second signal
+        super()._shutdown(signal.SIGKILL if at_once else death_sig, timeout)
+
+
+def _reason(failure: ProcessFailure) -> str:
+    """What is known of a failure, such as `Signal 9 (SIGKILL) received by PID 123`."""
+    return (str(failure.message).strip().splitlines() or ["no reason is known"])[-1]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a rank is given to find its way."""
+
+    workspace: Workspace
+    address: str
+    key: bytes
+    host: str
+    port: int
+    threads: int
+
+
+def _rank(place: _Place, job_text: str | None) -> str:
+    """A rank's life, from its start by the agent to how the training ended, as JSON."""
+    os.setsid()  # a Ctrl-C in the terminal is for the launcher, who passes it on
+    os.dup2(2, 1)  # standard output is the command's own
+    torch.set_num_threads(max(place.threads, 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # A rank 0 that waits for a lost one's lease is waited for.
+    timeout = timedelta(seconds=max(300, 2 * place.workspace.lease_seconds))
+    with (
+        _Line(place.address, place.key, is_quiet=os.environ["RANK"] != "0") as line,
+        progress.shown_by(line),
+        joined(timeout) as ranks,
+        StopSignals() as signals,
+    ):
+        job, board = _introduced(ranks, place, job_text)
+        orders = RankOrders(
+            lambda step: signals.received is not None or "stop" in line.orders,
+            lambda: "restart" in line.orders,
+            processes.identity(os.getppid()),
+        )
+        ending = None
+        try:
+            last = training.train_as(ranks, place.workspace, job.run_id, job.config, job.dataset, orders, job.origin)
+            if ranks.leads:
+                ending = Ending(run_id=job.run_id, checkpoint=last)
+        except RankLostError:
+            if not _has_ended(board):
+                raise
+        except NightshiftError as error:
+            ending = Ending(run_id=job.run_id, error=type(error).__name__, message=str(error))
+        if ending:
+            board.compare_set(_ENDED, "", ending.model_dump_json())  # of several, the first counts
+        return board.get(_ENDED).decode()  # waits until there is one
+
+
+def _introduced(ranks: Ranks, place: _Place, job_text: str | None) -> tuple[Job, Store]:
+    """What is to be trained, and where the ranks of this start leave word of how it ended."""
+    ours = [job_text, secrets.token_hex(8)]
+    theirs: list[Any] = [ours]
+    if ranks.world_size > 1:
+        theirs = [None] * ranks.world_size
+        dist.all_gather_object(theirs, ours, ranks.control)
+    jobs = [text for text, _ in theirs if text]
+    if not jobs:
+        raise RankLostError("none of the machines that have met knows what is to be trained")
+    board = TCPStore(place.host, place.port, is_master=False, timeout=timedelta(days=1))
+    return Job.model_validate_json(jobs[0]), PrefixStore(theirs[0][1], board)
+
+
+def _has_ended(board: Store) -> bool:
+    with suppress(RuntimeError):  # it went with the machine that hosts it
+        return bool(board.check([_ENDED]))
+    return False
+
+
+class _Lines:
+    """Where the launcher hears of its ranks and gives them orders: a line to each, which breaks when either dies."""
+
+    def __init__(self) -> None:
+        self.key = secrets.token_bytes(32)
+        self._listener = Listener(family="AF_UNIX", authkey=self.key)
+        self.address = str(self._listener.address)
+        self._orders: set[Order] = set()
+        self._lines: list[Connection] = []
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=copy_context().run, args=(self._accept,), name="ranks", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._listener.close()
+
+    def order(self, what: Order) -> None:
+        """Tell every rank, also those to come."""
+        with self._changed:
+            self._orders.add(what)
+            for line in self._lines:
+                with suppress(OSError):  # of a rank that died just then
+                    line.send(what)
+
+    def withdraw(self, what: Order) -> None:
+        self._orders.discard(what)
+
+    def wait_until_all_left(self) -> None:
+        """Or until they have had time enough to save."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines, _SAVING_SECONDS)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                line = self._listener.accept()
+            except (EOFError, AuthenticationError):
+                continue  # of a rank that died just then
+            except OSError:
+                return  # closed
+            threading.Thread(target=copy_context().run, args=(self._listen, line), name="rank", daemon=True).start()
+
+    def _listen(self, line: Connection) -> None:
+        with self._changed, suppress(OSError):
+            self._lines.append(line)
+            for order in self._orders:
+                line.send(order)
+        try:
+            while True:
+                what, message = line.recv()
+                getattr(progress.current(), what)(*message)
+        except (OSError, EOFError):
+            pass  # the rank has left
+        finally:
+            with self._changed:
+                self._lines.remove(line)
+                self._changed.notify_all()
+
+
+class _Line(LogProgress):
+    """A rank's end of the line: its progress goes to the launcher, whose orders come."""
+
+    def __init__(self, address: str, key: bytes, is_quiet: bool) -> None:
+        """`is_quiet`: report only what went wrong; the others tell the same."""
+        self.orders: set[Order] = set()
+        self._line = Client(address, authkey=key)
+        self._is_quiet, self._has_left = is_quiet, False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._listen, name="orders", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._has_left = True
+        self._line.close()
+
+    def trained(self, report: StepReport, epoch_ended: bool) -> None:
+        self._tell("trained", report, epoch_ended)
+
+    def say(self, message: str) -> None:
+        self._tell("say", message)
+
+    def warn(self, message: str) -> None:
+        self._tell("warn", message, aloud=True)
+
+    def _tell(self, what: str, *message: object, aloud: bool = False) -> None:
+        if aloud or not self._is_quiet:
+            with self._lock, suppress(OSError):  # of a launcher that died just then
+                self._line.send((what, message))
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self.orders.add(self._line.recv())
+        except (OSError, EOFError):
+            if not self._has_left:
+                os._exit(1)  # the launcher is dead: nobody would stop this process, or start it again
+
+
+@contextmanager
+def _environment(alone: bool) -> Iterator[None]:
+    """What torch's agent and the ranks read from the environment, for the time of a training."""
+    ours = {
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # SIGTERM and SIGINT are for the launcher
+        # Else a machine goes on looking for rank 0 where it was before a machine was lost (torch 2.15).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    if alone and "GLOO_SOCKET_IFNAME" not in os.environ:
+        ours["GLOO_SOCKET_IFNAME"] = "lo"  # a host name need not resolve
+    # It would warn of what `Ranks.parallel` asks for on purpose.
+    ours["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the network in which `host` is; no packet is sent.
+
+    Raises:
+        SettingsError: `host` cannot be resolved here.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError as error:
+            raise SettingsError(
+                f"NIGHTSHIFT_NODES__RENDEZVOUS: {host!r} cannot be reached from here: {error}"
+            ) from error
+        return str(probe.getsockname()[0])

@@ -1,0 +1,189 @@
+"""Several ranks: the same batches as one, the same bits each time, whatever rank is killed or stopped."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nightshift import checkpoints, launch, progress, records, runs
+from nightshift.errors import ConfigError, RankFailedError, TrainingInterrupted
+from nightshift.progress import LogProgress, StepReport
+from nightshift.records import RunRecord
+from nightshift.refs import DatasetRef
+from nightshift.settings import NodesSettings, TrainConfig
+from nightshift.state import weights_sha256
+from nightshift.workspace import Workspace
+from tests.conftest import Command, eventually, small_config
+from tests.train_part import state_sha256
+
+
+class At(LogProgress):
+    """Does something to the ranks, once, when the training has come to a step."""
+
+    def __init__(self, step: int, action: Callable[[list[int]], object], times: int = 1) -> None:
+        self.step, self.action, self.left = step, action, times
+        self.warnings: list[str] = []
+
+    def trained(self, report: StepReport, epoch_ended: bool) -> None:
+        if report.step >= self.step and self.left:
+            self.left -= 1
+            self.action(sorted(child.pid for child in multiprocessing.active_children() if child.pid))
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def kill(number: int) -> Callable[[list[int]], None]:
+    return lambda pids: os.kill(pids[number], signal.SIGKILL)
+
+
+def train(workspace: Workspace, cifar10: DatasetRef, run_id: str, config: TrainConfig, at: At | None = None) -> str:
+    """sha256 of everything a run ends with."""
+    with progress.shown_by(at or LogProgress()):
+        last = launch.train(workspace, run_id, config, cifar10)
+    return state_sha256(checkpoints.read(workspace.store, last))
+
+
+def record_of(workspace: Workspace, run_id: str) -> RunRecord:
+    return records.read_record(workspace.store, run_id)[0]
+
+
+def events(workspace: Workspace, run_id: str) -> list[str]:
+    return [event.what for event in record_of(workspace, run_id).events]
+
+
+TWO = small_config(nproc_per_node=2, checkpoint_every_steps=10)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    home: Path, server: Any, cifar10: DatasetRef, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, RunRecord]:
+    """How a run of two ranks ends that nothing has happened to, and its record."""
+    workspace = Workspace(server, home, lease_seconds=60, save_retry_seconds=5)
+    state = train(workspace, cifar10, "two-ranks", TWO)
+    return state, record_of(workspace, "two-ranks")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # SGD, for Adam and Muon multiply rounding: where gradients vanish the one divides by it, and the other works in
+        # bfloat16. The second has batch norm, over both ranks.
+        small_config(optimizer="sgd", lr=0.02, batch_size=256, max_train_images=256, epochs=50, flip="random"),
+        small_config(
+            "quick", optimizer="sgd", lr=0.01, precision="float32", batch_size=256, max_train_images=256, epochs=50
+        ),
+    ],
+    ids=["tutorial", "quick"],
+)
+def test_the_first_50_losses_of_two_ranks_are_those_of_one(
+    config: TrainConfig, workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    def losses(run_id: str, ranks: int) -> list[float]:
+        train(workspace, cifar10, run_id, config.override({"nproc_per_node": ranks}))
+        return [point["loss"] for point in record_of(workspace, run_id).curve]  # an epoch is a step here
+
+    assert losses("two", 2) == pytest.approx(losses("one", 1), abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_of_which_a_rank_is_killed_ends_with_the_same_bits(
+    rank: int, workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
+) -> None:
+    at = At(15, kill(rank))
+    assert train(workspace, cifar10, "run", TWO, at) == uninterrupted[0]
+    assert record_of(workspace, "run").resumed_from_step == 10
+    assert record_of(workspace, "run").curve == uninterrupted[1].curve
+    assert any("SIGKILL" in warning for warning in at.warnings)
+
+
+def test_a_run_begun_with_two_ranks_goes_on_with_one_and_with_two_again(
+    workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
+) -> None:
+    for step, ranks in ((7, 2), (23, 1), (99, 2)):
+        config = TWO.override({"nproc_per_node": ranks})
+        at = At(step, lambda pids: os.kill(pids[-1] if pids else os.getpid(), signal.SIGTERM))
+        if step < 40:
+            with pytest.raises(TrainingInterrupted, match="which is saved"):
+                train(workspace, cifar10, "run", config, at)
+        else:
+            train(workspace, cifar10, "run", config, at)
+    record = record_of(workspace, "run")
+    assert record.step == 40
+    details = [event.detail for event in record.events if event.what == "resumed"]
+    assert "world_size 2 → 1" in details[0]
+    assert "world_size 1 → 2" in details[1]
+    # The same batches: the curves can differ by rounding only.
+    assert [point["loss"] for point in record.curve] == pytest.approx(
+        [point["loss"] for point in uninterrupted[1].curve], abs=1e-4
+    )
+
+
+def test_sigterm_to_any_rank_stops_all_at_the_same_step_and_saves_it(
+    workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
+) -> None:
+    config = TWO.override({"checkpoint_every_steps": None})
+    with pytest.raises(TrainingInterrupted, match="which is saved"):
+        train(workspace, cifar10, "run", config, At(5, lambda pids: os.kill(pids[1], signal.SIGTERM)))
+    stopped = record_of(workspace, "run")
+    assert (stopped.status, len(stopped.checkpoints)) == ("interrupted", 1)
+    assert train(workspace, cifar10, "run", config) == uninterrupted[0]
+    assert record_of(workspace, "run").resumed_from_step == stopped.step
+
+
+def test_a_rank_that_fails_again_and_again_fails_the_run_with_its_reason(
+    workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    few = Workspace(workspace.store, workspace.home, 60, 5, NodesSettings(max_restarts=1))
+    with pytest.raises(RankFailedError, match=r"rank 1 failed after all had been started again 1 times: .*SIGKILL"):
+        train(few, cifar10, "run", TWO.override({"checkpoint_every_steps": None}), At(1, kill(1), times=2))
+    assert record_of(workspace, "run").status == "failed"
+
+
+def test_what_a_user_did_wrong_is_told_as_by_one_process(workspace: Workspace, cifar10: DatasetRef) -> None:
+    with pytest.raises(ConfigError, match="the last batch of an epoch has 1 images, too few for 2 processes"):
+        train(workspace, cifar10, "run", TWO.override({"max_train_images": 33}))
+
+
+def test_a_second_trainer_of_a_run_of_several_ranks_is_refused(workspace: Workspace, cifar10: DatasetRef) -> None:
+    owners: list[bool] = []
+
+    def look(pids: list[int]) -> None:
+        owners.append(runs.is_live(record_of(workspace, "run").lease, workspace.store.now(), process="another"))
+
+    train(workspace, cifar10, "run", TWO, At(5, look))
+    assert owners == [True]
+
+
+def test_a_killed_command_leaves_no_rank_behind_and_resumes_to_the_same_bits(
+    start: Callable[..., Command], workspace: Workspace, prefect_api: str, uninterrupted: tuple[str, RunRecord]
+) -> None:
+    settings = [
+        part
+        for name in ("max_train_images", "batch_size", "epochs")
+        for part in ("--set", f"{name}={getattr(TWO, name)}")
+    ]
+    settings += ["--set", "nproc_per_node=2", "--set", "checkpoint_every_steps=10"]
+    command = start("train", "--recipe", "tutorial", "--run-id", "run", *settings, PREFECT_API_URL=prefect_api)
+    command.wait_for_line("training simple_cnn on 2 processes")
+    ranks = _children_of(command.process.pid)
+    assert len(ranks) >= 2
+    command.send(signal.SIGKILL)
+    command.finish()
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    done = start("resume", "run", "--json", PREFECT_API_URL=prefect_api).finish()
+    assert done.exit_code == 0, done.err
+    final = checkpoints.read(workspace.store, record_of(workspace, "run").checkpoints[-1])
+    assert done.json["weights_sha256"] == weights_sha256(final["model"])
+    assert state_sha256(final) == uninterrupted[0]
+
+
+def _children_of(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
