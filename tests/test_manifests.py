@@ -5,6 +5,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from copy import deepcopy
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import Mock
 from uuid import UUID
 
@@ -33,7 +34,7 @@ from nightshift.datasets import Arrays, Spec
 from nightshift.evaluation import evaluate
 from nightshift.refs import DatasetRef
 from nightshift.s3 import MIB, S3
-from nightshift.settings import GateSettings, Settings
+from nightshift.settings import GateSettings, NodesSettings, Settings
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.test_orphans import begin_upload
@@ -43,6 +44,7 @@ DEPLOYMENTS = ROOT / "deployments"
 COMPOSE = DEPLOYMENTS / "compose.yaml"
 POOLS = sorted((DEPLOYMENTS / "work-pools").glob("*.json"))
 MANIFESTS = sorted((DEPLOYMENTS / "kubernetes").glob("*.yaml"))
+RENDEZVOUS = DEPLOYMENTS / "kubernetes" / "rendezvous.yaml"
 POLICY = DEPLOYMENTS / "kubernetes" / "s3-policy.json"
 KUBERNETES = kubernetes_validate.latest_version()
 HEARTBEAT_AND_LOG = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "PREFECT_LOGGING_EXTRA_LOGGERS": "nightshift"}
@@ -140,12 +142,40 @@ def kubernetes_job(**values: Any) -> dict[str, Any]:
     job = render("kubernetes", **values)
     manifest: dict[str, Any] = job.job_manifest
     pod = manifest["spec"]["template"]["spec"]
-    # Prefect's template insists on these two in the wrong place, where Kubernetes drops them.
-    del pod["parallelism"], pod["completions"]
-    container = pod["containers"][0]
-    container["env"] = [{"name": name, "value": value} for name, value in job.env.items()]
-    container["args"] = container["args"].split()
+    # Prefect's worker insists on these two, as 1, in the wrong place too, where Kubernetes drops them.
+    assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1)
+    pod["containers"][0]["env"] = [{"name": name, "value": value} for name, value in job.env.items()]
     return manifest
+
+
+class Started(NamedTuple):
+    program: str
+    """With its arguments."""
+    replaces_the_shell: bool
+    settings: dict[str, str]
+    """Those of its environment variables that are nightshift's."""
+
+
+@pytest.fixture
+def start_pod(tmp_path: Path) -> Callable[..., Started]:
+    """Runs the command of a job's pod as Kubernetes does, with programs that only tell who they are."""
+    for name in ("python", "nightshift"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*"\necho $$\nenv | grep ^NIGHTSHIFT_\n')
+        program.chmod(0o755)
+
+    def start(index: int, **values: Any) -> Started:
+        container = kubernetes_job(**values)["spec"]["template"]["spec"]["containers"][0]
+        given = {"PATH": f"{tmp_path}:{os.defpath}", "HOSTNAME": f"nightly-x7k2p-{index}"}
+        given |= {"JOB_COMPLETION_INDEX": str(index)}
+        given |= {entry["name"]: entry["value"] for entry in container["env"] if entry["value"] is not None}
+        with subprocess.Popen(container["args"], env=given, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            program, pid, *settings = process.stdout.read().splitlines()
+        assert process.returncode == 0
+        return Started(program, int(pid) == process.pid, dict(line.split("=", 1) for line in settings))
+
+    return start
 
 
 def accept(template: dict[str, Any]) -> None:
@@ -198,10 +228,13 @@ def test_a_process_trains_on_the_gpu_and_in_the_bucket_of_its_worker(monkeypatch
     assert "CUDA_VISIBLE_DEVICES" not in render("docker").env
 
 
-@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
-def test_the_main_process_of_a_container_is_the_trainer_because_no_other_gets_the_signal(kind: str) -> None:
+def test_the_main_process_of_a_container_is_the_trainer_because_no_other_gets_the_signal(
+    start_pod: Callable[..., Started],
+) -> None:
     # `prefect flow-run execute`, the default, starts the trainer as its child and passes no SIGTERM on.
-    assert render(kind).command == "python -m prefect.engine"
+    assert render("docker").command == "python -m prefect.engine"
+    pods = [start_pod(0), start_pod(0, nodes=2), start_pod(1, nodes=2)]
+    assert [pod.replaces_the_shell for pod in pods] == [True, True, True]
 
 
 def test_a_container_gets_as_many_gpus_as_are_asked_for() -> None:
@@ -209,8 +242,9 @@ def test_a_container_gets_as_many_gpus_as_are_asked_for() -> None:
     assert [(request["driver"], request["count"]) for request in requests] == [("nvidia", 2)]
 
 
-def test_a_kubernetes_job_is_valid_by_the_schemas_of_kubernetes() -> None:
-    kubernetes_validate.validate(kubernetes_job(), KUBERNETES, strict=True)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_kubernetes_job_is_valid_by_the_schemas_of_kubernetes(nodes: int) -> None:
+    kubernetes_validate.validate(kubernetes_job(nodes=nodes), KUBERNETES, strict=True)
     with pytest.raises(kubernetes_validate.ValidationError, match="tolerations"):
         kubernetes_validate.validate(kubernetes_job(tolerations="none"), KUBERNETES, strict=True)
 
@@ -220,6 +254,67 @@ def test_a_kubernetes_job_is_never_repeated_by_kubernetes_and_has_its_gpu() -> N
     pod = job["template"]["spec"]
     assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 4
+
+
+def test_a_kubernetes_job_has_as_many_numbered_pods_as_nodes_and_ends_with_the_first() -> None:
+    for nodes, job in ((1, kubernetes_job()["spec"]), (2, kubernetes_job(nodes=2)["spec"])):
+        assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", nodes, nodes)
+        # The others would wait ten minutes for a flow that has found nothing to train.
+        assert job["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+
+
+def test_no_deployment_may_ask_for_less_than_one_node() -> None:
+    schema = read_pool("kubernetes")["variables"]
+    with pytest.raises(ValidationError, match="less than the minimum"):
+        Draft202012Validator(schema).validate({"nodes": 0})
+
+
+def test_the_first_pod_runs_the_flow_and_the_others_join_it(start_pod: Callable[..., Started]) -> None:
+    programs = [start_pod(index, nodes=3).program for index in range(3)]
+    assert programs == ["python -m prefect.engine", "nightshift join", "nightshift join"]
+    assert (
+        start_pod(0, nodes=3, command="python -m another.engine 'a word'").program == "python -m another.engine a word"
+    )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_every_pod_is_told_how_many_there_are_and_that_they_meet_at_the_first(
+    index: int, start_pod: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in start_pod(index, nodes=2, s3_bucket="bucket").settings.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.load()
+    assert (settings.nodes.fewest, settings.nodes.most) == (2, 2)
+    assert settings.nodes.rendezvous == "nightly-x7k2p-0.nightshift-ranks:29500"
+    assert settings.s3.bucket == "bucket"
+
+
+def test_a_pod_that_trains_alone_needs_no_rendezvous(
+    start_pod: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = start_pod(0)
+    assert alone.program == "python -m prefect.engine"
+    for name, value in alone.settings.items():
+        monkeypatch.setenv(name, value)
+    assert Settings.load().nodes == NodesSettings()
+
+
+def test_the_rendezvous_has_a_name_and_only_ranks_are_let_in(start_pod: Callable[..., Started]) -> None:
+    service, policy = objects(RENDEZVOUS)
+    pods = kubernetes_job(nodes=2)["spec"]["template"]
+    address = start_pod(1, nodes=2).settings["NIGHTSHIFT_NODES__RENDEZVOUS"]
+    ours = {"podSelector": {"matchLabels": service["spec"]["selector"]}}
+
+    # Kubernetes names a pod HOSTNAME.SUBDOMAIN if a headless service of the subdomain's name selects it.
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= pods["metadata"]["labels"].items()
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert pods["spec"]["subdomain"] == name
+    assert address.endswith(f"-0.{name}:{port}")
+
+    assert policy["spec"] == {**ours, "policyTypes": ["Ingress"], "ingress": [{"from": [ours]}]}
+    namespaces = {found["metadata"]["namespace"] for found in (service, policy)}
+    assert namespaces == {read_pool("kubernetes")["variables"]["properties"]["namespace"]["default"]}
 
 
 # What all of them promise
