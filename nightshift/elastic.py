@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from typing import Any, Literal, Self
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -41,7 +42,14 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from nightshift import errors, processes, progress, training
-from nightshift.errors import NightshiftError, RankFailedError, RankLostError, SettingsError, TrainingInterrupted
+from nightshift.errors import (
+    Interrupted,
+    NightshiftError,
+    RankFailedError,
+    RankLostError,
+    SettingsError,
+    TrainingInterrupted,
+)
 from nightshift.progress import LogProgress, StepReport
 from nightshift.ranks import Ranks, joined
 from nightshift.records import Origin
@@ -83,8 +91,15 @@ class Ending(BaseModel):
     def result(self) -> CheckpointRef:
         if self.checkpoint:
             return self.checkpoint
-        kind: type[NightshiftError] = getattr(errors, self.error)
-        raise kind(self.message)
+        raise self._kind(self.message)
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.error) and issubclass(self._kind, Interrupted)
+
+    @property
+    def _kind(self) -> type[NightshiftError]:
+        return getattr(errors, self.error)  # type: ignore[no-any-return]
 
 
 def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
@@ -96,13 +111,23 @@ def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
     Raises:
         RankFailedError: a rank failed, after every restart.
         RankLostError: the machines do not meet.
-        TrainingInterrupted: stopped before the ranks could say how it ended.
+        TrainingInterrupted: stopped while there were no ranks that could have saved.
     """
-    logs = workspace.home / "ranks" / secrets.token_hex(4)
+    logs, lines = workspace.home / "ranks" / secrets.token_hex(4), _Lines()
+    again = f"nightshift resume {job.run_id}" if job else "nightshift join"
+
+    def check_somebody_trains() -> None:
+        if signals.received and not lines.are_there:
+            raise TrainingInterrupted(f"stopped while no rank was training. What was last saved stands: {again}")
+
+    def stop() -> None:
+        lines.order("stop")
+        check_somebody_trains()
+
     with (
         _environment(workspace.nodes.alone),
-        _Lines() as lines,
-        StopSignals(lambda: lines.order("stop")) as signals,
+        lines,
+        StopSignals(stop) as signals,
         _rendezvous(workspace.nodes, is_host=job is not None) as (handler, host, port),
     ):
         place = _Place(workspace, lines.address, lines.key, host, port, torch.get_num_threads() // count)
@@ -115,9 +140,9 @@ def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
             max_restarts=workspace.nodes.max_restarts,
             monitor_interval=0.1,
         )
-        result = _Agent(spec, lines, logs).run()
-    if result is None or (result.is_failed() and signals.received):
-        raise TrainingInterrupted("stopped before the training had begun, or after it had ended")
+        result = _Agent(spec, lines, logs, check_somebody_trains).run()
+    if result is None:
+        raise RankLostError(f"the others have ended without this machine. To go on: {again}")
     if result.is_failed():
         rank, failure = next(iter(result.failures.items()))
         raise RankFailedError(
@@ -135,9 +160,11 @@ def _rendezvous(nodes: NodesSettings, is_host: bool) -> Iterator[tuple[Rendezvou
     Raises:
         RankLostError: nobody is there, or not enough come in time.
     """
-    host, _, port = (nodes.rendezvous or "127.0.0.1:0").rpartition(":")
+    host, _, port = ("127.0.0.1:0" if nodes.alone else str(nodes.rendezvous)).rpartition(":")
     address = _address_towards(host)
     try:
+        if not is_host:
+            _wait_for_host(host, int(port), nodes.wait_seconds)
         patience = timedelta(seconds=nodes.wait_seconds)
         store = TCPStore(host, int(port), is_master=is_host, wait_for_workers=False, timeout=patience)
         meeting = RendezvousParameters(
@@ -153,22 +180,37 @@ def _rendezvous(nodes: NodesSettings, is_host: bool) -> Iterator[tuple[Rendezvou
         handler = create_handler(store, C10dRendezvousBackend(store, meeting.run_id), meeting)
         yield handler, host, store.port
         handler.shutdown()
-    except (RendezvousError, dist.DistError) as error:
+    except (RendezvousError, dist.DistError, ConnectionError, TimeoutError) as error:
         why = str(error.__cause__ or error).splitlines()[0]
         raise RankLostError(f"the machines do not meet at {host}:{port}: {why}") from error
+
+
+def _wait_for_host(host: str, port: int, seconds: float) -> None:
+    """Until somebody listens there; torch's own waiting would not be interrupted by a signal."""
+    progress.current().say(f"waiting for the run at {host}:{port}")
+    for attempt in Retrying(
+        retry=retry_if_exception_type(OSError), stop=stop_after_delay(seconds), wait=wait_fixed(1), reraise=True
+    ):
+        with attempt:
+            socket.create_connection((host, port), timeout=10).close()
 
 
 class _Agent(LocalElasticAgent):
     """As torch has it, but it tells what happened, and lets ranks that are well save before it stops them."""
 
-    def __init__(self, spec: WorkerSpec, lines: "_Lines", logs: Path) -> None:
+    def __init__(self, spec: WorkerSpec, lines: "_Lines", logs: Path, before_start: Callable[[], None]) -> None:
+        """`before_start`: called before the ranks are started, or started again, which may mean a long wait."""
         super().__init__(
             spec,
             DefaultLogsSpecs(str(logs), redirects=Std.ERR, tee=Std.ERR),
             exit_barrier_timeout=_EXIT_SECONDS,
             log_line_prefix_template="[rank ${rank}] ",
         )
-        self._lines = lines
+        self._lines, self._before_start = lines, before_start
+
+    def _initialize_workers(self, worker_group: WorkerGroup) -> None:
+        self._before_start()
+        super()._initialize_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
@@ -189,7 +231,9 @@ class _Agent(LocalElasticAgent):
 
 def _reason(failure: ProcessFailure) -> str:
     """What is known of a failure, such as `Signal 9 (SIGKILL) received by PID 123`."""
-    return (str(failure.message).strip().splitlines() or ["no reason is known"])[-1]
+    message: Any = failure.message  # declared as text, but of an exception it is what torch has stored of it
+    told = str(message["message"] if isinstance(message, dict) else message)
+    return (told.strip().splitlines() or ["no reason is known"])[-1]
 
 
 @dataclass(frozen=True)
@@ -277,6 +321,10 @@ class _Lines:
 
     def __exit__(self, *error: object) -> None:
         self._listener.close()
+
+    @property
+    def are_there(self) -> bool:
+        return bool(self._lines)
 
     def order(self, what: Order) -> None:
         """Tell every rank, also those to come."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from nightshift import recovery, training
-from nightshift.errors import RankFailedError
+from nightshift.errors import RankFailedError, StorageError, TrainingInterrupted
 from nightshift.records import Origin
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.settings import TrainConfig
@@ -37,6 +37,11 @@ def train(
     except RankFailedError as error:
         recovery.close(workspace.store, run_id, "failed", str(error))
         raise
+    except StorageError as error:
+        if workspace.nodes.alone:
+            raise
+        # Trying again at once, as one machine would, it would be alone at the rendezvous.
+        raise TrainingInterrupted(f"{error}. To go on, on all machines: nightshift resume {run_id}") from error
 
 
 def join(workspace: Workspace, nproc_per_node: int | Literal["auto"]) -> "Ending":

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nightshift.refs import DatasetRef
 from nightshift.settings import NodesSettings, TrainConfig
 from nightshift.state import weights_sha256
 from nightshift.workspace import Workspace
-from tests.conftest import Command, eventually, small_config
+from tests.conftest import Command, Finished, eventually, small_config
 from tests.train_part import state_sha256
 
 
@@ -181,6 +182,36 @@ def test_a_killed_command_leaves_no_rank_behind_and_resumes_to_the_same_bits(
     final = checkpoints.read(workspace.store, record_of(workspace, "run").checkpoints[-1])
     assert done.json["weights_sha256"] == weights_sha256(final["model"])
     assert state_sha256(final) == uninterrupted[0]
+
+
+def test_a_machine_that_waits_for_the_others_stops_when_it_is_told_to(start: Callable[..., Command]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        rendezvous = f"127.0.0.1:{taken.getsockname()[1]}"
+    command = start("join", "--json", NIGHTSHIFT_NODES__COUNT="2", NIGHTSHIFT_NODES__RENDEZVOUS=rendezvous)
+    command.wait_for_line("waiting for the run at")
+    command.send(signal.SIGTERM)
+    done = command.finish(timeout=30)
+    assert done.exit_code == 3
+    assert "stopped while no rank was training" in done.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        ((), {}, "there is no run to join: set NIGHTSHIFT_NODES__COUNT"),
+        (
+            (),
+            {"NIGHTSHIFT_NODES__COUNT": "2"},
+            "several machines need a place to meet: set NIGHTSHIFT_NODES__RENDEZVOUS",
+        ),
+        (("--nproc-per-node", "0"), {"NIGHTSHIFT_NODES__COUNT": "2", "NIGHTSHIFT_NODES__RENDEZVOUS": "a:1"}, "from 1"),
+    ],
+)
+def test_a_mistake_in_joining_is_told_in_a_sentence(
+    nightshift: Callable[..., Finished], arguments: tuple[str, ...], environment: dict[str, str], told: str
+) -> None:
+    done = nightshift("join", *arguments, **environment)
+    assert (done.exit_code, told in " ".join(done.err.split())) == (2, True), done.err
 
 
 def _children_of(pid: int) -> list[int]:

@@ -93,15 +93,15 @@ def join(
         with display.waiting("starting"):
             from nightshift import launch
 
-        display.say(f"joining at {settings.nodes.rendezvous}")
         ending = launch.join(workspace, "auto" if nproc_per_node == "auto" else int(nproc_per_node))
-        ending.result()
+    told = ending.message or "trained; the machine that runs its flow goes on alone"
     if as_json:
-        print_json({"run_id": ending.run_id, "status": "trained"})
+        print_json({"run_id": ending.run_id, "ended": ending.error or "trained", "detail": told})
     else:
-        console().print(
-            f"run {ending.run_id} is trained; the machine that runs its flow goes on alone", highlight=False
-        )
+        console().print(f"run {ending.run_id}: {told}", highlight=False, soft_wrap=True)
+    # Of a run that failed it is the other machine's to say so: this one has done its part.
+    if ending.interrupted:
+        raise typer.Exit(3)
 
 
 @app.command(rich_help_panel="Train")
