@@ -27,7 +27,7 @@ WithinHours = Annotated[float, Field(ge=0)]
 _ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
 _PREFECTS_TURN = timedelta(minutes=5)
 """So long a run whose flow run the server knows is left to the automations, which take two minutes."""
-_CANCELLED = {StateType.CANCELLING, StateType.CANCELLED}
+CANCELLED = {StateType.CANCELLING, StateType.CANCELLED}
 
 
 @flow(name="recover", result_serializer="json")
@@ -49,7 +49,7 @@ def is_being_cancelled() -> bool:
     """Whether the user has asked for the end of this flow run: its process gets the same signal as from a machine."""
     try:
         with get_client(sync_client=True) as client:
-            return client.read_flow_run(UUID(flow_run.get_id())).state_type in _CANCELLED
+            return client.read_flow_run(UUID(flow_run.get_id())).state_type in CANCELLED
     except httpx.HTTPError:  # unknown; then the run is to be resumed, and recovery asks again
         return False
 
@@ -71,7 +71,12 @@ def start_deployed(store: S3, found: Found, max_recoveries: int) -> list[str]:
             config = record.train_config()
             client.create_flow_run_from_deployment(
                 deployment.id,
-                parameters={"recipe": config.recipe, "overrides": overrides_of(config), "run_id": record.run_id},
+                parameters={
+                    "recipe": config.recipe,
+                    "overrides": overrides_of(config),
+                    "run_id": record.run_id,
+                    "promote": record.origin.promote,
+                },
                 # By these the next recovery sees that it is on its way, or was cancelled before it began.
                 tags=["recovery", record.run_id],
                 idempotency_key=f"{record.run_id}/{record.sequence}",
@@ -88,7 +93,7 @@ def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[In
         newest = newest_flow_run(client, run.record.run_id, run.record.origin.flow_run_id)
         # Not the last state alone: one that is being cancelled ends Crashed, since a signal has stopped it.
         states = {state.type for state in client.read_flow_run_states(newest.id)} if newest else set()
-        if states & _CANCELLED:
+        if states & CANCELLED:
             recovery.close(store, run.record.run_id, "cancelled")
         elif newest and store.now() < run.record.updated_at + _PREFECTS_TURN:
             progress.current().say(

@@ -6,15 +6,15 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.events import emit_event
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows.recover import is_being_cancelled
+from flows.verdicts import told
 from nightshift import recovery
-from nightshift.errors import NotPromotedError, RecoveryLimitError
+from nightshift.errors import RecoveryLimitError
 from nightshift.recipes import make_config, recipe_names
 from nightshift.refs import ModelRef, durable_run_id
 from nightshift.settings import Settings
@@ -22,7 +22,7 @@ from nightshift.workspace import open_workspace
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.preprocess import preprocess
-from tasks.promote import promote
+from tasks.promote import promote as ask_gate
 from tasks.publish import publish
 from tasks.report import report
 from tasks.train import train
@@ -48,7 +48,10 @@ def _flow_run_name() -> str:
 
 @flow(name="train-cifar", flow_run_name=_flow_run_name, persist_result=True, result_serializer="json")
 def train_cifar(
-    recipe: Recipe = "quick", overrides: dict[str, Any] | None = None, run_id: str | None = None
+    recipe: Recipe = "quick",
+    overrides: dict[str, Any] | None = None,
+    run_id: str | None = None,
+    promote: bool = True,
 ) -> State[ModelRef]:
     """Train an image classifier on CIFAR-10, evaluate what was stored, publish it, and let it go live if it is better.
 
@@ -60,6 +63,7 @@ def train_cifar(
         overrides: Fields of the config to replace, such as {"epochs": 3, "lr": 0.1}.
         run_id: Durable name of the run, in which {date} stands for the day it is scheduled for. An unfinished run of
             this name is resumed, a finished one trains nothing. None: a name is made.
+        promote: Let it go live if it is better. A trial of a sweep is compared with the other trials instead.
     """
     config, run_id, settings = make_config(recipe, overrides), _run_id(run_id, recipe), Settings.load()
     with open_workspace(settings) as workspace:
@@ -68,20 +72,16 @@ def train_cifar(
         try:
             raw = download(workspace, config.dataset)
             dataset = preprocess(workspace, raw)
-            checkpoint = train(workspace, run_id, config, dataset)
+            checkpoint = train(workspace, run_id, config, dataset, promote)
             evaluation = evaluate(workspace, checkpoint, dataset)
             model = publish(workspace, checkpoint, dataset, evaluation)
-            verdict = promote(workspace, model, settings.gate)
+            verdict = ask_gate(workspace, model, settings.gate) if promote else None
             report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
         except TerminationSignal:
             if not is_being_cancelled():
                 raise
             recovery.close(workspace.store, run_id, "cancelled")
             return Cancelled(message=f"Cancelled. What was last saved stands: nightshift resume {run_id}")
-    told = f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}"
-    if not verdict.promoted:
-        resource = {"prefect.resource.id": f"nightshift.run.{run_id}", "prefect.resource.name": run_id}
-        emit_event("nightshift.rejected", resource, payload={"reason": verdict.reason})
-    if settings.gate.fail_when_rejected and not verdict.promoted:
-        raise NotPromotedError(told)
-    return Completed(message=told, data=model)
+    if not verdict:
+        return Completed(message=f"{run_id}: {model.test_accuracy:.2%}, the gate was not asked", data=model)
+    return Completed(message=told(run_id, verdict, settings.gate.fail_when_rejected), data=model)

@@ -79,6 +79,8 @@ class Origin(_Part):
     """The flow run that held the run last."""
     deployment: str | None = None
     """FLOW/DEPLOYMENT, if it ever was started by one."""
+    promote: bool = True
+    """Whether the gate is asked; not for a trial, of which the sweep sends the best there."""
 
 
 class Result(_Part):
@@ -90,7 +92,7 @@ class Result(_Part):
     model: str
     """The published version's key prefix."""
     verdict: Verdict | None = None
-    """The gate's; None for a run of before there was one."""
+    """The gate's; None if it was not asked."""
 
 
 class RunRecord(_Part):

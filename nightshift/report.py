@@ -30,7 +30,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Night:
-    """A finished run of the same model."""
+    """A finished run of the same model, other than a trial."""
 
     run_id: str
     at: datetime
@@ -43,7 +43,7 @@ def publish(
     checkpoint: CheckpointRef,
     evaluated: Evaluation,
     model: ModelRef,
-    verdict: Verdict,
+    verdict: Verdict | None,
     price_per_hour: float | None,
 ) -> Report:
     """Store a run's report under `reports/<run_id>/`, and mark the run finished: there is nothing left to do.
@@ -60,7 +60,7 @@ def publish(
         if run.record.status != "finished":
             run.end(
                 "finished",
-                verdict.reason,
+                verdict.reason if verdict else "",
                 Result(
                     test_accuracy=evaluated.accuracy,
                     test_loss=evaluated.loss,
@@ -131,7 +131,7 @@ def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, fo
             bool(other.result.verdict and other.result.verdict.promoted),
         )
         for other in records.list_records(workspace.store, 3 * _NIGHTS)
-        if other.result and other.dataset.name == record.dataset.name
+        if other.result and other.dataset.name == record.dataset.name and other.origin.promote
         if other.run_id != record.run_id and other.created_at <= record.created_at
     ]
     this = (

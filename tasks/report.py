@@ -14,7 +14,7 @@ def report(
     checkpoint: CheckpointRef,
     evaluation: Evaluation,
     model: ModelRef,
-    verdict: Verdict,
+    verdict: Verdict | None,
     price_per_hour: float | None,
 ) -> str:
     """Store it as HTML, show it as an artifact, and return where it lies."""

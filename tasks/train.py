@@ -11,10 +11,11 @@ from tasks import interruptible, progress_artifact, step
 
 
 @step
-def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef) -> CheckpointRef:
+def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef, promote: bool) -> CheckpointRef:
     """Train from wherever the run stands. Called, not submitted: signals reach only the main thread."""
     name = f"{flow_run.get_flow_name()}/{deployment.get_name()}" if deployment.get_name() else None
+    origin = Origin(flow_run_id=flow_run.get_id(), deployment=name, promote=promote)
     with interruptible(), progress.watched(progress_artifact(run_id), seconds=5):
         if name:  # started again by mistake, it waits for the trainer that lives and returns its result
             runs.wait_until_free(workspace.store, run_id)
-        return launch.train(workspace, run_id, config, dataset, Origin(flow_run_id=flow_run.get_id(), deployment=name))
+        return launch.train(workspace, run_id, config, dataset, origin)

@@ -96,9 +96,10 @@ def test_recover_starts_what_prefect_has_lost_once_and_leaves_to_prefect_what_it
     adhoc = ask("deployments/name/train-cifar/adhoc")["id"]
     known = ask(f"deployments/{adhoc}/create_flow_run", {"state": {"type": "CRASHED"}})["id"]
     for run_id, flow_run_id in (("lost", str(uuid4())), ("known", known)):
-        origin = Origin(flow_run_id=flow_run_id, deployment="train-cifar/adhoc")
+        origin = Origin(flow_run_id=flow_run_id, deployment="train-cifar/adhoc", promote=False)
         runs.acquire(workspace.store, replace(spec(run_id), origin=origin), lease_seconds=60).end("interrupted")
     assert recover() == ["lost"]
     tagged = ask("flow_runs/filter", {"flow_runs": {"tags": {"all_": ["recovery", "lost"]}}})
     assert [(run["deployment_id"], run["parameters"]["run_id"]) for run in tagged] == [(adhoc, "lost")]
+    assert tagged[0]["parameters"]["promote"] is False, "a trial is started again as a trial"
     assert recover() == []

@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import pytest
 
-from nightshift import records, recovery, training
-from nightshift.errors import TrainingInterrupted
-from nightshift.records import Checkpoint, RunRecord, Status
+from nightshift import records, recovery, registry, training
+from nightshift.errors import ModelNotFoundError, TrainingInterrupted
+from nightshift.records import Checkpoint, Origin, RunRecord, Status
 from nightshift.refs import DatasetRef
 from nightshift.s3 import S3
 from nightshift.workspace import Workspace
@@ -141,9 +141,13 @@ def test_a_trainer_notices_nothing_of_a_recoverer_that_was_mistaken(workspace: W
 def test_recover_goes_on_with_an_interrupted_run_to_its_end(
     nightshift: Callable[..., Finished], workspace: Workspace, prefect_api: str, cifar10: DatasetRef
 ) -> None:
+    trial = Origin(promote=False)
     with pytest.raises(TrainingInterrupted):
-        training.train(workspace, "run", small_config(), cifar10, should_stop=lambda step: step == 30)
+        training.train(workspace, "run", small_config(), cifar10, trial, should_stop=lambda step: step == 30)
     recovered = nightshift("recover", "--json")
     assert (recovered.exit_code, recovered.json) == (0, {"started": ["run"], "live": []}), recovered.err
     assert (read(workspace.store).status, read(workspace.store).resumed_from_step) == ("finished", 30)
+    assert read(workspace.store).origin.promote is False
+    with pytest.raises(ModelNotFoundError, match="no champion"):  # the gate is not asked of a trial
+        registry.read_champion(workspace.store, "cifar10")
     assert nightshift("recover", "--json").json == {"started": [], "live": []}

@@ -58,8 +58,8 @@ def resume(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) 
     from nightshift.records import read_record
 
     with configured_workspace() as workspace:
-        config = read_record(workspace.store, run)[0].train_config()
-        _train(run, config, as_json, verbose)
+        record, _ = read_record(workspace.store, run)
+        _train(run, record.train_config(), as_json, verbose, record.origin.promote)
 
 
 @app.command(rich_help_panel="Train")
@@ -135,7 +135,7 @@ def recover(
             run_flow = run_flow or stack.enter_context(_flow_runner(verbose))
             started.append(record.run_id)
             try:
-                run_flow(record.run_id, record.train_config())
+                run_flow(record.run_id, record.train_config(), record.origin.promote)
             except Interrupted:
                 raise
             except NightshiftError as error:
@@ -150,9 +150,9 @@ def recover(
         raise typer.Exit(1)
 
 
-def _train(run_id: str, config: "TrainConfig", as_json: bool, verbose: bool) -> None:
+def _train(run_id: str, config: "TrainConfig", as_json: bool, verbose: bool, promote: bool = True) -> None:
     with _flow_runner(verbose) as run_flow:
-        record = run_flow(run_id, config)
+        record = run_flow(run_id, config, promote)
     if as_json:
         print_json(record.summary())
     else:
@@ -160,7 +160,7 @@ def _train(run_id: str, config: "TrainConfig", as_json: bool, verbose: bool) -> 
 
 
 @contextmanager
-def _flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig"], "RunRecord"]]:
+def _flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool], "RunRecord"]]:
     """Runs the flow in this process, on the user's Prefect server or on one of our own, with a live display."""
     from nightshift import progress
     from nightshift.local_prefect import configured_api_url, local_prefect
@@ -178,7 +178,7 @@ def _flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig"], "RunR
         if not configured_api_url():
             os.environ["PREFECT_API_URL"], wait_for_server = stack.enter_context(local_prefect(settings.home))
 
-        def run_flow(run_id: str, config: "TrainConfig") -> "RunRecord":
+        def run_flow(run_id: str, config: "TrainConfig", promote: bool) -> "RunRecord":
             with display.waiting("starting"):
                 # Importing torch and Prefect takes as long as the server's start, which goes on meanwhile.
                 from nightshift.training import check_config
@@ -191,7 +191,7 @@ def _flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig"], "RunR
                     wait_for_server()
             display.say(f"run {run_id}, recipe {config.recipe}")
             try:
-                train_cifar(recipe=config.recipe, overrides=overrides_of(config), run_id=run_id)
+                train_cifar(recipe=config.recipe, overrides=overrides_of(config), run_id=run_id, promote=promote)
             except (TerminationSignal, KeyboardInterrupt) as stop:
                 raise _interruption(stop) or Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
             return _record(run_id)
