@@ -38,7 +38,7 @@ def apply(notify: str | None) -> list[str]:
     with connected() as client:
         for pool in {deployment["work_pool"]["name"] for deployment in planned}:
             template = json.loads((_HERE / "work-pools" / f"{pool}.json").read_text())
-            kind = pool.removeprefix("gpu-")
+            kind = pool.partition("-")[2]
             client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=template), overwrite=True)
         _deploy()
         _automate(client, notify)

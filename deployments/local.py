@@ -4,15 +4,17 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nightshift import supervisor
-from nightshift.local_prefect import POOL, local_prefect, online_workers
+from nightshift.local_prefect import POOL, WAITING_POOL, local_prefect, online_workers
 from nightshift.local_s3 import embedded_s3
 from nightshift.settings import Settings
 from nightshift.supervisor import Server, using, wait_until
 
-_SERVERS = ("worker", "prefect", "s3")
+_WORKERS = {"worker": POOL, "waiting-worker": WAITING_POOL}
+_SERVERS = (*_WORKERS, "prefect", "s3")
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,27 @@ def up(settings: Settings) -> Running:
         from deployments.apply import apply
 
         deployments = apply(settings.notify)
-        directory = home / "worker"
-        stack.enter_context(using(directory, lambda: _worker(home, api_url, settings.save_retry_seconds)))
-        supervisor.keep(directory)
-        wait_until(lambda: bool(online_workers(api_url)), directory, timeout=60)
+        for name, pool in _WORKERS.items():
+            plan = partial(_worker, home, api_url, pool, settings.save_retry_seconds)
+            stack.enter_context(using(home / name, plan))
+            supervisor.keep(home / name)
+        for name, pool in _WORKERS.items():
+            wait_until(partial(_is_served, api_url, pool), home / name, timeout=60)
     return Running(api_url, endpoint, deployments)
 
 
 def down(settings: Settings) -> list[str]:
-    """Stop what `up` has started, the worker first, which lets its runs save; a server that is in use stays."""
+    """Stop what `up` has started, the workers first, which let their runs save; a server that is in use stays."""
     return [name for name in _SERVERS if supervisor.release(settings.home.resolve() / name)]
 
 
-def _worker(home: Path, api_url: str, save_retry_seconds: float) -> Server:
+def _is_served(api_url: str, pool: str) -> bool:
+    return bool(online_workers(api_url, pool))
+
+
+def _worker(home: Path, api_url: str, pool: str, save_retry_seconds: float) -> Server:
     return Server(
-        command=[str(Path(sys.executable).with_name("nightshift")), "worker", "--pool", POOL],
+        command=[str(Path(sys.executable).with_name("nightshift")), "worker", "--pool", pool],
         environment={
             "NIGHTSHIFT_HOME": str(home),
             "PREFECT_HOME": str(home / "prefect"),

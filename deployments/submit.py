@@ -1,26 +1,36 @@
 """A run on the Prefect server by its short name, watched until it has really ended."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
+    FlowFilter,
+    FlowFilterName,
+)
 from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import ArtifactSort
 from prefect.utilities.urls import url_for
 
 from deployments.client import connected
 from flows.recover import newest_flow_run
-from nightshift import progress
+from nightshift import progress, sweep
 from nightshift.errors import DeploymentNotFoundError
 from nightshift.recipes import make_config
 from nightshift.refs import durable_run_id
 
 _POLL_SECONDS = 2.0
+_PLAN = ("recipe", "space", "overrides", "trials", "seed", "startup_trials", "warmup_epochs")
 _THE_END = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED}
 
 
@@ -31,7 +41,7 @@ class Submitted:
     url: str | None
     """Its page in the UI."""
     run_id: str | None
-    """Of the run it is to train, if it trains one."""
+    """Of the run it is to train, or of the sweep, if it is one of these."""
 
 
 def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
@@ -49,15 +59,20 @@ def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
     with connected() as client:
         deployment = _find(client, name)
         chosen = {**deployment.parameters, **parameters}
-        if "recipe" in chosen:
+        is_sweep = "space" in chosen
+        wanted, label = (chosen.get("sweep_id"), "sweep") if is_sweep else (chosen.get("run_id"), deployment.name)
+        if is_sweep:
+            sweep.plan(
+                durable_run_id(wanted, label, datetime.now(UTC), ""),
+                **{name: chosen[name] for name in _PLAN if name in chosen},
+            )
+        elif "recipe" in chosen:
             make_config(chosen["recipe"], chosen.get("overrides"))
         flow_run = client.create_flow_run_from_deployment(deployment.id, parameters=chosen)
         run_id = None
         if "recipe" in chosen:
             assert flow_run.expected_start_time is not None
-            run_id = durable_run_id(
-                chosen.get("run_id"), deployment.name, flow_run.expected_start_time, str(flow_run.id)
-            )
+            run_id = durable_run_id(wanted, label, flow_run.expected_start_time, str(flow_run.id))
         return Submitted(flow_run.id, flow_run.name, url_for(flow_run), run_id)
 
 
@@ -85,6 +100,19 @@ def watch(submitted: Submitted) -> Iterator[State[Any]]:
                 if flow_run.state.type in _THE_END:
                     return
             time.sleep(_POLL_SECONDS)
+
+
+def read_table(submitted: Submitted, key: str) -> list[dict[str, Any]]:
+    """The lines of the newest table artifact a flow run has made under this key; none if it has made none."""
+    with connected() as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=[submitted.flow_run_id]), key=ArtifactFilterKey(any_=[key])
+            ),
+            sort=ArtifactSort.CREATED_DESC,
+            limit=1,
+        )
+    return json.loads(str(found[0].data)) if found else []
 
 
 def _find(client: SyncPrefectClient, name: str) -> DeploymentResponse:

@@ -2,18 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
-from typing import Annotated
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
 from uuid import UUID
 
 import httpx
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
+from prefect.states import AwaitingRetry
 from pydantic import Field
 
 from nightshift import progress, recovery
@@ -27,12 +35,16 @@ WithinHours = Annotated[float, Field(ge=0)]
 _ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
 _PREFECTS_TURN = timedelta(minutes=5)
 """So long a run whose flow run the server knows is left to the automations, which take two minutes."""
+_AUTOMATIONS_TURN = timedelta(minutes=1)
+"""They start a crashed flow run again after 20 s."""
 CANCELLED = {StateType.CANCELLING, StateType.CANCELLED}
 
 
 @flow(name="recover", result_serializer="json")
 def recover(within_hours: WithinHours = 24) -> dict[str, list[str]]:
     """Start the deployments of interrupted runs again, under the same run ids, and say which runs are live.
+
+    Sweeps that have crashed are started again too.
 
     Args:
         within_hours: Look at runs that were written to so lately.
@@ -41,6 +53,7 @@ def recover(within_hours: WithinHours = 24) -> dict[str, list[str]]:
     with open_workspace(settings) as workspace:
         found = recovery.find(workspace.store, timedelta(hours=within_hours))
         started = start_deployed(workspace.store, found, settings.max_recoveries)
+    start_sweeps(timedelta(hours=within_hours))
     progress.current().say(f"started: {', '.join(started) or 'none'}; live: {', '.join(found.live) or 'none'}")
     return {"started": started, "live": found.live}
 
@@ -83,6 +96,26 @@ def start_deployed(store: S3, found: Found, max_recoveries: int) -> list[str]:
             )
             started.append(record.run_id)
     return started
+
+
+def start_sweeps(within: timedelta) -> None:
+    """Start again the sweeps that have crashed `within` this time. They have no record of a run: Prefect knows them."""
+    crashed = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
+    with get_client(sync_client=True) as client:
+        for sweep in client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["sweep"])), flow_run_filter=FlowRunFilter(state=crashed)
+        ):
+            if sweep.state and datetime.now(UTC) < sweep.state.timestamp + within:
+                start_again_if_lost(client, sweep)
+
+
+def start_again_if_lost(client: SyncPrefectClient, flow_run: FlowRun) -> None:
+    """Do to a crashed flow run what the automation was to do: on SQLite, events are lost now and then."""
+    assert flow_run.state
+    if flow_run.state_type == StateType.CRASHED and datetime.now(UTC) > flow_run.state.timestamp + _AUTOMATIONS_TURN:
+        again: State[Any] = AwaitingRetry(message="Crashed. It goes on where it stopped.")
+        client.set_flow_run_state(flow_run.id, again, force=True)
+        progress.current().say(f"{flow_run.name} had crashed and is started again")
 
 
 def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[Interrupted]:

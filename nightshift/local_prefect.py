@@ -22,7 +22,10 @@ from nightshift.supervisor import Server, using, wait_until
 _START_SECONDS = 180
 
 POOL = "gpu-process"
-"""The work pool whose workers run the deployments."""
+"""The work pool whose workers train."""
+
+WAITING_POOL = "cpu-process"
+"""The work pool of the flows that train nothing and wait for those that do. Its workers have no limit."""
 
 
 def configured_api_url() -> str | None:
@@ -75,8 +78,8 @@ def _plan(directory: Path) -> Server:
     )
 
 
-def online_workers(api_url: str) -> list[str]:
-    """The names of the workers of our pool that have reported lately.
+def online_workers(api_url: str, pool: str = POOL) -> list[str]:
+    """The names of a pool's workers that have reported lately.
 
     Raises:
         OSError: the server does not answer, or wants other credentials.
@@ -86,7 +89,7 @@ def online_workers(api_url: str) -> list[str]:
         headers["Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
     elif key := os.environ.get("PREFECT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    url = f"{api_url.rstrip('/')}/work_pools/{POOL}/workers/filter"
+    url = f"{api_url.rstrip('/')}/work_pools/{pool}/workers/filter"
     try:
         with urllib.request.urlopen(urllib.request.Request(url, b"{}", headers), timeout=10) as response:
             return [worker["name"] for worker in json.load(response) if worker["status"] == "ONLINE"]

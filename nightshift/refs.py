@@ -6,7 +6,7 @@ Each names something that lies in the store; what is read from a stored result i
 import re
 import secrets
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -161,3 +161,27 @@ class Verdict(_Ref):
     comparison: Comparison | None
     """None if there was no champion, or the candidate was it already."""
     champion: ChampionRef | None
+
+
+class TrialResult(_Ref):
+    """How a trial of a sweep ended."""
+
+    run_id: RunId
+    overrides: dict[str, Any]
+    """The values of the swept fields."""
+    status: Literal["finished", "pruned", "cancelled", "failed"]
+    test_accuracy: float | None
+    train_seconds: float
+    reason: str
+    """Why it did not finish; empty if it did."""
+
+
+class SweepResult(_Ref):
+    """How a sweep ended: each trial in the order in which it was asked."""
+
+    sweep_id: RunId
+    trials: list[TrialResult]
+    best: ModelRef | None
+    """None if no trial finished."""
+    verdict: Verdict | None
+    """The gate's on the best; None if it was not asked."""

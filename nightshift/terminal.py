@@ -142,6 +142,16 @@ def facts_table(facts: dict[str, Any]) -> Table:
     return table
 
 
+def lines_table(lines: list[dict[str, Any]]) -> Table:
+    """Lines that all have the same columns; shares of 1 as they are."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in lines[0]:
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        table.add_row(*("–" if value is None else escape(str(value)) for value in line.values()))
+    return table
+
+
 def runs_table(records: list[RunRecord]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("run", "status", "step", "accuracy", "updated (UTC)"):

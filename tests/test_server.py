@@ -23,12 +23,13 @@ from urllib.error import HTTPError
 import pytest
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
-from nightshift import processes, records
+from nightshift import processes, records, registry, sweep
 from nightshift.local_s3 import embedded_s3
 from nightshift.records import RunRecord
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
 from tests.conftest import Command, Finished, eventually
+from tests.test_sweep import trained
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"epochs": 3, "max_train_images": 6400, "checkpoint_every_steps": 20}
@@ -92,7 +93,7 @@ def stack(nightshift: Nightshift, prefect_api: str, cifar10: DatasetRef) -> Iter
     started = nightshift("up", "--json")
     assert started.exit_code == 0, started.err
     yield started.json
-    assert nightshift("down", "--json").json == {"stopped": ["worker", "prefect", "s3"]}
+    assert nightshift("down", "--json").json == {"stopped": ["worker", "waiting-worker", "prefect", "s3"]}
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +334,83 @@ def test_somebody_is_told_of_a_model_that_is_worse_than_the_champion(told: tuple
     """The two before were trained for one epoch only."""
     eventually(lambda: any("first is not promoted" in message["subject"] for message in told[1]))
     assert any("max_regression" in message["body"] for message in told[1])
+
+
+def test_a_sweep_of_8_trials_with_two_killed_on_the_way_finishes_with_8_results(
+    nightshift: Nightshift, ask: Callable[..., Any], lost: Training
+) -> None:
+    """The sweep itself is killed too, and started again. By then the automation may have done so: they get along."""
+    command = [
+        *("sweep", "--sweep-id=swept", "--recipe=tutorial", "--over=lr=1e-3,1e-4", "--over=seed=0,1,2,3"),
+        *("--set=epochs=2", "--set=max_train_images=1280", "--set=checkpoint_every_steps=10", "--parallel=4", "--json"),
+    ]
+    started = nightshift(*command)
+    assert started.exit_code == 0, started.err
+    store, flow_run_id = lost.workspace.store, started.json["flow_run_id"]
+    trials = [Training(lost.workspace, f"swept-{number:02}", flow_run_id, ask) for number in range(1, 9)]
+    for trial in trials[:2]:
+        eventually(lambda: any(store.list(f"checkpoints/{trial.run_id}/")), timeout=180)  # noqa: B023
+        trial.kill()
+    os.kill(int(ask(f"flow_runs/{flow_run_id}")["infrastructure_pid"]), signal.SIGKILL)
+    again = Training(lost.workspace, "swept", nightshift(*command).json["flow_run_id"], ask)
+    eventually(lambda: again.state["type"] == "COMPLETED", timeout=420)
+
+    made = {trial.run_id: trial.record for trial in trials}
+    study = sweep.Sweep.model_validate(records.unsealed(store.get("sweeps/swept.json")[0]))
+    results = sweep.results(study, made)
+    assert [(result.run_id, result.status) for result in results] == [(run_id, "finished") for run_id in made]
+    assert [trial.events.count("resumed") for trial in trials] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert [record.result and record.result.verdict for record in made.values()] == [None] * 8
+    best = max(results, key=lambda result: result.test_accuracy or 0).run_id
+    assert f"{best} is the best of 8 trials" in again.state["message"]
+    decided = [entry.id for entry in registry.read_history(store, "cifar10")[0].transitions]
+    assert {decision for decision in decided if "swept" in decision} <= {f"gate/{best}"}
+
+
+def test_a_bad_trial_is_stopped_early_and_not_started_again(
+    nightshift: Nightshift, ask: Callable[..., Any], lost: Training
+) -> None:
+    """Of a sweep that is halted after its first trial, which was a good one."""
+    store, overrides = lost.workspace.store, {**CONFIG, "epochs": 20}
+    planned = sweep.plan("stopped", "tutorial", {"lr": [1e-3, 1e-8]}, overrides, startup_trials=1, warmup_epochs=1)
+    good = trained(store, sweep.ask(store, sweep.begin(store, planned), {}), 0, [0.9] * 20, "finished")
+    done = nightshift(
+        *(
+            "sweep",
+            "--sweep-id=stopped",
+            "--recipe=tutorial",
+            "--over=lr=1e-3,1e-8",
+            "--no-promote",
+            "--watch",
+            "--json",
+        ),
+        *("--startup-trials=1", "--warmup-epochs=1", *(f"--set={name}={value}" for name, value in overrides.items())),
+    )
+    assert done.exit_code == 0, done.err
+    assert [(line["run"], line["status"]) for line in done.json["trials"]] == [
+        (good.run_id, "finished"),
+        ("stopped-02", "pruned"),
+    ]
+    bad = Training(lost.workspace, "stopped-02", done.json["flow_run_id"], ask)
+    assert bad.events == ["started", "interrupted", "cancelled"]
+    assert bad.run_id not in nightshift("recover", "--json").json["started"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "--over=ler=0.1"], "Did you mean lr?"),
+        (["sweep", "--over=lr=0.1..1"], "Say how many trials"),
+        (["submit", "sweep"], "nothing is swept"),
+    ],
+)
+def test_a_sweep_that_is_not_valid_is_refused_before_anything_starts(
+    nightshift: Nightshift, arguments: list[str], message: str
+) -> None:
+    done = nightshift(*arguments)
+    assert done.exit_code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
 
 
 def test_a_run_that_is_interrupted_too_often_is_given_up_and_somebody_is_told(

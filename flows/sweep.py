@@ -1,0 +1,247 @@
+"""The flow `sweep`: train many configs, each as a run of its own, and let the best go live if it is better."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+import httpx
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Cancelling, Completed, Failed
+from pydantic import Field
+
+from flows.recover import CANCELLED, is_being_cancelled, newest_flow_run, start_again_if_lost
+from flows.verdicts import told
+from nightshift import progress, recovery
+from nightshift import sweep as sweeps
+from nightshift.errors import DeploymentNotFoundError, RecoveryLimitError, StorageError
+from nightshift.records import RunRecord
+from nightshift.refs import SweepResult, TrialResult, durable_run_id
+from nightshift.s3 import S3
+from nightshift.settings import Settings
+from nightshift.sweep import Sweep, Trial
+from nightshift.workspace import open_workspace
+from tasks.promote import promote as ask_gate
+
+_POLL_SECONDS = 2.0
+_AT_WORK = {StateType.PENDING, StateType.RUNNING}
+_THE_END = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED}
+
+# As in train_cifar: Prefect passes the logger on, but leaves its level at WARNING.
+logging.getLogger("nightshift").setLevel(logging.INFO)
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+def _sweep_id(sweep_id: str | None) -> str:
+    scheduled = flow_run.get_scheduled_start_time() or datetime.now(UTC)
+    return durable_run_id(sweep_id, "sweep", scheduled, str(flow_run.get_id()))
+
+
+def _flow_run_name() -> str:
+    parameters = flow_run.get_parameters()
+    return f"{_sweep_id(parameters['sweep_id'])} ({parameters['recipe']})"
+
+
+@flow(name="sweep", flow_run_name=_flow_run_name, persist_result=True, result_serializer="json")
+def sweep(
+    space: dict[str, Any],
+    recipe: str = "quick",
+    overrides: dict[str, Any] | None = None,
+    sweep_id: str | None = None,
+    trials: AtLeastOne | None = None,
+    parallel: AtLeastOne = 2,
+    seed: NotNegative = 0,
+    startup_trials: AtLeastOne = 4,
+    warmup_epochs: NotNegative = 2,
+    deployment: str = "train-cifar/adhoc",
+    promote: bool = True,
+) -> State[SweepResult]:
+    """Train many configs, each as a run of its own, stop the bad ones early, and send the best to the gate.
+
+    Whatever starts this again under the same sweep id goes on where it stopped, with the same trials; so a cancelled
+    sweep is only halted. A cancel starts no further trial, and leaves those alone that train. The best is chosen on
+    the test images, as the champion is: of many that are equally good the luckiest, so its accuracy is optimistic,
+    the more so the more trials there were. The gate does not correct for that.
+
+    Args:
+        space: Fields of the config, each with a list of values or a range, such as {"lr": {"low": 0.01, "high": 0.2,
+            "log": true}, "momentum": [0.6, 0.9]}.
+        recipe: The named config to start from.
+        overrides: Fields of the config to replace in every trial.
+        sweep_id: Durable name of the sweep, in which {date} stands for the day it is scheduled for; its trials are
+            named after it. None: a name is made.
+        trials: How many trials a study (TPE) asks for, each with regard to those before it. None: the grid of all
+            lists.
+        parallel: How many trials at once. A study learns more from fewer.
+        seed: Of the study. That of the trainings is a field of the config.
+        startup_trials: So many trials must have finished before one is stopped early; as many as there are trials:
+            none is.
+        warmup_epochs: So many epochs each trial has before it may be stopped.
+        deployment: What trains a trial, as FLOW/DEPLOYMENT of the flow train-cifar.
+        promote: Let the best go live if it is better.
+    """
+    planned = sweeps.plan(_sweep_id(sweep_id), recipe, space, overrides, trials, seed, startup_trials, warmup_epochs)
+    settings = Settings.load()
+    if flow_run.get_run_count() > 1 + settings.max_recoveries:
+        raise RecoveryLimitError(
+            f"sweep {planned.sweep_id} was started again {settings.max_recoveries} times and is given up "
+            "(NIGHTSHIFT_MAX_RECOVERIES). Start it again under this sweep id to go on with it all the same"
+        )
+    with open_workspace(settings) as workspace, get_client(sync_client=True) as client:
+        runs = _Runs(client, workspace.store, _read_deployment(client, deployment))
+        try:
+            done = runs.train_all(sweeps.begin(workspace.store, planned), parallel)
+            results = sweeps.results(done, runs.records)
+            create_table_artifact(table(results), key="sweep", description=f"Sweep {done.sweep_id}")
+            best = sweeps.best_model(results, runs.records)
+            verdict = ask_gate(workspace, best, settings.gate) if best and promote else None
+        except TerminationSignal:
+            if not is_being_cancelled():
+                raise
+            return Cancelled(message="Cancelled: no further trial is started, and those that train go on.")
+    if not best:
+        return Failed(message=f"None of {len(results)} trials has finished: {results[-1].reason}")
+    sentence = f"{best.run_id} is the best of {len(results)} trials: {best.test_accuracy:.2%}"
+    if verdict:
+        sentence += f". {told(best.run_id, verdict, settings.gate.fail_when_rejected)}"
+    return Completed(
+        message=sentence, data=SweepResult(sweep_id=done.sweep_id, trials=results, best=best, verdict=verdict)
+    )
+
+
+def table(results: list[TrialResult]) -> list[dict[str, Any]]:
+    """A line a trial."""
+    return [
+        {
+            "run": trial.run_id,
+            "overrides": "  ".join(f"{name}={value}" for name, value in trial.overrides.items()),
+            "status": trial.status,
+            "test accuracy": trial.test_accuracy,
+            "training seconds": round(trial.train_seconds, 1),
+            "reason": trial.reason,
+        }
+        for trial in results
+    ]
+
+
+def _passes(error: httpx.HTTPError | StorageError) -> bool:
+    """Whether it can be otherwise the next time: a sweep outlives a server or a store that does not answer."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.is_server_error
+    return not isinstance(error, StorageError) or error.transient
+
+
+def _read_deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+    try:
+        return client.read_deployment_by_name(name)
+    except (ObjectNotFound, ValueError):
+        raise DeploymentNotFoundError(
+            f"there is no deployment {name!r} to train the trials. `nightshift deploy` makes those of nightshift"
+        ) from None
+
+
+@dataclass
+class _Runs:
+    """The runs of the trials: their records, and the flow runs that train them."""
+
+    client: SyncPrefectClient
+    store: S3
+    trainer: DeploymentResponse
+    records: dict[str, RunRecord] = field(default_factory=dict)
+    _started: dict[str, UUID] = field(default_factory=dict)
+
+    def train_all(self, study: Sweep, parallel: int) -> Sweep:
+        """Start trials, `parallel` at a time, until all are over."""
+        is_reachable = True
+        while True:
+            try:
+                study = self._look_after(study)
+                for _ in range(min(parallel - len(self._open(study)), study.size - len(study.asked))):
+                    study = sweeps.ask(self.store, study, self.records)
+                    self._flow_run(study, study.asked[-1])
+                if not self._open(study):
+                    return study
+                is_reachable = True
+            except (httpx.HTTPError, StorageError) as error:
+                if not _passes(error):
+                    raise
+                if is_reachable:
+                    progress.current().warn(f"the trials go on by themselves, for they cannot be looked at: {error}")
+                is_reachable = False
+            time.sleep(_POLL_SECONDS)
+
+    def _look_after(self, study: Sweep) -> Sweep:
+        """Read how the trials are, start those that were asked and never started, and stop the bad ones."""
+        flow_runs = {}
+        for trial in self._open(study):
+            if not self._is_over(trial):
+                flow_runs[trial.run_id] = found = self._flow_run(study, trial)
+                # Read again: it may have ended between the two.
+                if found.state_type in _THE_END and not self._is_over(trial):
+                    study = self._note_failure(study, trial, found)
+                if not trial.ended:
+                    start_again_if_lost(self.client, found)
+        for run_id, reason in sweeps.bad_trials(study, self.records).items():
+            progress.current().say(f"trial {run_id} is stopped: {reason}")
+            study = sweeps.end(self.store, study, run_id, "pruned", reason)
+        for trial in self._open(study):
+            if trial.ended == "pruned" and (found := flow_runs[trial.run_id]).state_type not in CANCELLED:
+                # Of one that nobody executes, nobody would report the end.
+                state: State[Any] = Cancelling() if found.state_type in _AT_WORK else Cancelled()
+                self.client.set_flow_run_state(found.id, state)
+        return study
+
+    def _open(self, study: Sweep) -> list[Trial]:
+        """The trials that were not over when their records were read last."""
+        return [trial for trial in study.asked if not sweeps.result(trial, self.records.get(trial.run_id))]
+
+    def _is_over(self, trial: Trial) -> bool:
+        record = sweeps.read_trial(self.store, trial)
+        if record:
+            self.records[trial.run_id] = record
+        return sweeps.result(trial, record) is not None
+
+    def _flow_run(self, study: Sweep, trial: Trial) -> FlowRun:
+        """The flow run that trains a trial, started if it never was: the first one, or the one of a recovery since."""
+        if trial.run_id not in self._started:
+            progress.current().say(f"trial {trial.run_id}: {trial.overrides}")
+            started = self.client.create_flow_run_from_deployment(
+                self.trainer.id,
+                parameters={
+                    "recipe": study.recipe,
+                    "overrides": {**study.overrides, **trial.overrides},
+                    "run_id": trial.run_id,
+                    "promote": False,
+                },
+                tags=[study.sweep_id],
+                # Of a sweep that was started again, this is the flow run that there is already.
+                idempotency_key=trial.run_id,
+            )
+            self._started[trial.run_id] = started.id
+        found = newest_flow_run(self.client, trial.run_id, str(self._started[trial.run_id]))
+        assert found
+        return found
+
+    def _note_failure(self, study: Sweep, trial: Trial, found: FlowRun) -> Sweep:
+        """Write down of a trial whose flow run has ended that it has failed, where no record says so or will."""
+        assert found.state
+        record = self.records.get(trial.run_id)
+        if found.state_type == StateType.CANCELLED and record:
+            recovery.close(self.store, trial.run_id, "cancelled")  # nobody else has, if it was not being trained
+            return study
+        if record and record.status == "interrupted":  # it will be recovered
+            return study
+        reason = found.state.message or str(found.state.name)
+        if found.state_type == StateType.COMPLETED:
+            reason = f"it is Completed, but not in {self.store.url('')}: its worker has other settings than the sweep's"
+        return sweeps.end(self.store, study, trial.run_id, "failed", reason)
