@@ -33,6 +33,7 @@ test: setup
 
 soak: setup
 	@.venv/bin/python -m tests.faults.soak
+	@.venv/bin/python -m pytest -m soak --numprocesses 0
 
 bench: setup
 	@test -x .venv-bench/bin/python || .venv/bin/uv venv --quiet .venv-bench --python .venv/bin/python
