@@ -99,7 +99,7 @@ def under_nightshift(workspace: Workspace, ref: DatasetRef, recipe: str, seed: i
     # The run counts the seconds of its loop; what goes before it and after it counts for every copy.
     around = seconds - stored[-1].metrics["train_seconds"]
     copies = [
-        (around + checkpoint.metrics["train_seconds"], checkpoints.read(workspace.store, checkpoint)["model"])
+        (around + checkpoint.metrics["train_seconds"], checkpoints.read_weights(workspace.store, checkpoint))
         for checkpoint in stored
     ]
     return measured(open_dataset(workspace, ref), recipe, copies)

@@ -27,6 +27,7 @@ from tenacity import (
     stop_when_event_set,
     wait_exponential_jitter,
 )
+from torch import Tensor
 
 from nightshift import progress
 from nightshift.errors import CheckpointCorruptError, ObjectNotFoundError, StorageError, StorageUnreachableError
@@ -236,6 +237,17 @@ def read(store: S3, checkpoint: Checkpoint | CheckpointRef) -> Payload:
             f"refused, because it is not plain tensors and values: {str(error).splitlines()[0]}"
         ) from error
     return payload
+
+
+def read_weights(store: S3, checkpoint: Checkpoint | CheckpointRef) -> dict[str, Tensor]:
+    """The state_dict that is tested and published: the moving average of the weights, if the run keeps one.
+
+    Raises:
+        CheckpointCorruptError, StorageError: as `read`.
+    """
+    payload = read(store, checkpoint)
+    weights: dict[str, Tensor] = payload["average"] or payload["model"]
+    return weights
 
 
 def _verified_body(store: S3, checkpoint: Checkpoint | CheckpointRef) -> bytes:

@@ -223,7 +223,7 @@ def _evaluate(
     dataset_ref: DatasetRef,
     decided_by: dict[str, Any],
 ) -> Metrics:
-    weights = checkpoints.read(workspace.store, checkpoint)["model"]
+    weights = checkpoints.read_weights(workspace.store, checkpoint)
     dataset = open_dataset(workspace, dataset_ref)
     logits = predict_test_images(
         load_model(config, weights, len(dataset.classes), pick_device(config)), dataset, config

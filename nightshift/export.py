@@ -93,7 +93,7 @@ def export_run(workspace: Workspace, record: RunRecord, name: str) -> bytes:
     """
     if not record.checkpoints:
         raise ConfigError(f"run {record.run_id} has no checkpoint yet: there is nothing to export")
-    weights = checkpoints.read(workspace.store, record.checkpoints[-1])["model"]
+    weights = checkpoints.read_weights(workspace.store, record.checkpoints[-1])
     return _exporter(weights, record.train_config(), open_dataset(workspace, record.dataset))(name)
 
 
@@ -133,7 +133,7 @@ def _publish(workspace: Workspace, record: RunRecord, checkpoint: CheckpointRef,
     store, config = workspace.store, record.train_config()
     metrics = evaluation.read_metrics(store, record.run_id)
     assert metrics is not None
-    weights = checkpoints.read(store, checkpoint)["model"]
+    weights = checkpoints.read_weights(store, checkpoint)
     exported = _exporter(weights, config, dataset)
     files = {file_name: exported(kind) for file_name, kind in PUBLISHED.items()}
     files[gate.PREDICTIONS] = evaluation.read_predictions(store, metrics)

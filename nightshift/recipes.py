@@ -28,6 +28,7 @@ _RECIPES = {
             momentum=0.6,
             weight_decay=5e-4,
             schedule="linear",
+            ema_decay=0.9,
             label_smoothing=0.1,
             flip="alternating",
             translate=2,

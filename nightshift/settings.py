@@ -180,6 +180,9 @@ class TrainConfig(BaseModel):
     schedule: Literal["constant", "triangular", "one_cycle", "cosine", "linear"] = Field(
         "constant", description="The learning rate as a function of the step."
     )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Test and publish a moving average of the weights, which keeps this share a step."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
     flip: Literal["off", "random", "alternating"] = Field(
         "off", description="Mirror training images: each with probability one half, or every second epoch."

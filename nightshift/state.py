@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 Payload = dict[str, Any]
 Path = tuple[str | int, ...]
@@ -27,6 +28,10 @@ class TrainState:
     model: nn.Module
     optimizer: optim.Optimizer
     device: torch.device
+    ema_decay: float = 0.0
+    """Share of itself that the moving average of the weights keeps at a step; 0: there is none."""
+    average: AveragedModel | None = field(init=False, default=None)
+    """That average, of buffers too; after the first step it is the model itself."""
     step: int = 0
     """Steps done; the next one has this number."""
     epoch_images: int = 0
@@ -39,6 +44,9 @@ class TrainState:
     """For each finished epoch: `epoch`, `step`, `loss`, `accuracy`."""
 
     def __post_init__(self) -> None:
+        if self.ema_decay:
+            average = get_ema_multi_avg_fn(self.ema_decay)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -64,6 +72,7 @@ class TrainState:
         """
         return {
             "model": self.model.state_dict(),
+            "average": self.average.module.state_dict() if self.average else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "epoch_images": self.epoch_images,
@@ -80,6 +89,9 @@ class TrainState:
         self.model.load_state_dict(payload["model"])
         self.optimizer.load_state_dict(payload["optimizer"])
         self.step = payload["step"]
+        if self.average:
+            self.average.module.load_state_dict(payload["average"])
+            self.average.n_averaged.fill_(self.step)
         self.begin_epoch()
         self.epoch_images = payload["epoch_images"]
         self.curve = payload["curve"]

@@ -198,7 +198,7 @@ def build_state(
     seed_everything(config.seed)
     model = build_model(config.model, len(dataset.classes))
     model = ranks.synchronized(model, device).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = TrainState(model, build_optimizer(model, config), device)
+    state = TrainState(model, build_optimizer(model, config), device, config.ema_decay)
     changes = run.record.events[-1].detail if run else ""
     found = restore(run) if run else None
     if not found:
@@ -331,6 +331,8 @@ class _Loop:
         weight = len(labels) * self.ranks.world_size / batch
         (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
         state.optimizer.step()
+        if state.average:
+            state.average.update_parameters(state.model)
         state.step += 1
         state.epoch_images += batch
         state.epoch_loss += loss.detach().double() * len(labels)

@@ -65,7 +65,7 @@ def test_each_format_predicts_the_same_in_a_process_without_nightshift(
         [sys.executable, "-W", "ignore", "-c", WITHOUT_NIGHTSHIFT], cwd=tmp_path, capture_output=True, text=True
     )
     assert plain.returncode == 0, plain.stderr
-    weights = checkpoints.read(workspace.store, record.checkpoints[-1])["model"]
+    weights = checkpoints.read_weights(workspace.store, record.checkpoints[-1])
     expected = evaluation.predict(evaluation.load_model(config, weights, 10), images)
     found = {name: torch.from_numpy(logits) for name, logits in np.load(tmp_path / "found.npz").items()}
     assert set(found) == set(FORMATS)

@@ -139,7 +139,7 @@ def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Fini
     assert {"config", "status", "checkpoints", "weights_sha256"} <= set(shown)
     assert {"step", "epoch", "key", "bytes", "sha256"} <= set(shown["checkpoints"][0])
     newest = records.read_record(workspace.store, "whole")[0].checkpoints[-1]
-    assert shown["weights_sha256"] == weights_sha256(checkpoints.read(workspace.store, newest)["model"])
+    assert shown["weights_sha256"] == weights_sha256(checkpoints.read_weights(workspace.store, newest))
 
     recipes = run("recipes", "--json").json["recipes"]
     assert {"quick", "tutorial", "resnet18"} <= {recipe["name"] for recipe in recipes}

@@ -28,6 +28,7 @@ OTHER: dict[str, Any] = {
     "momentum": 0.8,
     "weight_decay": 0.1,
     "schedule": "cosine",
+    "ema_decay": 0.5,
     "label_smoothing": 0.2,
     "flip": "off",
     "translate": 3,

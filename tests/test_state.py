@@ -26,11 +26,11 @@ def small_network() -> nn.Sequential:
     )
 
 
-def fresh_state(optimizer: str, seed: int) -> TrainState:
+def fresh_state(optimizer: str, seed: int, ema_decay: float = 0.0) -> TrainState:
     seed_everything(seed)
     model = small_network().to(memory_format=torch.channels_last)  # as the training loop has it
     config = make_config("quick", {"optimizer": optimizer, "lr": 0.01, "weight_decay": 0.01})
-    return TrainState(model, build_optimizer(model, config), CPU)
+    return TrainState(model, build_optimizer(model, config), CPU, ema_decay)
 
 
 def train_step(state: TrainState) -> None:
@@ -44,6 +44,8 @@ def train_step(state: TrainState) -> None:
     state.optimizer.zero_grad()
     loss.backward()
     state.optimizer.step()
+    if state.average:
+        state.average.update_parameters(state.model)
     state.step += 1
     state.epoch_images += len(labels)
     state.epoch_loss += loss.detach().double() * len(labels)
@@ -87,6 +89,7 @@ def everything(state: TrainState) -> dict[str, Any]:
     return bits(
         {
             "model": state.model.state_dict(),
+            "average": state.average and state.average.module.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "step": state.step,
             "epoch_images": state.epoch_images,
@@ -101,15 +104,16 @@ def everything(state: TrainState) -> dict[str, Any]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("steps_before", [0, 1, 4])
-def test_a_restored_state_goes_on_as_the_uninterrupted_one(optimizer: str, steps_before: int) -> None:
-    uninterrupted = fresh_state(optimizer, seed=1)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_restored_state_goes_on_as_the_uninterrupted_one(optimizer: str, steps_before: int, ema_decay: float) -> None:
+    uninterrupted = fresh_state(optimizer, 1, ema_decay)
     train_steps(uninterrupted, steps_before)
     file = stored(uninterrupted)
     at_capture = everything(uninterrupted)
     train_steps(uninterrupted, 5)
     expected = everything(uninterrupted)
 
-    resumed = fresh_state(optimizer, seed=2)
+    resumed = fresh_state(optimizer, 2, ema_decay)
     train_steps(resumed, 3)
     assert everything(resumed)["model"] != at_capture["model"]
     resumed.restore(loaded(file))

@@ -54,6 +54,25 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(
     assert end.state_sha256 == whole.state_sha256
 
 
+def test_what_is_tested_and_published_is_the_moving_average_of_the_weights(
+    workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    config = small_config("quick", ema_decay=0.5, max_train_images=64, epochs=3, keep_last=6)
+    for step in range(1, 6):  # stopped after each, so that each is saved
+        with pytest.raises(TrainingInterrupted):
+            training.train(workspace, "run", config, cifar10, should_stop=lambda done, step=step: done == step)
+    training.train(workspace, "run", config, cifar10)
+    stored = records.read_record(workspace.store, "run")[0].checkpoints
+    first, *others = [checkpoints.read(workspace.store, checkpoint)["model"] for checkpoint in stored]
+    assert len(others) == 5
+    averaged = checkpoints.read_weights(workspace.store, stored[-1])
+    for name, mean in first.items():
+        if mean.is_floating_point():  # not the counters of batch norm
+            for weights in others:
+                mean.lerp_(weights[name], 0.5)
+            assert torch.equal(averaged[name], mean)
+
+
 def final_state(workspace: Workspace, checkpoint: CheckpointRef) -> str:
     return state_sha256(checkpoints.read(workspace.store, checkpoint))
 

@@ -178,7 +178,7 @@ class Campaign:
 
     def _ending(self, run_id: str) -> str:
         record, _ = records.read_record(self.store, run_id)
-        return weights_sha256(checkpoints.read(self.store, record.checkpoints[-1])["model"])
+        return weights_sha256(checkpoints.read_weights(self.store, record.checkpoints[-1]))
 
 
 def _train(

@@ -139,7 +139,7 @@ def bits(home: Path, server: S3, cifar10: DatasetRef) -> str:
     """weights_sha256 of the same run on one machine with two ranks."""
     with embedded_s3(home, "one-machine") as store:
         last = launch.train(Workspace(store, home, 60, 5), "run", CONFIG.override({"nproc_per_node": 2}), cifar10)
-        return weights_sha256(checkpoints.read(store, last)["model"])
+        return weights_sha256(checkpoints.read_weights(store, last))
 
 
 def begin(flow: Machine, other: Machine, workspace: Workspace) -> None:
