@@ -1,4 +1,4 @@
-"""Run every benchmark and write what they print to RESULTS.md: the quick forms in about 13 minutes, or the full ones.
+"""Run every benchmark and write what they print to RESULTS.md: the quick forms in about 11 minutes, or the full ones.
 
 python benchmarks/results.py [--full]
 """
@@ -42,8 +42,13 @@ def main(
         told = (
             f"{datetime.now(UTC):%Y-%m-%d}, the {'full' if full else 'quick'} form, {time.monotonic() - started:.0f} s"
         )
-        sections[name] = f"{told}\n\n```\n{done.stdout.strip()}\n```\n"
+        sections[name] = f"{told}\n\n```\n{_tables(done.stdout)}\n```\n"
         _write(sections)
+
+
+def _tables(printed: str) -> str:
+    """What a benchmark has printed, without the lines that only told of its progress."""
+    return "\n".join(line.rstrip() for line in printed.splitlines() if not line.startswith("·")).strip()
 
 
 def _written() -> dict[str, str]:

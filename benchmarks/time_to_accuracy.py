@@ -11,7 +11,7 @@ afterwards from copies of the weights: those the loop made every quarter of an e
 level is reached by the first copy that reaches it; for a training that never does, its whole time is taken instead,
 and what is made of it is marked ≥. The last column is the best accuracy by the time `quick` has ended.
 
-2 cores, n = 5: about 55 minutes; 35 with `--epochs 6`, in which the loop still reaches the highest level.
+2 cores, n = 5: over an hour; 45 minutes with `--epochs 6`, in which the loop still reaches the highest level, mostly.
 
     python benchmarks/time_to_accuracy.py [--quick] [--json FILE]
 """
