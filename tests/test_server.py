@@ -325,7 +325,7 @@ def test_of_two_nightly_runs_at_once_the_second_waits(
         assert done.exit_code == 0, done.err
         both.append(Training(lost.workspace, run_id, done.json["flow_run_id"], lost.ask))
     eventually(lambda: {"Running", "AwaitingConcurrencySlot"} == {run.state["name"] for run in both}, timeout=60)
-    eventually(lambda: all(run.state["type"] == "COMPLETED" for run in both), timeout=120)
+    eventually(lambda: all(run.state["type"] == "COMPLETED" for run in both), timeout=240)
     earlier, later = sorted((run.record for run in both), key=lambda record: record.created_at)
     assert earlier.updated_at <= later.created_at
 
