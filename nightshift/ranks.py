@@ -166,7 +166,8 @@ class _BatchNorm(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        variances, means = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        x_float = x.float()  # once, so that its gradient is summed before it is rounded
+        variances, means = torch.var_mean(x_float, (0, 2, 3), correction=0)
         count = means.new_tensor([x.numel() / x.shape[1]])
         # Each rank fills its row of zeros; their sum then holds all rows, and gradients flow back to each.
         rows = torch.zeros(dist.get_world_size(), 2 * len(means) + 1)
@@ -184,7 +185,7 @@ class _BatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(variance * total / (total - 1), weight)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        return torch.addcmul(shift[:, None, None], x.float(), scale[:, None, None]).to(x.dtype)
+        return torch.addcmul(shift[:, None, None], x_float, scale[:, None, None]).to(x.dtype)
 
 
 def _synchronized(module: nn.Module) -> nn.Module:
