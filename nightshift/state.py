@@ -54,6 +54,13 @@ class TrainState:
         self.epoch_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.epoch_correct = torch.zeros((), dtype=torch.int64, device=self.device)
 
+    def advance(self) -> None:
+        """Take the step whose gradients are there: the weights, and then their moving average."""
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.step += 1
+
     def part(self) -> Payload:
         """What is this rank's own: its share of the epoch's sums, and its generators."""
         return {

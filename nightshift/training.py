@@ -330,10 +330,7 @@ class _Loop:
         # What the ranks' mean gradient has to become is the gradient of the mean over the whole batch.
         weight = len(labels) * self.ranks.world_size / batch
         (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
-        state.optimizer.step()
-        if state.average:
-            state.average.update_parameters(state.model)
-        state.step += 1
+        state.advance()
         state.epoch_images += batch
         state.epoch_loss += loss.detach().double() * len(labels)
         state.epoch_correct += (logits.detach().argmax(1) == labels).sum()

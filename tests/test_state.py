@@ -43,10 +43,7 @@ def train_step(state: TrainState) -> None:
     loss = F.cross_entropy(logits, labels)
     state.optimizer.zero_grad()
     loss.backward()
-    state.optimizer.step()
-    if state.average:
-        state.average.update_parameters(state.model)
-    state.step += 1
+    state.advance()
     state.epoch_images += len(labels)
     state.epoch_loss += loss.detach().double() * len(labels)
     state.epoch_correct += (logits.detach().argmax(1) == labels).sum()
