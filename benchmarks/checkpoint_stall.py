@@ -41,7 +41,7 @@ import fsspec  # type: ignore[import-untyped]
 import torch
 import torchvision
 import typer
-from common import Summary, console, installed, machine, show, temporary_home, write_json
+from common import Summary, installed, machine, show, tell, temporary_home, write_json
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -169,8 +169,7 @@ class Training:
         loss = F.cross_entropy(logits, self._labels[indices])
         state.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        state.optimizer.step()
-        state.step += 1
+        state.advance()
         state.epoch_images += self._batch
         state.epoch_loss += loss.detach().double() * self._batch
 
@@ -278,7 +277,7 @@ def main(
     facts, names = machine(), installed(_PEERS)
     samples, training = Samples(names), Training(model, batch)
     for number in range(rounds):
-        console.print(f"[dim]· round {number + 1} of {rounds}[/]")
+        tell(f"round {number + 1} of {rounds}")
         with temporary_home() as home, opened(home, names, training.state) as methods:
             samples.measure_stalls(training, methods, saves)
             samples.measure_blocks(training, methods, every)

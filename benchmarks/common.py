@@ -22,6 +22,8 @@ from nightshift.settings import Settings
 
 console = Console(width=None if Console().is_terminal else 140, highlight=False)
 
+_progress = Console(stderr=True, highlight=False)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -99,6 +101,11 @@ def installed(peers: Mapping[str, Sequence[str]]) -> list[str]:
         else:
             names.append(name)
     return names
+
+
+def tell(what: str) -> None:
+    """Say how far a benchmark is, on standard error: standard output has the results alone."""
+    _progress.print(f"[dim]· {what}[/]")
 
 
 def show(title: str, facts: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -32,7 +32,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from common import Summary, console, copy_data_cache, machine, show, temporary_home, write_json
+from common import Summary, copy_data_cache, machine, show, tell, temporary_home, write_json
 from resume_time import environment, import_seconds
 from throughput import Batch, Task, plain, prepared
 
@@ -164,7 +164,7 @@ def main(
         copy_data_cache(home)
         wait_for_prefect()
         for number in range(rounds + 1):
-            console.print(f"[dim]· {f'round {number} of {rounds}' if number else 'once before, not counted'}[/]")
+            tell(f"round {number} of {rounds}" if number else "once before, not counted")
             parts = flow_parts(home, store, api_url, f"flow-overhead-{number}", overrides)
             if number:
                 flows.append(parts)

@@ -47,8 +47,8 @@ def main(
 
 
 def _tables(printed: str) -> str:
-    """What a benchmark has printed, without the lines that only told of its progress."""
-    return "\n".join(line.rstrip() for line in printed.splitlines() if not line.startswith("·")).strip()
+    """What a benchmark has printed, without the blanks that fill its columns."""
+    return "\n".join(line.rstrip() for line in printed.splitlines()).strip()
 
 
 def _written() -> dict[str, str]:

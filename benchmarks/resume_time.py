@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import Summary, console, machine, show, temporary_home, write_json
+from common import Summary, machine, show, tell, temporary_home, write_json
 from first_step import MARK
 
 from nightshift import datasets
@@ -154,7 +154,7 @@ def main(
         datasets.pack(workspace, datasets.fetch(workspace, "cifar10"))
         wait_for_prefect()
         for number in range(1 if quick else rounds):
-            console.print(f"[dim]· round {number + 1}[/]")
+            tell(f"round {number + 1}")
             imports.append(import_seconds(home))
             resumptions.append(kill_and_resume(home, store, f"resume-time-{number}"))
     report(resumptions, imports, facts, json_file)

@@ -42,7 +42,7 @@ import boto3
 import botocore.session
 import typer
 from boto3.s3.transfer import TransferConfig
-from common import Summary, console, machine, show, temporary_home, write_json
+from common import Summary, console, machine, show, tell, temporary_home, write_json
 
 from nightshift import s3
 from nightshift.local_s3 import embedded_s3
@@ -217,7 +217,7 @@ def measure(makers: Mapping[str, Maker], sizes: Sequence[int], rounds: int) -> l
         for first in range(0, rounds, rounds_a_server):
             with opened(makers) as clients:
                 for number in range(first, min(first + rounds_a_server, rounds)):
-                    console.print(f"[dim]· {mib:,} MiB, round {number + 1} of {rounds}[/]")
+                    tell(f"{mib:,} MiB, round {number + 1} of {rounds}")
                     for place in range(len(names)):
                         name = names[(number + place) % len(names)]
                         transfers.append(transferred(clients[name], name, body, sha256))

@@ -38,7 +38,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import Summary, console, machine, show, temporary_home, write_json
+from common import Summary, machine, show, tell, temporary_home, write_json
 
 from nightshift import orphans, recovery
 from nightshift.local_s3 import embedded_s3
@@ -224,7 +224,7 @@ def main(
     with temporary_home() as home, embedded_s3(home) as store:
         requests, stored = Requests(store), 0
         for number in counts:
-            console.print(f"[dim]· {number:,} runs[/]")
+            tell(f"{number:,} runs")
             started = time.perf_counter()
             write(store, range(stored, number - _PAGE))
             time.sleep(_PAUSE)

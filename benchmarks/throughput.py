@@ -40,7 +40,7 @@ from typing import Annotated, Any, Self
 
 import torch
 import typer
-from common import Summary, console, copy_data_cache, installed, machine, show, temporary_home, write_json
+from common import Summary, copy_data_cache, installed, machine, show, tell, temporary_home, write_json
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
@@ -273,7 +273,7 @@ def main(
         copy_data_cache(home)
         prepared(Workspace(store, home, _LEASE_SECONDS, _SAVE_RETRY_SECONDS), config)
         for number in range(rounds):
-            console.print(f"[dim]· round {number + 1} of {rounds}[/]")
+            tell(f"round {number + 1} of {rounds}")
             first = number % len(names)
             for name in chain(names[first:], names[:first]):
                 samples[name].append(measured_apart(name, home, config, seconds))
