@@ -15,7 +15,6 @@ from common import console, machine
 
 _HERE = Path(__file__).parent
 _RESULTS = _HERE / "RESULTS.md"
-_BY_HAND = "## What was tried and did not help"
 _SCRIPTS = (
     "time_to_accuracy",
     "throughput",
@@ -42,7 +41,7 @@ def main(
         told = (
             f"{datetime.now(UTC):%Y-%m-%d}, the {'full' if full else 'quick'} form, {time.monotonic() - started:.0f} s"
         )
-        sections[name] = f"{told}\n\n```\n{_tables(done.stdout)}\n```\n"
+        sections[f"{name}.py"] = f"{told}\n\n```\n{_tables(done.stdout)}\n```\n"
         _write(sections)
 
 
@@ -55,16 +54,17 @@ def _written() -> dict[str, str]:
     """The sections RESULTS.md has, by their titles."""
     text = _RESULTS.read_text() if _RESULTS.exists() else ""
     parts = [part.partition("\n") for part in text.split("\n## ")[1:]]
-    return {title.removesuffix(".py"): body.strip() + "\n" for title, _, body in parts}
+    return {title: body.strip() + "\n" for title, _, body in parts}
 
 
 def _write(sections: dict[str, str]) -> None:
-    by_hand = sections.get(_BY_HAND.removeprefix("## "), "")
+    """What is not of a script was written by hand, and comes last."""
+    scripts = [f"{name}.py" for name in _SCRIPTS]
+    titles = sorted(sections, key=lambda title: scripts.index(title) if title in scripts else len(scripts))
     facts = ", ".join(f"{name} {value}" for name, value in machine().items() if name != "load_before")
-    generated = "\n".join(f"## {name}.py\n\n{sections[name]}" for name in _SCRIPTS if name in sections)
     _RESULTS.write_text(
         f"# Results\n\nWritten by `make bench`. What each figure means is in the script's first lines.\n\n"
-        f"Machine: {facts}.\n\n{generated}\n{_BY_HAND}\n\n{by_hand}"
+        f"Machine: {facts}.\n\n" + "\n".join(f"## {title}\n\n{sections[title]}" for title in titles)
     )
 
 
