@@ -94,7 +94,8 @@ def scale_and_shift(means: Sequence[float], deviations: Sequence[float]) -> tupl
 
 def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """uint8 (batch, 32, 32, 3) → normalized float32 (batch, 3, 32, 32) in channels_last memory format."""
-    return torch.addcmul(shift, images.permute(0, 3, 1, 2).float(), scale)
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
+    return torch.addcmul(shift, pixels, scale, out=pixels)  # fresh memory would cost several times the arithmetic
 
 
 @lru_cache(maxsize=2)
@@ -132,7 +133,7 @@ def _gather(images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, st
         rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
     indices = indices[share].to(device)
     if rows is cols:
-        return images[indices]
+        return images.index_select(0, indices)
     pixels = (indices[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]
     return images.reshape(-1, 3).index_select(0, pixels.flatten()).view(batch, size, size, 3)
 
