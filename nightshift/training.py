@@ -406,8 +406,9 @@ class _Loop:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: the next step needs it again, and a tenth of a small network's time went into
-    getting it from the kernel, page by page. Tensors of more than 32 MiB, the most mallopt(3) accepts, still go back.
+    """Have glibc keep what is freed, for the next step needs it again, and the kernel hands it out page by page.
+
+    Tensors of more than 32 MiB, the most mallopt(3) accepts, still go back.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
