@@ -110,7 +110,8 @@ class Settings(BaseSettings):
 
     home: Path = Field(Path(".nightshift"), description="Local cache, embedded S3 and Prefect server.")
     s3: S3Settings = Field(S3Settings(), description="The bucket; none for the embedded server.")
-    lease_seconds: float = Field(60, ge=1, le=86_400, description="A run may be taken over after such a silence.")
+    # Its holder stops a sixth before its end: that must be more than the second to which a store tells the time.
+    lease_seconds: float = Field(60, ge=6, le=86_400, description="A run may be taken over after such a silence.")
     save_retry_seconds: float = Field(
         120, ge=0, description="How long a failing save is tried again before training goes on without it."
     )

@@ -132,7 +132,7 @@ def test_a_run_whose_trainer_died_on_this_machine_is_taken_over_at_once(
 
 
 def test_the_lease_is_renewed_while_the_run_is_held(workspace: Workspace) -> None:
-    with hold(workspace.store, lease_seconds=1) as run:
+    with hold(workspace.store, lease_seconds=6) as run:
         first = run.record.lease.expires_at
         eventually(lambda: workspace.store.now() > first)
         with pytest.raises(LeaseHeldError):
@@ -150,7 +150,7 @@ def test_nothing_is_written_under_a_lease_that_was_given_back(workspace: Workspa
 
 
 def test_a_lease_that_cannot_be_renewed_stops_its_owner_before_another_may_take_it(workspace: Workspace) -> None:
-    run = acquire(workspace.store, lease_seconds=2)
+    run = acquire(workspace.store, lease_seconds=6)
     run.store = DeadS3(workspace.store)
     with run.renewed(), pytest.raises(LeaseLostError, match=r"could not be renewed .* no answer"):
         eventually(lambda: run.check() is not None)

@@ -229,7 +229,7 @@ def test_an_endpoint_without_a_bucket_is_refused_with_the_variable_to_set(enviro
     ("variable", "value"),
     [
         ("NIGHTSHIFT_LEASE_SECONDS", "abc"),
-        ("NIGHTSHIFT_LEASE_SECONDS", "0"),
+        ("NIGHTSHIFT_LEASE_SECONDS", "5"),
         ("NIGHTSHIFT_S3", "abc"),
         ("NIGHTSHIFT_S3__ENDPOINT_URL", "localhost:9000"),
         ("NIGHTSHIFT_S3__BUCKET", "ab"),

@@ -36,7 +36,7 @@ def test_of_two_live_trainers_of_one_run_exactly_one_finishes_and_the_other_stop
     cifar10: DatasetRef,
 ) -> None:
     def trainer(*arguments: str) -> Command:
-        return start(*TWO_EPOCHS, *arguments, NIGHTSHIFT_LEASE_SECONDS="3", PREFECT_API_URL=prefect_api)
+        return start(*TWO_EPOCHS, *arguments, NIGHTSHIFT_LEASE_SECONDS="6", PREFECT_API_URL=prefect_api)
 
     config = make_config("tutorial", {"max_train_images": 6400, "epochs": 2})
     whole = checkpoints.read(workspace.store, training.train(workspace, "whole", config, cifar10))
