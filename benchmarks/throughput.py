@@ -14,27 +14,30 @@ makes its batches from the packed uint8 images, as always. The others share one 
 normalized in memory before, a permutation an epoch and one look-up a step; no loader, no work on single images. Every
 network is in channels_last.
 
-A measurement is a process of its own, so that none inherits another's memory, threads or settings: imports, the data,
-the first step and those of 2 s more, and only then the timed part, which ends at the first step edge after
-so many seconds. Nightshift saves in it once at least: every 30 s, the recipes' default, or as often as the timed part
-is long if that is less. Rounds are interleaved, and each begins with another contender. The server runs all the time,
-on the same cores; so what it costs when idle is taken from all alike, and what a save costs from nightshift alone.
+Each contender trains in a process of its own, so that none inherits another's memory, threads or settings. As machines
+are never still, and a process is faster or slower than the next one of the same program, all of a heat train side by
+side, a few seconds each in turn while the others wait at a step edge, and a heat begins anew with new processes. Speeds
+are those of all of a heat's seconds but the first turn's; each round of turns begins with another contender. Nightshift
+saves in a heat at least once: every 30 s of its own time, the recipes' default, or as often as its turns together take
+if that is less. The server runs all the time, on the same cores; so what it costs when idle is taken from all alike,
+and what a save costs from nightshift, but for the rest of one that its turn's end cuts off.
 
-By default n = 5 measurements of 30 s each: about 15 minutes on 2 cores, with all four contenders.
+By default n = 5 heats of 12 turns of 3 s: about 16 minutes on 2 cores, with all four contenders.
 
     python benchmarks/throughput.py [--recipe quick|tutorial|speedrun] [--quick] [--json FILE]
 """
 
 import logging
+import math
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -57,7 +60,6 @@ from nightshift.training import describe_environment, pick_device, pick_precisio
 from nightshift.workspace import Workspace
 
 _PEERS = {"nightshift": (), "plain": (), "lightning": ("pytorch_lightning",), "accelerate": ("accelerate",)}
-_WARM_UP_SECONDS = 2
 _LEASE_SECONDS = 60
 _SAVE_RETRY_SECONDS = 60
 
@@ -66,35 +68,29 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement."""
+    """A contender's heat."""
 
     images_per_second: float
     saves: int
-    """How many checkpoints were written up to its end."""
+    """How many checkpoints it wrote in it."""
 
 
-class Meter:
-    """Asked at each step edge whether it is enough, it takes the speed of the steps after the warm-up."""
+class Turns:
+    """Asked at each step edge whether it is enough, it has the training wait there until it is its turn again."""
 
-    def __init__(self, batch_size: int, seconds: float, device: torch.device) -> None:
-        self._batch_size, self._seconds, self._device = batch_size, seconds, device
-        self._steps, self._begun, self._counted_from = 0, 0.0, 0
-        self.images_per_second = 0.0
+    def __init__(self, connection: Connection, device: torch.device) -> None:
+        self._connection, self._device = connection, device
+        self._steps, self._begun, self._end = 0, 0.0, 0.0  # the first turn is one step
 
     def __call__(self) -> bool:
         self._steps += 1
-        if self._steps == 1:  # from here on: what comes before the first step is not the loop's
-            self._begun = time.perf_counter()
-        passed = time.perf_counter() - self._begun
-        if not self._counted_from:
-            if passed >= _WARM_UP_SECONDS:
-                self._begun, self._counted_from = self._now(), self._steps
+        if time.perf_counter() < self._end:
             return False
-        if passed < self._seconds:
-            return False
-        images = (self._steps - self._counted_from) * self._batch_size
-        self.images_per_second = images / (self._now() - self._begun)
-        return True
+        self._connection.send((self._steps, self._now() - self._begun))
+        seconds: float = self._connection.recv()
+        self._steps, self._begun = 0, self._now()
+        self._end = self._begun + seconds
+        return not seconds
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -225,62 +221,94 @@ def prepared(workspace: Workspace, config: TrainConfig) -> DatasetRef:
     return datasets.pack(workspace, datasets.fetch(workspace, config.dataset))
 
 
-def measure(name: str, home: Path, config: TrainConfig, seconds: float) -> Sample:
-    """One contender's measurement, in the process that calls it."""
+def compete(name: str, home: Path, config: TrainConfig, connection: Connection) -> None:
+    """Train as one contender, in the process that calls it, for as many turns as are given."""
     warnings.simplefilter("ignore")
     with embedded_s3(home) as store:
         workspace = Workspace(store, home, _LEASE_SECONDS, _SAVE_RETRY_SECONDS)
         ref = prepared(workspace, config)
         device, run_id, saves = pick_device(config), f"throughput-{secrets.token_hex(4)}", 0
-        meter = Meter(config.batch_size, seconds, device)
+        turns = Turns(connection, device)
         if name == "nightshift":
             with suppress(TrainingInterrupted):
-                train(workspace, run_id, config, ref, should_stop=lambda step: meter())
-            # The last one is that of the interruption, after the timed part.
+                train(workspace, run_id, config, ref, should_stop=lambda step: turns())
+            # The last one is that of the interruption, after all turns.
             saves = sum(line["kind"] == "checkpoint" for line in metrics.read(store, run_id)) - 1
         else:
             dataset = datasets.open_dataset(workspace, ref)
-            _LOOPS[name](Task.of(config, dataset), endless_batches(config, dataset, device), meter)
-    return Sample(meter.images_per_second, saves)
+            _LOOPS[name](Task.of(config, dataset), endless_batches(config, dataset, device), turns)
+        connection.send(saves)
 
 
-def measured_apart(name: str, home: Path, config: TrainConfig, seconds: float) -> Sample:
-    """The same in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(measure, name, home, config, seconds).result()
+@contextmanager
+def started(name: str, home: Path, config: TrainConfig) -> Iterator[Connection]:
+    """A contender in a process of its own; an EOFError at the next word from it says that it failed."""
+    spawn = get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=compete, args=(name, home, config, theirs))
+    process.start()
+    theirs.close()
+    with ours:
+        yield ours
+    process.join()
+
+
+def heat(names: Sequence[str], home: Path, config: TrainConfig, rounds: int, seconds: float) -> dict[str, Sample]:
+    """All contenders from their start to their end."""
+    with ExitStack() as stack:
+        contenders = {name: stack.enter_context(started(name, home, config)) for name in names}
+        for connection in contenders.values():
+            connection.recv()
+        steps, spent = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+        for number in range(rounds + 1):
+            first = number % len(names)
+            for name in chain(names[first:], names[:first]):
+                contenders[name].send(seconds)
+                done, took = contenders[name].recv()
+                if number:  # before, it warms up
+                    steps[name] += done
+                    spent[name] += took
+        samples = {}
+        for name, connection in contenders.items():
+            connection.send(0)
+            samples[name] = Sample(steps[name] * config.batch_size / spent[name], saves=connection.recv())
+    return samples
 
 
 def main(
     recipe: Annotated[str, typer.Option(help="Whose network, optimizer and batch size.")] = "quick",
-    rounds: Annotated[int, typer.Option(help="Measurements a contender.")] = 5,
-    seconds: Annotated[float, typer.Option(help="How long the timed part of a measurement is.")] = 30,
+    heats: Annotated[int, typer.Option(help="How often all contenders are started.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Turns of each in a heat.")] = 12,
+    seconds: Annotated[float, typer.Option(help="How long a turn is.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: under two minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
 ) -> None:
     """Training speed of nightshift's loop, next to the same training written in other ways."""
     if quick:
-        rounds, seconds = 1, 5
+        heats, rounds, seconds = 1, 3, 2
     # So many epochs that none of the measurements comes to their end.
     config = make_config(recipe, {"flip": "off", "translate": 0, "ema_decay": 0, "drop_last": True, "epochs": 10_000})
-    often = min(config.checkpoint_every_seconds or seconds, seconds)
-    config = config.override({"checkpoint_every_seconds": often})
+    names = installed(_PEERS)
+    often = min(config.checkpoint_every_seconds or math.inf, rounds * seconds)
+    config = config.override(
+        {"checkpoint_every_seconds": often * len(names)}
+    )  # it waits for the others most of the time
     device = pick_device(config)
     environment = {"device": describe_environment(device)["device"], "precision": pick_precision(config, device)}
     facts = machine() | environment
-    names = installed(_PEERS)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     with temporary_home() as home, embedded_s3(home) as store:
         copy_data_cache(home)
         prepared(Workspace(store, home, _LEASE_SECONDS, _SAVE_RETRY_SECONDS), config)
-        for number in range(rounds):
-            tell(f"round {number + 1} of {rounds}")
-            first = number % len(names)
-            for name in chain(names[first:], names[:first]):
-                samples[name].append(measured_apart(name, home, config, seconds))
+        for number in range(heats):
+            tell(f"heat {number + 1} of {heats}")
+            for name, sample in heat(names, home, config, rounds, seconds).items():
+                samples[name].append(sample)
     parameters = {
         "recipe": recipe,
         "batch": config.batch_size,
-        "rounds": rounds,
+        "heats": heats,
+        "turns": rounds,
         "seconds": seconds,
         "save_every": often,
     }
@@ -292,24 +320,20 @@ def report(
 ) -> None:
     speeds = {name: [sample.images_per_second for sample in group] for name, group in samples.items()}
     summaries = {name: Summary.of(speed) for name, speed in speeds.items()}
-    ours = summaries["nightshift"].median
-    # Within a round the machine was more alike than over all of them.
-    of_rounds = {
+    ratios = {
         name: Summary.of([mine / theirs for mine, theirs in zip(speeds["nightshift"], speed, strict=True)])
         for name, speed in speeds.items()
     }
     show(
         f"Training {parameters['recipe']}",
         {**parameters, **facts},
-        ["images/s", "n", "median", "min", "max", "nightshift / it", "in a round: min", "max", "saves"],
+        ["images/s", "n", "median", "min", "max", "nightshift / it", "min", "max", "saves"],
         [
             [
                 name,
                 str(speed.n),
                 *(f"{value:,.0f}" for value in (speed.median, speed.min, speed.max)),
-                f"{ours / speed.median:.1%}",
-                f"{of_rounds[name].min:.1%}",
-                f"{of_rounds[name].max:.1%}",
+                *(f"{value:.1%}" for value in (ratios[name].median, ratios[name].min, ratios[name].max)),
                 str(sum(sample.saves for sample in samples[name])),
             ]
             for name, speed in summaries.items()
@@ -322,8 +346,7 @@ def report(
             "machine": facts,
             "parameters": parameters,
             "images_per_second": summaries,
-            "nightshift_over": {name: ours / speed.median for name, speed in summaries.items()},
-            "nightshift_over_in_a_round": of_rounds,
+            "nightshift_over": ratios,
             "samples": samples,
         },
     )

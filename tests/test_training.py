@@ -83,6 +83,24 @@ def test_saving_often_does_not_change_the_result(workspace: Workspace, cifar10: 
     assert final_state(workspace, often) == rare
 
 
+def test_while_it_trains_torch_is_deterministic_and_fills_no_memory_in_vain_and_is_then_as_it_was(
+    workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    def modes() -> tuple[bool, bool]:
+        filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        return torch.are_deterministic_algorithms_enabled(), filled
+
+    before, within = modes(), set()
+
+    def look(step: int) -> bool:
+        within.add(modes())
+        return False
+
+    training.train(workspace, "run", small_config(epochs=1), cifar10, should_stop=look)
+    assert within == {(True, False)} != {before}
+    assert modes() == before
+
+
 def test_another_seed_gives_another_result(workspace: Workspace, cifar10: DatasetRef) -> None:
     config = small_config(epochs=1)
     first = training.train(workspace, "first", config, cifar10)
