@@ -290,9 +290,8 @@ def main(
     config = make_config(recipe, {"flip": "off", "translate": 0, "ema_decay": 0, "drop_last": True, "epochs": 10_000})
     names = installed(_PEERS)
     often = min(config.checkpoint_every_seconds or math.inf, rounds * seconds)
-    config = config.override(
-        {"checkpoint_every_seconds": often * len(names)}
-    )  # it waits for the others most of the time
+    # By the clock, and so counting the time that it waits for the others.
+    config = config.override({"checkpoint_every_seconds": often * len(names)})
     device = pick_device(config)
     environment = {"device": describe_environment(device)["device"], "precision": pick_precision(config, device)}
     facts = machine() | environment
