@@ -48,14 +48,14 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.nn import functional as F
 
-from nightshift import runs
-from nightshift.batches import to_input
-from nightshift.checkpoints import Saver
-from nightshift.local_s3 import embedded_s3
-from nightshift.recipes import make_config
+from nightshift.config.recipes import make_config
+from nightshift.data.batches import to_input
+from nightshift.hardware import describe_environment
+from nightshift.local.s3 import embedded_s3
+from nightshift.records.lease import Run, RunSpec, hold
 from nightshift.refs import DatasetRef
-from nightshift.state import TrainState
-from nightshift.training import describe_environment
+from nightshift.training.saver import Saver
+from nightshift.training.state import TrainState
 
 _CPU = torch.device("cpu")
 _IMAGES = 10_000
@@ -77,7 +77,7 @@ class Method(Protocol):
 class Nightshift:
     """This project's own."""
 
-    def __init__(self, run: runs.Run, state: TrainState) -> None:
+    def __init__(self, run: Run, state: TrainState) -> None:
         self._run, self._step = run, 0
         self._saver = Saver(run, run.record.train_config(), _CPU, retry_seconds=60)
         self._saver.prepare(state)
@@ -237,14 +237,14 @@ def tensors(value: Any) -> Iterator[Tensor]:
 @contextmanager
 def opened(home: Path, names: Sequence[str], state: TrainState) -> Iterator[dict[str, Method]]:
     """The methods of these names, each with a place of its own in one new server."""
-    spec = runs.RunSpec(
+    spec = RunSpec(
         run_id="checkpoint-stall",
         config=make_config("tutorial", {"keep_last": 1, "keep_best": False}),
         dataset=DatasetRef(name="random", digest="0" * 64, key="none", source="made here"),
         environment=describe_environment(_CPU),
         total_steps=10**6,
     )
-    with embedded_s3(home) as store, runs.hold(store, spec, lease_seconds=60) as run:
+    with embedded_s3(home) as store, hold(store, spec, lease_seconds=60) as run:
         credentials = json.loads((home / "s3" / "credentials.json").read_text())
         fsspec.config.conf["s3"] = {
             "key": credentials["access_key"],

@@ -1,6 +1,6 @@
 """`nightshift …` that also tells, as a line on standard error, when its first training step was done.
 
-The step is observed from outside: `nightshift.training` is wrapped when the command imports it, and not
+The step is observed from outside: `nightshift.training.run` is wrapped when the command imports it, and not
 before, so that nothing is imported earlier or in another order than without.
 """
 
@@ -40,7 +40,7 @@ def observe(training: ModuleType) -> None:
 
 class _Hook(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "nightshift.training":
+        if name != "nightshift.training.run":
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)

@@ -36,14 +36,14 @@ from common import Summary, copy_data_cache, machine, show, tell, temporary_home
 from resume_time import environment, import_seconds
 from throughput import Batch, Task, plain, prepared
 
-from nightshift import batches, datasets
-from nightshift.datasets import Dataset
-from nightshift.local_prefect import local_prefect
-from nightshift.local_s3 import embedded_s3
-from nightshift.recipes import make_config
-from nightshift.records import read_record
-from nightshift.s3 import S3
-from nightshift.settings import TrainConfig
+from nightshift.config.recipes import make_config
+from nightshift.config.train import TrainConfig
+from nightshift.data import batches
+from nightshift.data.datasets import Dataset, open_dataset
+from nightshift.local.prefect import local_prefect
+from nightshift.local.s3 import embedded_s3
+from nightshift.records.run import read_record
+from nightshift.storage.s3 import S3
 from nightshift.workspace import Workspace
 
 _TASKS = ("download", "preprocess", "train", "evaluate", "publish", "promote", "report")
@@ -124,7 +124,7 @@ def bare_loop(home: Path, config: TrainConfig) -> float:
     """Seconds of a plain loop over the same batches, in the process that calls it."""
     with embedded_s3(home) as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=60)
-        dataset = datasets.open_dataset(workspace, prepared(workspace, config))
+        dataset = open_dataset(workspace, prepared(workspace, config))
     task = Task.of(config, dataset)
     started = time.perf_counter()
     plain(task, training_batches(task, dataset), lambda: False)

@@ -31,12 +31,12 @@ import typer
 from common import Summary, machine, show, tell, temporary_home, write_json
 from first_step import MARK
 
-from nightshift import datasets
+from nightshift.data.datasets import fetch, pack
 from nightshift.errors import RunNotFoundError
-from nightshift.local_prefect import local_prefect
-from nightshift.local_s3 import embedded_s3
-from nightshift.records import RunRecord, read_record
-from nightshift.s3 import S3
+from nightshift.local.prefect import local_prefect
+from nightshift.local.s3 import embedded_s3
+from nightshift.records.run import RunRecord, read_record
+from nightshift.storage.s3 import S3
 from nightshift.workspace import Workspace
 
 _IMPORTS = "import torch, prefect, time; print(time.monotonic())"
@@ -151,7 +151,7 @@ def main(
     facts, resumptions, imports = machine(), [], []
     with temporary_home() as home, embedded_s3(home) as store, local_prefect(home) as (_, wait_for_prefect):
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=60)
-        datasets.pack(workspace, datasets.fetch(workspace, "cifar10"))
+        pack(workspace, fetch(workspace, "cifar10"))
         wait_for_prefect()
         for number in range(1 if quick else rounds):
             tell(f"round {number + 1}")

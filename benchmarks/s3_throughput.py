@@ -44,9 +44,9 @@ import typer
 from boto3.s3.transfer import TransferConfig
 from common import Summary, console, machine, show, tell, temporary_home, write_json
 
-from nightshift import s3
-from nightshift.local_s3 import embedded_s3
-from nightshift.s3 import MIB, S3, Credentials
+from nightshift.local.s3 import embedded_s3
+from nightshift.storage import s3
+from nightshift.storage.s3 import MIB, S3, Credentials
 
 _PEERS = ("awscrt", "obstore", "s3torchconnector")
 _PART_SIZES = (8, 16, 64)

@@ -40,22 +40,14 @@ import torch
 import typer
 from common import Summary, machine, show, tell, temporary_home, write_json
 
-from nightshift import orphans, recovery
-from nightshift.local_s3 import embedded_s3
-from nightshift.recipes import make_config
-from nightshift.records import (
-    Checkpoint,
-    Lease,
-    Result,
-    RunRecord,
-    list_records,
-    payload_key,
-    report_key,
-    write_record,
-)
+from nightshift.config.recipes import make_config
+from nightshift.hardware import describe_environment
+from nightshift.local.s3 import embedded_s3
+from nightshift.records import orphans, recovery
+from nightshift.records.keys import payload_key, report_key
+from nightshift.records.run import Checkpoint, Lease, Result, RunRecord, list_records, write_record
 from nightshift.refs import ChampionRef, Comparison, DatasetRef, Verdict
-from nightshift.s3 import S3
-from nightshift.training import describe_environment
+from nightshift.storage.s3 import S3
 
 _PAGE = 50
 _WRITERS = 8

@@ -48,15 +48,18 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from models import build_model
-from nightshift import batches, datasets, metrics
-from nightshift.datasets import Dataset
+from nightshift.config.recipes import make_config
+from nightshift.config.train import TrainConfig
+from nightshift.data import batches
+from nightshift.data.datasets import Dataset, fetch, open_dataset, pack
 from nightshift.errors import TrainingInterrupted
-from nightshift.local_s3 import embedded_s3
-from nightshift.optim import build_optimizer, set_learning_rates
-from nightshift.recipes import make_config
+from nightshift.hardware import describe_environment, pick_device, pick_precision
+from nightshift.local.s3 import embedded_s3
 from nightshift.refs import DatasetRef
-from nightshift.settings import TrainConfig
-from nightshift.training import describe_environment, pick_device, pick_precision, show_first_images, train
+from nightshift.tracking.metrics import read_lines
+from nightshift.training.optimizers import apply_schedule, build_optimizer
+from nightshift.training.run import train_alone
+from nightshift.training.state import show_first_images
 from nightshift.workspace import Workspace
 
 _PEERS = {"nightshift": (), "plain": (), "lightning": ("pytorch_lightning",), "accelerate": ("accelerate",)}
@@ -125,8 +128,8 @@ class Task:
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
 
-    def set_learning_rates(self, step: int) -> None:
-        set_learning_rates(self.optimizer, self.config, step, self.total_steps)
+    def apply_schedule(self, step: int) -> None:
+        apply_schedule(self.optimizer, self.config, step, self.total_steps)
 
 
 def endless_batches(config: TrainConfig, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
@@ -218,7 +221,7 @@ _LOOPS = {"plain": plain, "lightning": lightning, "accelerate": accelerate}
 
 def prepared(workspace: Workspace, config: TrainConfig) -> DatasetRef:
     """The data set, in the store and in the cache."""
-    return datasets.pack(workspace, datasets.fetch(workspace, config.dataset))
+    return pack(workspace, fetch(workspace, config.dataset))
 
 
 def compete(name: str, home: Path, config: TrainConfig, connection: Connection) -> None:
@@ -231,11 +234,11 @@ def compete(name: str, home: Path, config: TrainConfig, connection: Connection) 
         turns = Turns(connection, device)
         if name == "nightshift":
             with suppress(TrainingInterrupted):
-                train(workspace, run_id, config, ref, should_stop=lambda step: turns())
+                train_alone(workspace, run_id, config, ref, should_stop=lambda step: turns())
             # The last one is that of the interruption, after all turns.
-            saves = sum(line["kind"] == "checkpoint" for line in metrics.read(store, run_id)) - 1
+            saves = sum(line["kind"] == "checkpoint" for line in read_lines(store, run_id)) - 1
         else:
-            dataset = datasets.open_dataset(workspace, ref)
+            dataset = open_dataset(workspace, ref)
             _LOOPS[name](Task.of(config, dataset), endless_batches(config, dataset, device), turns)
         connection.send(saves)
 

@@ -36,11 +36,15 @@ from torchvision import datasets as vision
 from torchvision import transforms
 
 from models.simple_cnn import SimpleCNN
-from nightshift import batches, checkpoints, datasets, evaluation, records, training
-from nightshift.datasets import Dataset, open_dataset
-from nightshift.local_s3 import embedded_s3
-from nightshift.recipes import make_config
+from nightshift.checkpoints.payload import read_weights
+from nightshift.config.recipes import make_config
+from nightshift.data import batches
+from nightshift.data.datasets import Dataset, fetch, open_dataset, pack
+from nightshift.judging import evaluation
+from nightshift.local.s3 import embedded_s3
+from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
+from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 
 LOOP = "tutorial's loop"
@@ -93,13 +97,13 @@ def under_nightshift(workspace: Workspace, ref: DatasetRef, recipe: str, seed: i
     config = config.override({"checkpoint_every_steps": steps // _COPIES_AN_EPOCH, "checkpoint_every_seconds": None})
     run_id = f"{recipe}-{seed}"
     started = time.monotonic()
-    training.train(workspace, run_id, config, ref)
+    train_alone(workspace, run_id, config, ref)
     seconds = time.monotonic() - started
-    stored = records.read_record(workspace.store, run_id)[0].checkpoints
+    stored = read_record(workspace.store, run_id)[0].checkpoints
     # The run counts the seconds of its loop; what goes before it and after it counts for every copy.
     around = seconds - stored[-1].metrics["train_seconds"]
     copies = [
-        (around + checkpoint.metrics["train_seconds"], checkpoints.read_weights(workspace.store, checkpoint))
+        (around + checkpoint.metrics["train_seconds"], read_weights(workspace.store, checkpoint))
         for checkpoint in stored
     ]
     return measured(open_dataset(workspace, ref), recipe, copies)
@@ -175,7 +179,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
 def _train_once(home: Path, contender: str, seed: int, epochs: int | None) -> list[Copy]:
     with embedded_s3(home) as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=60)
-        ref = datasets.pack(workspace, datasets.fetch(workspace, "cifar10"))
+        ref = pack(workspace, fetch(workspace, "cifar10"))
         if contender == LOOP:
             return tutorial_loop(workspace, ref, seed, epochs)
         return under_nightshift(workspace, ref, contender, seed, epochs)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nightshift import supervisor
-from nightshift.local_prefect import POOL, WAITING_POOL, local_prefect, online_workers
-from nightshift.local_s3 import embedded_s3
+from nightshift.local import supervisor
+from nightshift.local.prefect import POOL, WAITING_POOL, local_prefect, online_workers
+from nightshift.local.s3 import embedded_s3
+from nightshift.local.supervisor import Server, using, wait_until
 from nightshift.settings import Settings
-from nightshift.supervisor import Server, using, wait_until
 
 _WORKERS = {"worker": POOL, "waiting-worker": WAITING_POOL}
 _SERVERS = (*_WORKERS, "prefect", "s3")

@@ -24,10 +24,11 @@ from prefect.utilities.urls import url_for
 
 from deployments.client import connected
 from flows.recover import newest_flow_run
-from nightshift import progress, sweep
+from nightshift import progress
+from nightshift.config.recipes import make_config
 from nightshift.errors import DeploymentNotFoundError
-from nightshift.recipes import make_config
-from nightshift.refs import durable_run_id
+from nightshift.ids import durable_run_id
+from nightshift.sweeps.stored import plan
 
 _POLL_SECONDS = 2.0
 _PLAN = ("recipe", "space", "overrides", "trials", "seed", "startup_trials", "warmup_epochs")
@@ -62,7 +63,7 @@ def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
         is_sweep = "space" in chosen
         wanted, label = (chosen.get("sweep_id"), "sweep") if is_sweep else (chosen.get("run_id"), deployment.name)
         if is_sweep:
-            sweep.plan(
+            plan(
                 durable_run_id(wanted, label, datetime.now(UTC), ""),
                 **{name: chosen[name] for name in _PLAN if name in chosen},
             )

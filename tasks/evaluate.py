@@ -1,6 +1,6 @@
 """Task: measure the stored weights on the test images."""
 
-from nightshift import evaluation
+from nightshift.judging import evaluation
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation
 from nightshift.workspace import Workspace
 from tasks import interruptible, step

@@ -1,6 +1,6 @@
 """Task: predict the classes of images with a published model."""
 
-from nightshift import prediction
+from nightshift.publishing import prediction
 from nightshift.refs import PredictionsRef
 from nightshift.workspace import Workspace
 from tasks import step

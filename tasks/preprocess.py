@@ -1,6 +1,6 @@
 """Task: pack a raw data set into one immutable object."""
 
-from nightshift import datasets
+from nightshift.data.datasets import pack
 from nightshift.refs import DatasetRef, RawRef
 from nightshift.workspace import Workspace
 from tasks import step
@@ -9,4 +9,4 @@ from tasks import step
 @step
 def preprocess(workspace: Workspace, raw: RawRef) -> DatasetRef:
     """Pack, check and store it, unless an object with this digest is there already."""
-    return datasets.pack(workspace, raw)
+    return pack(workspace, raw)

@@ -1,6 +1,6 @@
 """Task: the champion gate."""
 
-from nightshift import gate
+from nightshift.judging import gate
 from nightshift.refs import ModelRef, Verdict
 from nightshift.settings import GateSettings
 from nightshift.workspace import Workspace

@@ -1,6 +1,6 @@
 """Task: publish an evaluated model as an immutable version."""
 
-from nightshift import export
+from nightshift.publishing.publish import publish_model
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
 from nightshift.workspace import Workspace
 from tasks import interruptible, step
@@ -10,4 +10,4 @@ from tasks import interruptible, step
 def publish(workspace: Workspace, checkpoint: CheckpointRef, dataset: DatasetRef, evaluation: Evaluation) -> ModelRef:
     """Export it, compare each file with the model on real images, and store all under `models/`."""
     with interruptible():
-        return export.publish(workspace, checkpoint, dataset, evaluation)
+        return publish_model(workspace, checkpoint, dataset, evaluation)

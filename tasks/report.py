@@ -2,7 +2,7 @@
 
 from prefect.artifacts import create_markdown_artifact
 
-from nightshift import report as morning
+from nightshift.judging.report import publish_report
 from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
 from nightshift.workspace import Workspace
 from tasks import interruptible, step
@@ -19,6 +19,6 @@ def report(
 ) -> str:
     """Store it as HTML, show it as an artifact, and return where it lies."""
     with interruptible():
-        page = morning.publish(workspace, checkpoint, evaluation, model, verdict, price_per_hour)
+        page = publish_report(workspace, checkpoint, evaluation, model, verdict, price_per_hour)
     create_markdown_artifact(page.markdown, key="report", description=f"Run {checkpoint.run_id}")
     return page.url

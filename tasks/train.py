@@ -2,10 +2,12 @@
 
 from prefect.runtime import deployment, flow_run
 
-from nightshift import launch, progress, runs
-from nightshift.records import Origin
+from nightshift import progress
+from nightshift.config.train import TrainConfig
+from nightshift.parallel.launch import train_run
+from nightshift.records.lease import wait_until_free
+from nightshift.records.run import Origin
 from nightshift.refs import CheckpointRef, DatasetRef
-from nightshift.settings import TrainConfig
 from nightshift.workspace import Workspace
 from tasks import interruptible, progress_artifact, step
 
@@ -17,5 +19,5 @@ def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: Datas
     origin = Origin(flow_run_id=flow_run.get_id(), deployment=name, promote=promote)
     with interruptible(), progress.watched(progress_artifact(run_id), seconds=5):
         if name:  # started again by mistake, it waits for the trainer that lives and returns its result
-            runs.wait_until_free(workspace.store, run_id)
-        return launch.train(workspace, run_id, config, dataset, origin)
+            wait_until_free(workspace.store, run_id)
+        return train_run(workspace, run_id, config, dataset, origin)

@@ -19,13 +19,16 @@ from filelock import FileLock
 # The batches of the tests are tiny: threads that wait for each other on shared cores would take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from nightshift import datasets, evaluation, export, training
-from nightshift.local_prefect import local_prefect
-from nightshift.local_s3 import embedded_s3
-from nightshift.recipes import make_config
+from nightshift.config.recipes import make_config
+from nightshift.config.train import TrainConfig
+from nightshift.data.datasets import fetch, pack
+from nightshift.judging import evaluation
+from nightshift.local.prefect import local_prefect
+from nightshift.local.s3 import embedded_s3
+from nightshift.publishing.publish import publish_model as publish
 from nightshift.refs import DatasetRef, ModelRef
-from nightshift.s3 import S3
-from nightshift.settings import TrainConfig
+from nightshift.storage.s3 import S3
+from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 
 
@@ -68,7 +71,7 @@ def cifar10(home: Path, server: S3, tmp_path_factory: pytest.TempPathFactory) ->
         if fetched.exists():
             shutil.copytree(fetched, home / "datasets")
         shared = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
-        dataset = datasets.pack(shared, datasets.fetch(shared, "cifar10"))
+        dataset = pack(shared, fetch(shared, "cifar10"))
         if not fetched.exists():
             shutil.copytree(home / "datasets", fetched)
         return dataset
@@ -178,5 +181,5 @@ def candidates(home: Path, server: S3, cifar10: DatasetRef) -> Iterator[tuple[Wo
 def publish_model(workspace: Workspace, cifar10: DatasetRef, epochs: int) -> ModelRef:
     """Train, evaluate and publish, without the flow."""
     config = small_config("quick", epochs=epochs, batch_size=32, lr=0.1, max_train_images=1280)
-    checkpoint = training.train(workspace, f"epochs-{epochs}", config, cifar10)
-    return export.publish(workspace, checkpoint, cifar10, evaluation.evaluate(workspace, checkpoint, cifar10))
+    checkpoint = train_alone(workspace, f"epochs-{epochs}", config, cifar10)
+    return publish(workspace, checkpoint, cifar10, evaluation.evaluate(workspace, checkpoint, cifar10))

@@ -41,14 +41,15 @@ def test_the_core_and_the_models_import_where_there_is_no_prefect() -> None:
 
 
 def test_storage_and_settings_import_where_there_is_no_torch() -> None:
-    modules = ("s3", "runs", "registry", "local_s3", "settings", "recipes")
+    modules = ("storage.s3", "records.lease", "records.champions", "local.s3", "settings", "config.recipes")
     imports = "\n".join(f"import nightshift.{module}" for module in modules)
     done = run_python(REFUSE.format(forbidden="torch") + imports)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("forbidden", "module"), [("prefect", "flows.train_cifar"), ("torch", "models"), ("torch", "nightshift.state")]
+    ("forbidden", "module"),
+    [("prefect", "flows.train_cifar"), ("torch", "models"), ("torch", "nightshift.training.state")],
 )
 def test_what_is_kept_out_of_those_is_really_not_to_be_had_there(forbidden: str, module: str) -> None:
     done = run_python(REFUSE.format(forbidden=forbidden) + f"import {module}")

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from nightshift.config.recipes import recipe_names
 from nightshift.errors import ConfigError
-from nightshift.recipes import recipe_names
-from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef, RawRef, new_run_id, parse_run_id
+from nightshift.ids import new_run_id, parse_run_id
+from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef, RawRef
 
 ALNUM = string.ascii_letters + string.digits
 RUN_IDS = st.builds(str.__add__, st.sampled_from(ALNUM), st.text(ALNUM + "._-", max_size=99)).filter(

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nightshift import checkpoints, records, training
+from nightshift.checkpoints.payload import read_payload, weights_sha256
+from nightshift.config.train import TrainConfig
 from nightshift.errors import TrainingInterrupted
-from nightshift.local_s3 import embedded_s3
+from nightshift.local.s3 import embedded_s3
+from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
-from nightshift.settings import TrainConfig
-from nightshift.state import weights_sha256
+from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 
 
@@ -24,7 +25,9 @@ def forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # Only what is installed is found there. The first optimizer imports torch._dynamo, which takes seconds.
     heavy = ["torch._dynamo", "torch.export", "torchmetrics.functional.classification", "scipy.stats"]
-    context.set_forkserver_preload(["nightshift.local_s3", "nightshift.export", "nightshift.plots", *heavy])
+    context.set_forkserver_preload(
+        ["nightshift.local.s3", "nightshift.publishing.export", "nightshift.judging.plots", *heavy]
+    )
     return context
 
 
@@ -42,11 +45,9 @@ class Part:
 def train_part(home: Path, prefix: str, run_id: str, config: TrainConfig, dataset: DatasetRef, stop: int) -> Part:
     with embedded_s3(home, prefix) as store:
         with suppress(TrainingInterrupted):
-            training.train(
-                Workspace(store, home, 60, 5), run_id, config, dataset, should_stop=lambda step: step == stop
-            )
-        record, _ = records.read_record(store, run_id)
-        payload = checkpoints.read(store, record.checkpoints[-1])
+            train_alone(Workspace(store, home, 60, 5), run_id, config, dataset, should_stop=lambda step: step == stop)
+        record, _ = read_record(store, run_id)
+        payload = read_payload(store, record.checkpoints[-1])
         return Part(
             step=record.step,
             resumed_from_step=record.resumed_from_step,

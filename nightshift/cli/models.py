@@ -13,7 +13,7 @@ from nightshift.cli.common import AsJson, RunArgument, app, configured_workspace
 
 if TYPE_CHECKING:
     from nightshift.refs import ChampionRef
-    from nightshift.s3 import S3
+    from nightshift.storage.s3 import S3
 
 Name = Annotated[str, typer.Option("--name", help="Name of the model, which is its data set's.")]
 
@@ -21,19 +21,19 @@ Name = Annotated[str, typer.Option("--name", help="Name of the model, which is i
 @app.command(rich_help_panel="Models")
 def champion(name: Name = "cifar10", as_json: AsJson = False) -> None:
     """Show which version is live, and how it came to be."""
-    from nightshift import registry
+    from nightshift.records import champions
 
     with configured_workspace() as workspace:
-        _show(workspace.store, registry.read_champion(workspace.store, name), as_json)
+        _show(workspace.store, champions.read_champion(workspace.store, name), as_json)
 
 
 @app.command(rich_help_panel="Models")
 def promote(run: RunArgument, name: Name = "cifar10", as_json: AsJson = False) -> None:
     """Make a run's published version the champion, whatever the gate said."""
-    from nightshift import registry
+    from nightshift.records import champions
 
     with configured_workspace() as workspace:
-        _show(workspace.store, registry.promote_by_hand(workspace.store, name, run), as_json)
+        _show(workspace.store, champions.promote_by_hand(workspace.store, name, run), as_json)
 
 
 @app.command(rich_help_panel="Models")
@@ -45,10 +45,10 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make an earlier champion the champion again. The history is kept."""
-    from nightshift import registry
+    from nightshift.records import champions
 
     with configured_workspace() as workspace:
-        _show(workspace.store, registry.roll_back(workspace.store, name, version), as_json)
+        _show(workspace.store, champions.roll_back(workspace.store, name, version), as_json)
 
 
 @app.command(rich_help_panel="Models")
@@ -61,9 +61,9 @@ def export(
     """Write a run's model to a file others can load, after checking that the file does what the model does."""
     import hashlib
 
-    from nightshift.export import export_run
-    from nightshift.records import read_record
-    from nightshift.terminal import size_text
+    from nightshift.cli.terminal import size_text
+    from nightshift.publishing.publish import export_run
+    from nightshift.records.run import read_record
 
     with configured_workspace() as workspace:
         body = export_run(workspace, read_record(workspace.store, run)[0], kind)
@@ -86,7 +86,7 @@ def predict(
     """Predict the classes of images: CSV on standard output, or a file."""
     from rich.markup import escape
 
-    from nightshift import prediction
+    from nightshift.publishing import prediction
 
     if out is not None:
         prediction.output_format(out)  # a mistake in it is told before anything is done
@@ -124,14 +124,16 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's report, as it stands now, to one HTML file that needs no network."""
-    from nightshift.records import read_record
-    from nightshift.report import build
+    from nightshift.judging.report import build_report
+    from nightshift.records.run import read_record
     from nightshift.settings import Settings
 
     settings = Settings.load()
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
-        page = build(workspace, record, record.result.verdict if record.result else None, settings.price_per_hour)
+        page = build_report(
+            workspace, record, record.result.verdict if record.result else None, settings.price_per_hour
+        )
     path = (out or settings.home / "reports" / f"{run}.html").resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page.html, encoding="utf-8")
@@ -144,13 +146,13 @@ def report(
 
 
 def _show(store: "S3", champion: "ChampionRef", as_json: bool) -> None:
-    from nightshift.registry import read_history
+    from nightshift.records.champions import read_history
 
     history = read_history(store, champion.name)[0].transitions
     if as_json:
         print_json({**champion.model_dump(), "history": [entry.model_dump(mode="json") for entry in history]})
         return
-    from nightshift.terminal import facts_table, percent, transitions_table
+    from nightshift.cli.terminal import facts_table, percent, transitions_table
 
     screen = console()
     screen.print(

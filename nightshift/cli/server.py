@@ -20,7 +20,7 @@ _PANEL = "Servers and machine"
 @app.command(rich_help_panel=_PANEL)
 def up(as_json: AsJson = False) -> None:
     """Start S3, a Prefect server and a worker on this machine, with everything deployed; they stay."""
-    from nightshift.terminal import TerminalProgress, facts_table
+    from nightshift.cli.terminal import TerminalProgress, facts_table
 
     settings = _settings_for_workers()
     with TerminalProgress(error_console()) as display, display.waiting("starting S3, Prefect and a worker"):
@@ -55,8 +55,8 @@ def up(as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=_PANEL)
 def down(as_json: AsJson = False) -> None:
     """Stop what `up` has started; runs in progress are saved first."""
+    from nightshift.cli.terminal import TerminalProgress
     from nightshift.settings import Settings
-    from nightshift.terminal import TerminalProgress
 
     with TerminalProgress(error_console()) as display, display.waiting("stopping; runs in progress save first"):
         from deployments import local
@@ -144,7 +144,7 @@ def sweep(
 ) -> None:
     """Train many configs on the Prefect server, each as a run, and let the best go live if it is better."""
     from nightshift.cli.train import parse_settings
-    from nightshift.refs import new_run_id
+    from nightshift.ids import new_run_id
 
     chosen = {
         "space": _parse_space(over),
@@ -169,7 +169,7 @@ def sweep(
         told = {"flow_run_id": str(submitted.flow_run_id), "sweep_id": submitted.run_id, "state": state}
         print_json({**told, "trials": trials_table})
     elif trials_table:
-        from nightshift.terminal import lines_table
+        from nightshift.cli.terminal import lines_table
 
         console().print(lines_table(trials_table))
     if not is_good:
@@ -206,7 +206,7 @@ def _follow(submitted: "Submitted", watch: bool, as_json: bool) -> tuple[str, bo
 
 
 def _parse_space(over: list[str]) -> dict[str, Any]:
-    """The space of `nightshift.sweep.plan`, whose values are still text."""
+    """The space of `nightshift.sweeps.stored.plan`, whose values are still text."""
     space: dict[str, Any] = {}
     for text in over:
         name, _, wanted = (part.strip() for part in text.partition("="))
@@ -241,7 +241,7 @@ def _settings_for_workers() -> "Settings":
 
 def _use_server() -> None:
     """Choose the Prefect server, which Prefect reads from the environment when it is imported."""
-    from nightshift.local_prefect import server_url
+    from nightshift.local.prefect import server_url
     from nightshift.settings import Settings
 
     url = server_url(Settings.load().home)

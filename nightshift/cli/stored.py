@@ -7,7 +7,7 @@ import typer
 from nightshift.cli.common import AsJson, RunArgument, app, configured_workspace, console, print_json
 
 if TYPE_CHECKING:
-    from nightshift.records import RunRecord
+    from nightshift.records.run import RunRecord
 
 
 @app.command(rich_help_panel="Look at what is stored")
@@ -16,14 +16,14 @@ def runs(
     limit: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 50,
 ) -> None:
     """List the stored runs, newest first."""
-    from nightshift.records import list_records
+    from nightshift.records.run import list_records
 
     with configured_workspace() as workspace:
         records = list_records(workspace.store, limit)
     if as_json:
         print_json({"runs": [_run_line(record) for record in records]})
         return
-    from nightshift.terminal import runs_table
+    from nightshift.cli.terminal import runs_table
 
     console().print(runs_table(records) if records else "No runs yet: `nightshift train` starts one.")
 
@@ -31,14 +31,14 @@ def runs(
 @app.command(rich_help_panel="Look at what is stored")
 def show(run: RunArgument, as_json: AsJson = False) -> None:
     """Show a run: its record, its checkpoints, its curve."""
-    from nightshift.records import read_record
+    from nightshift.records.run import read_record
 
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
     if as_json:
         print_json({**record.model_dump(mode="json"), **record.summary()})
         return
-    from nightshift.terminal import checkpoints_table, curve_table, facts_table, percent, status_text
+    from nightshift.cli.terminal import checkpoints_table, curve_table, facts_table, percent, status_text
 
     screen = console()
     screen.print(
@@ -74,13 +74,13 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
 @app.command(rich_help_panel="Look at what is stored")
 def verify(run: RunArgument, as_json: AsJson = False) -> None:
     """Read every checkpoint of a run back and check it."""
-    from nightshift import checkpoints
-    from nightshift.records import read_record
+    from nightshift.checkpoints.verify import verify_checkpoints
+    from nightshift.records.run import read_record
 
     screen, checked, bad = console(), 0, []
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
-        for checkpoint, problem in checkpoints.verify(workspace.store, record):
+        for checkpoint, problem in verify_checkpoints(workspace.store, record):
             checked += 1
             if problem:
                 bad.append({"key": problem.key, "reason": problem.reason})
@@ -106,7 +106,7 @@ def gc(
     """Delete what interrupted runs left behind: payloads no record names, unfinished uploads."""
     from datetime import timedelta
 
-    from nightshift import orphans
+    from nightshift.records import orphans
 
     with configured_workspace() as workspace:
         found = orphans.find(workspace.store, timedelta(hours=older_than_hours))
@@ -123,7 +123,7 @@ def gc(
             }
         )
         return
-    from nightshift.terminal import size_text
+    from nightshift.cli.terminal import size_text
 
     for key in found.keys:
         console().print(f"  {key}", highlight=False)
@@ -137,7 +137,7 @@ def gc(
 @app.command(rich_help_panel="Train")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes and what each is for."""
-    from nightshift.recipes import get_recipe, recipe_names
+    from nightshift.config.recipes import get_recipe, recipe_names
 
     rows = [
         {"name": name, "model": recipe.config.model, "epochs": recipe.config.epochs, "detail": recipe.detail}
@@ -159,7 +159,7 @@ def recipes(as_json: AsJson = False) -> None:
 @app.command(rich_help_panel="Servers and machine")
 def doctor(as_json: AsJson = False) -> None:
     """Check storage, Prefect, GPU, disk and clock."""
-    from nightshift.doctor import examine
+    from nightshift.cli.doctor import examine
     from nightshift.settings import Settings
 
     checks = examine(Settings.load())

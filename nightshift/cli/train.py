@@ -25,9 +25,9 @@ from nightshift.cli.common import (
 from nightshift.errors import ConfigError, Interrupted, NightshiftError, SettingsError
 
 if TYPE_CHECKING:
-    from nightshift.records import RunRecord
+    from nightshift.config.train import TrainConfig
+    from nightshift.records.run import RunRecord
     from nightshift.refs import Verdict
-    from nightshift.settings import TrainConfig
 
 
 @app.command(rich_help_panel="Train")
@@ -43,8 +43,8 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Train, evaluate and publish: the whole flow in this process."""
-    from nightshift.recipes import make_config
-    from nightshift.refs import new_run_id, parse_run_id
+    from nightshift.config.recipes import make_config
+    from nightshift.ids import new_run_id, parse_run_id
 
     overrides = parse_settings(settings or [])
     config = make_config(recipe, overrides)
@@ -55,7 +55,7 @@ def train(
 @app.command(rich_help_panel="Train")
 def resume(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Go on with a stored run, with the config it was started with."""
-    from nightshift.records import read_record
+    from nightshift.records.run import read_record
 
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
@@ -72,8 +72,8 @@ def join(
 ) -> None:
     """Lend this machine to a run over several, at NIGHTSHIFT_NODES__RENDEZVOUS, until the run ends."""
     from nightshift import progress
+    from nightshift.cli.terminal import TerminalProgress
     from nightshift.settings import Settings
-    from nightshift.terminal import TerminalProgress
     from nightshift.workspace import open_workspace
 
     settings = Settings.load()
@@ -91,9 +91,9 @@ def join(
         open_workspace(settings) as workspace,
     ):
         with display.waiting("starting"):
-            from nightshift import launch
+            from nightshift.parallel.launch import join
 
-        ending = launch.join(workspace, "auto" if nproc_per_node == "auto" else int(nproc_per_node))
+        ending = join(workspace, "auto" if nproc_per_node == "auto" else int(nproc_per_node))
     told = ending.message or "trained; the machine that runs its flow goes on alone"
     if as_json:
         print_json({"run_id": ending.run_id, "ended": ending.error or "trained", "detail": told})
@@ -115,8 +115,8 @@ def recover(
     """Start interrupted runs again: on the Prefect server if they came from there, else in this process."""
     from datetime import timedelta
 
-    from nightshift import recovery
-    from nightshift.local_prefect import server_url
+    from nightshift.local.prefect import server_url
+    from nightshift.records import recovery
     from nightshift.settings import Settings
 
     settings, started, failed = Settings.load(), [], False
@@ -163,9 +163,9 @@ def _train(run_id: str, config: "TrainConfig", as_json: bool, verbose: bool, pro
 def _flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool], "RunRecord"]]:
     """Runs the flow in this process, on the user's Prefect server or on one of our own, with a live display."""
     from nightshift import progress
-    from nightshift.local_prefect import configured_api_url, local_prefect
+    from nightshift.cli.terminal import TerminalProgress
+    from nightshift.local.prefect import configured_api_url, local_prefect
     from nightshift.settings import Settings
-    from nightshift.terminal import TerminalProgress
 
     settings = Settings.load()
     _quieten(verbose)
@@ -181,11 +181,11 @@ def _flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool],
         def run_flow(run_id: str, config: "TrainConfig", promote: bool) -> "RunRecord":
             with display.waiting("starting"):
                 # Importing torch and Prefect takes as long as the server's start, which goes on meanwhile.
-                from nightshift.training import check_config
+                from nightshift.training.run import check_config
 
                 check_config(config)
                 from flows.train_cifar import TerminationSignal, train_cifar
-                from nightshift.recipes import overrides_of
+                from nightshift.config.recipes import overrides_of
 
                 if wait_for_server:
                     wait_for_server()
@@ -220,7 +220,7 @@ def _quieten(verbose: bool) -> None:
 
 
 def _record(run_id: str) -> "RunRecord":
-    from nightshift.records import read_record
+    from nightshift.records.run import read_record
 
     with configured_workspace() as workspace:
         return read_record(workspace.store, run_id)[0]
@@ -245,7 +245,7 @@ def _verdict_text(verdict: "Verdict | None") -> str:
 def _print_summary(record: "RunRecord") -> None:
     from rich.panel import Panel
 
-    from nightshift.terminal import facts_table, percent, status_text
+    from nightshift.cli.terminal import facts_table, percent, status_text
 
     assert record.result is not None
     facts = {

@@ -34,14 +34,22 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from torch import Tensor
 
-from nightshift import checkpoints, datasets, local_s3, orphans, progress, records, s3, state, training
+from nightshift import progress
+from nightshift.checkpoints.payload import read_weights, weights_sha256
+from nightshift.cli.terminal import TerminalProgress
+from nightshift.config.train import TrainConfig
+from nightshift.data.datasets import fetch, pack
 from nightshift.errors import TrainingInterrupted
-from nightshift.local_s3 import embedded_s3
+from nightshift.local.s3 import embedded_credentials, embedded_s3
+from nightshift.records import orphans
+from nightshift.records.run import list_records, read_record
 from nightshift.refs import DatasetRef
-from nightshift.s3 import S3
-from nightshift.settings import S3Settings, TrainConfig
-from nightshift.state import weights_sha256
-from nightshift.terminal import TerminalProgress
+from nightshift.settings import S3Settings
+from nightshift.storage import s3
+from nightshift.storage.s3 import S3
+from nightshift.training.run import train_alone
+from nightshift.training.snapshot import Path as TensorPath
+from nightshift.training.snapshot import Snapshot
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.faults.proxy import Kind, Proxy, kill, running
@@ -113,7 +121,7 @@ class Campaign:
                 run_id = f"{name}-{secrets.token_hex(4)}"
                 killed = self._killed(proxy, point, name, run_id, step, chance)
             assert self._train(proxy, name, run_id) == 0, f"{run_id}, killed {point}, does not resume"
-        resumed_from = records.read_record(self.store, run_id)[0].resumed_from_step or 0
+        resumed_from = read_record(self.store, run_id)[0].resumed_from_step or 0
         identical = self._ending(run_id) == self.expected[name]
         tally = self.tally
         with self._lock:
@@ -137,7 +145,7 @@ class Campaign:
                 if process.exitcode == -signal.SIGKILL:
                     self.tally.points[f"{when} {GC_DELETE}"] += 1
         orphans.collect(self.store, orphans.find(self.store, timedelta(0)))
-        named = {checkpoint.key for record in records.list_records(self.store) for checkpoint in record.checkpoints}
+        named = {checkpoint.key for record in list_records(self.store) for checkpoint in record.checkpoints}
         self.tally.orphans_left = len({item.key for item in self.store.list("checkpoints/")} ^ named)
         self.tally.uploads_left = len(list(self.store.list_uploads("")))
 
@@ -174,11 +182,11 @@ class Campaign:
         return S3Settings(endpoint_url=proxy.endpoint_url, bucket=self.store.bucket, prefix=self.store.prefix)
 
     def _credentials(self) -> s3.Credentials:
-        return local_s3._credentials(self.home / "s3")
+        return embedded_credentials(self.home / "s3")
 
     def _ending(self, run_id: str) -> str:
-        record, _ = records.read_record(self.store, run_id)
-        return weights_sha256(checkpoints.read_weights(self.store, record.checkpoints[-1]))
+        record, _ = read_record(self.store, run_id)
+        return weights_sha256(read_weights(self.store, record.checkpoints[-1]))
 
 
 def _train(
@@ -206,19 +214,19 @@ def _train(
 
     workspace = Workspace(S3(settings, credentials), home, lease_seconds=60, save_retry_seconds=60)
     with suppress(TrainingInterrupted):
-        training.train(workspace, run_id, config, dataset, should_stop=note_step)
+        train_alone(workspace, run_id, config, dataset, should_stop=note_step)
 
 
 def _kill_within_a_snapshot(number: int) -> None:
     """Let this process end itself in the middle of a copy of the state."""
-    copy, copies = state.Snapshot._copy, itertools.count(1)
+    copy, copies = Snapshot._copy, itertools.count(1)
 
-    def copy_or_die(self: state.Snapshot, path: state.Path, tensor: Tensor) -> Tensor:
+    def copy_or_die(self: Snapshot, path: TensorPath, tensor: Tensor) -> Tensor:
         if next(copies) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return copy(self, path, tensor)
 
-    state.Snapshot._copy = copy_or_die  # type: ignore[method-assign]
+    Snapshot._copy = copy_or_die  # type: ignore[method-assign]
 
 
 def _collect(settings: S3Settings, credentials: s3.Credentials) -> None:
@@ -266,7 +274,7 @@ def main() -> None:
         Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bar,
     ):
         workspace = Workspace(store, Path(directory), lease_seconds=60, save_retry_seconds=60)
-        dataset = datasets.pack(workspace, datasets.fetch(workspace, "cifar10"))
+        dataset = pack(workspace, fetch(workspace, "cifar10"))
         task = bar.add_task("kills", total=arguments.kills)
         campaign = Campaign(workspace, dataset)
         tally = run(campaign, points, seed=arguments.seed, jobs=arguments.jobs, advance=lambda: bar.advance(task))

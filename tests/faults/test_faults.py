@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from boto3.s3.transfer import TransferConfig
 
-from nightshift import checkpoints, local_s3, records, s3, training
+from nightshift.checkpoints.payload import read_payload
+from nightshift.checkpoints.verify import verify_checkpoints
 from nightshift.errors import StorageError, TrainingInterrupted
-from nightshift.records import RunRecord
+from nightshift.local.s3 import embedded_credentials, embedded_s3
+from nightshift.records.run import RunRecord, read_record
 from nightshift.refs import CheckpointRef, DatasetRef
-from nightshift.s3 import S3
 from nightshift.settings import S3Settings
+from nightshift.storage import s3
+from nightshift.storage.s3 import S3
+from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.faults import proxy as faults
@@ -51,7 +55,7 @@ def behind(
     settings = S3Settings(
         endpoint_url=proxy.endpoint_url, bucket=store.bucket, prefix=store.prefix, timeout_seconds=timeout_seconds
     )
-    through = S3(settings, local_s3._credentials(workspace.home / "s3"))
+    through = S3(settings, embedded_credentials(workspace.home / "s3"))
     return Workspace(through, workspace.home, 60, save_retry_seconds)
 
 
@@ -70,12 +74,12 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def expected(home: Path, server: S3, cifar10: DatasetRef) -> str:
     """The state an undisturbed run ends with."""
-    with local_s3.embedded_s3(home, "undisturbed") as store:
-        return ending(store, training.train(Workspace(store, home, 60, 0), "run", CONFIG, cifar10))
+    with embedded_s3(home, "undisturbed") as store:
+        return ending(store, train_alone(Workspace(store, home, 60, 0), "run", CONFIG, cifar10))
 
 
 def ending(store: S3, checkpoint: CheckpointRef) -> str:
-    return state_sha256(checkpoints.read(store, checkpoint))
+    return state_sha256(read_payload(store, checkpoint))
 
 
 def train_through(workspace: Workspace, cifar10: DatasetRef, stop: int) -> CheckpointRef:
@@ -83,7 +87,7 @@ def train_through(workspace: Workspace, cifar10: DatasetRef, stop: int) -> Check
     stops = [stop]
     for _ in range(20):
         try:
-            return training.train(workspace, "run", CONFIG, cifar10, should_stop=lambda step: step in stops)
+            return train_alone(workspace, "run", CONFIG, cifar10, should_stop=lambda step: step in stops)
         except TrainingInterrupted:
             stops.clear()
         except StorageError as error:
@@ -101,8 +105,8 @@ def test_a_fault_at_any_kind_of_request_does_not_change_the_bits(
     done = train_through(faulty, cifar10, stop=10)
     assert [kind for kind, event in happened.items() if not event.is_set()] == []
     assert ending(workspace.store, done) == expected
-    record, _ = records.read_record(workspace.store, "run")
-    assert [bad for _, bad in checkpoints.verify(workspace.store, record)] == [None] * len(record.checkpoints)
+    record, _ = read_record(workspace.store, "run")
+    assert [bad for _, bad in verify_checkpoints(workspace.store, record)] == [None] * len(record.checkpoints)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -119,9 +123,9 @@ def test_a_writer_that_loses_the_response_to_its_commit_recognizes_its_own_write
     proxy: Proxy, faulty: Workspace, workspace: Workspace, cifar10: DatasetRef, expected: str
 ) -> None:
     lost = proxy.plan("record put", faults.lose_response, skip=1, times=3)
-    done = training.train(faulty, "run", CONFIG, cifar10)
+    done = train_alone(faulty, "run", CONFIG, cifar10)
     assert lost.is_set()
-    record, _ = records.read_record(workspace.store, "run")
+    record, _ = read_record(workspace.store, "run")
     assert (record.lease.token, [event.what for event in record.events]) == (1, ["started"])
     assert ending(workspace.store, done) == expected
 
@@ -138,7 +142,7 @@ def test_training_goes_on_while_a_save_is_under_way(
             released.set()
         return False
 
-    done = training.train(behind(proxy, workspace), "run", CONFIG, cifar10, should_stop=release_late)
+    done = train_alone(behind(proxy, workspace), "run", CONFIG, cifar10, should_stop=release_late)
     saved = stored(workspace).checkpoints[-1]
     assert saved.metrics["skipped"] >= 6  # the boundaries at steps 8, 12, 16, 20, 24 and 28
     assert ending(workspace.store, done) == expected
@@ -149,7 +153,7 @@ def test_training_goes_on_without_saves_and_the_record_says_so(
 ) -> None:
     refused = proxy.plan("payload put", faults.refuse(507, "InsufficientStorage"), times=1)
     hurried = behind(proxy, workspace, save_retry_seconds=0)
-    done = training.train(hurried, "run", CONFIG, cifar10, should_stop=lambda step: step == 8 and not refused.wait(10))
+    done = train_alone(hurried, "run", CONFIG, cifar10, should_stop=lambda step: step == 8 and not refused.wait(10))
     record = stored(workspace)
     assert [event.what for event in record.events] == ["started", "unprotected"]
     assert "InsufficientStorage" in record.events[1].detail
@@ -167,7 +171,7 @@ def test_a_stop_while_nothing_can_be_stored_says_which_step_is_the_newest_that_i
 
     hurried = behind(proxy, workspace, save_retry_seconds=0)
     with pytest.raises(TrainingInterrupted, match=r"step 13 of 40, which could not be saved .* step .* is the newest"):
-        training.train(hurried, "run", CONFIG, cifar10, should_stop=stop)
+        train_alone(hurried, "run", CONFIG, cifar10, should_stop=stop)
 
 
 def test_a_server_killed_in_the_middle_of_a_run_does_not_end_it(
@@ -178,9 +182,9 @@ def test_a_server_killed_in_the_middle_of_a_run_does_not_end_it(
             os.kill(int((home / "s3" / "server.pid").read_text().split()[2]), signal.SIGKILL)
         return False
 
-    done = training.train(workspace, "run", CONFIG, cifar10, should_stop=kill_server)
+    done = train_alone(workspace, "run", CONFIG, cifar10, should_stop=kill_server)
     assert ending(workspace.store, done) == expected
 
 
 def stored(workspace: Workspace) -> RunRecord:
-    return records.read_record(workspace.store, "run")[0]
+    return read_record(workspace.store, "run")[0]

@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from nightshift import checkpoints, records, training
-from nightshift.recipes import make_config
+from nightshift.checkpoints.payload import read_payload, weights_sha256
+from nightshift.checkpoints.verify import verify_checkpoints
+from nightshift.config.recipes import make_config
+from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
-from nightshift.state import weights_sha256
+from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import Command, eventually
 from tests.faults import soak
@@ -39,12 +41,12 @@ def test_of_two_live_trainers_of_one_run_exactly_one_finishes_and_the_other_stop
         return start(*TWO_EPOCHS, *arguments, NIGHTSHIFT_LEASE_SECONDS="6", PREFECT_API_URL=prefect_api)
 
     config = make_config("tutorial", {"max_train_images": 6400, "epochs": 2})
-    whole = checkpoints.read(workspace.store, training.train(workspace, "whole", config, cifar10))
+    whole = read_payload(workspace.store, train_alone(workspace, "whole", config, cifar10))
     first = trainer("--run-id", "shared", "--set", "checkpoint_every_steps=10")
     first.wait_for_line("training simple_cnn")
-    eventually(lambda: bool(records.read_record(workspace.store, "shared")[0].checkpoints))
+    eventually(lambda: bool(read_record(workspace.store, "shared")[0].checkpoints))
     first.send(signal.SIGSTOP)  # as a machine that is cut off, or a virtual one that is moved
-    eventually(lambda: records.read_record(workspace.store, "shared")[0].lease.expires_at < workspace.store.now())
+    eventually(lambda: read_record(workspace.store, "shared")[0].lease.expires_at < workspace.store.now())
     second = trainer("--run-id", "shared")
     second.wait_for_line("resumed from step")
     first.send(signal.SIGCONT)
@@ -52,6 +54,6 @@ def test_of_two_live_trainers_of_one_run_exactly_one_finishes_and_the_other_stop
     assert [end.exit_code for end in ended] == [3, 0], [end.err for end in ended]
     assert "lease of run shared" in ended[0].json["error"] or "taken over" in ended[0].json["error"]
     assert ended[1].json["weights_sha256"] == weights_sha256(whole["model"])
-    record, _ = records.read_record(workspace.store, "shared")
+    record, _ = read_record(workspace.store, "shared")
     assert record.lease.token == 2
-    assert [bad for _, bad in checkpoints.verify(workspace.store, record)] == [None] * len(record.checkpoints)
+    assert [bad for _, bad in verify_checkpoints(workspace.store, record)] == [None] * len(record.checkpoints)

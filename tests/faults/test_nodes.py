@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from nightshift import checkpoints, launch, records
-from nightshift.local_s3 import embedded_s3
+from nightshift.checkpoints.payload import read_weights, weights_sha256
+from nightshift.local.s3 import embedded_s3
+from nightshift.parallel.launch import train_run
+from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
-from nightshift.s3 import S3
-from nightshift.state import weights_sha256
+from nightshift.storage.s3 import S3
 from nightshift.workspace import Workspace
 from tests.conftest import eventually, small_config
 from tests.faults.proxy import running
@@ -138,8 +139,8 @@ def machines(
 def bits(home: Path, server: S3, cifar10: DatasetRef) -> str:
     """weights_sha256 of the same run on one machine with two ranks."""
     with embedded_s3(home, "one-machine") as store:
-        last = launch.train(Workspace(store, home, 60, 5), "run", CONFIG.override({"nproc_per_node": 2}), cifar10)
-        return weights_sha256(checkpoints.read_weights(store, last))
+        last = train_run(Workspace(store, home, 60, 5), "run", CONFIG.override({"nproc_per_node": 2}), cifar10)
+        return weights_sha256(read_weights(store, last))
 
 
 def begin(flow: Machine, other: Machine, workspace: Workspace) -> None:
@@ -152,14 +153,12 @@ def begin(flow: Machine, other: Machine, workspace: Workspace) -> None:
 
 
 def has_checkpoints(workspace: Workspace) -> bool:
-    return bool(list(workspace.store.list("runs/"))) and bool(
-        records.read_record(workspace.store, "run")[0].checkpoints
-    )
+    return bool(list(workspace.store.list("runs/"))) and bool(read_record(workspace.store, "run")[0].checkpoints)
 
 
 def tokens(workspace: Workspace) -> list[int]:
     """Under which fencing token each checkpoint was written."""
-    keys = [checkpoint.key for checkpoint in records.read_record(workspace.store, "run")[0].checkpoints]
+    keys = [checkpoint.key for checkpoint in read_record(workspace.store, "run")[0].checkpoints]
     return [int(key.removesuffix(".pt").rpartition("-")[2]) for key in keys]
 
 
@@ -209,4 +208,4 @@ def test_a_machine_that_has_lost_the_other_stops_when_it_is_told_to(
 
 
 def newest_step(workspace: Workspace) -> int:
-    return records.read_record(workspace.store, "run")[0].step
+    return read_record(workspace.store, "run")[0].step

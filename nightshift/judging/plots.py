@@ -1,0 +1,175 @@
+"""The report's figures, as SVG: legible on a telephone, and told apart by people who do not see all colours.
+
+Colours are those of Okabe and Ito (2008); the matrix has matplotlib's cividis. Nothing is told by colour alone.
+"""
+
+import io
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nightshift.judging.evaluation import Bin, Mistake
+from nightshift.records.run import RunRecord
+from nightshift.tracking.metrics import Line
+
+_BLUE, _ORANGE, _GREEN, _VERMILION, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6b7280"
+_STYLE: Any = {
+    "font.size": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "axes.axisbelow": True,
+    "lines.linewidth": 2,
+    "svg.hashsalt": "nightshift",  # the same figure is the same file
+}
+
+
+def learning_curves(record: RunRecord, lines: Sequence[Line], test_accuracy: float | None) -> dict[str, str]:
+    """Loss, accuracy and learning rate over the epochs, from the epochs' ends and the lines in between."""
+    trained = [line for line in lines if line["kind"] == "training"]
+    per_epoch = record.total_steps / record.config["epochs"]
+    ends = [point["step"] / per_epoch for point in record.curve]
+    between = [line["step"] / per_epoch for line in trained]
+    figures = {}
+    for name, scale, unit in (("loss", 1, "training loss"), ("accuracy", 100, "accuracy (%)")):
+        figure, axes = _figure("epoch", unit)
+        axes.plot(between, [scale * line[name] for line in trained], ".", color=_GREY, label="epoch so far", zorder=1)
+        axes.plot(ends, [scale * point[name] for point in record.curve], "o-", color=_BLUE, label="whole epoch")
+        if name == "accuracy" and test_accuracy is not None:
+            axes.axhline(100 * test_accuracy, color=_VERMILION, linestyle="--", label="test images, at the end")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        figures[name] = _svg(figure)
+    figure, axes = _figure("epoch", "learning rate")
+    axes.plot(between, [line["learning_rate"] for line in trained], "o-", color=_GREEN, markersize=4)
+    axes.set_ylim(bottom=0)
+    return figures | {"learning-rate": _svg(figure)}
+
+
+def night(record: RunRecord, lines: Sequence[Line]) -> dict[str, str]:
+    """Throughput, and how long checkpoints stopped it, over the time since the start; with what happened to the run."""
+    start = record.events[0].at
+
+    def minutes(at: str | datetime) -> float:
+        return ((datetime.fromisoformat(at) if isinstance(at, str) else at) - start).total_seconds() / 60
+
+    figures = {}
+    for name, kind, value, scale, unit, mark in (
+        ("throughput", "training", "images_per_second", 1, "images per second", "."),
+        ("stalls", "checkpoint", "stall_seconds", 1000, "training stood still (ms)", "s"),
+    ):
+        figure, axes = _figure("minutes since the start", unit)
+        chosen = [line for line in lines if line["kind"] == kind]
+        x, y = [minutes(line["at"]) for line in chosen], [scale * line[value] for line in chosen]
+        if name == "stalls":
+            axes.vlines(x, 0, y, color=_BLUE)
+        axes.plot(x, y, mark, color=_BLUE, label="checkpoint" if name == "stalls" else "measured")
+        _mark_events(axes, record, minutes)
+        axes.set_ylim(0, 1.1 * max(y, default=0) or 1)
+        axes.set_xlim(0, 1.02 * max((minutes(line["at"]) for line in lines), default=1))
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=10)
+        figures[name] = _svg(figure)
+    return figures
+
+
+def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """How many images of each class (rows) were taken for which (columns)."""
+    counts = np.asarray(matrix)
+    figure, axes = _figure("predicted", "true", size=(6.4, 6.0))
+    axes.grid(visible=False)
+    axes.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="cividis", vmin=0, vmax=1)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(classes)), classes)
+    for (row, column), count in np.ndenumerate(counts):
+        bright = count > counts[row].sum() / 2
+        axes.text(column, row, str(count), ha="center", va="center", fontsize=10, color="black" if bright else "white")
+    return _svg(figure)
+
+
+def reliability(bins: Sequence[Bin]) -> str:
+    """Accuracy over confidence: on the diagonal, 80 % sure is right 80 times of 100."""
+    figure, axes = _figure("confidence (%)", "of these correct (%)")
+    axes.plot([0, 100], [0, 100], "--", color=_GREY, label="perfectly calibrated")
+    axes.plot(
+        [100 * bin.confidence for bin in bins],
+        [100 * bin.accuracy for bin in bins],
+        "o-",
+        color=_BLUE,
+        label="measured",
+    )
+    axes.legend(frameon=False, loc="upper left")
+    return _svg(figure)
+
+
+def nights(labels: Sequence[str], accuracies: Sequence[float], promoted: Sequence[bool]) -> str:
+    """Test accuracy of the runs before and of this one, oldest first."""
+    figure, axes = _figure("", "test accuracy (%)")
+    x, y = np.arange(len(labels)), 100 * np.asarray(accuracies)
+    axes.plot(x, y, "-", color=_GREY, linewidth=1)
+    for chosen, colour, marker, label in (
+        (np.asarray(promoted), _BLUE, "o", "promoted"),
+        (~np.asarray(promoted), _ORANGE, "X", "not promoted"),
+    ):
+        if chosen.any():
+            axes.plot(x[chosen], y[chosen], marker, color=colour, label=label, markersize=8, linestyle="none")
+    axes.set_xticks(x, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=10)
+    axes.margins(y=0.2)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
+    """The images, uint8 (N, 32, 32, 3), of mistakes, each with what it is and what it was taken for."""
+    columns = min(5, len(found))
+    rows = -(-len(found) // columns)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.7 * columns, 2.4 * rows), layout="constrained")
+        for place, (mistake, pixels) in enumerate(zip(found, images, strict=True)):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            axes.imshow(pixels, interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(f"{mistake.label}\n→ {mistake.predicted}\n{mistake.probability:.1%}", fontsize=12)
+    return _svg(figure)
+
+
+def _mark_events(axes: Axes, record: RunRecord, minutes: Any) -> None:
+    """Shade the time nobody trained, and say what happened when."""
+    stopped, labelled = None, set()
+    for event in record.events:
+        if event.what in ("interrupted", "failed"):
+            stopped = event.at
+        elif event.what == "resumed":
+            # A killed trainer leaves no event: its last sign of life is the checkpoint before.
+            known = [checkpoint.written_at for checkpoint in record.checkpoints if checkpoint.written_at < event.at]
+            since = stopped or max(known, default=record.events[0].at)
+            label = None if "gap" in labelled else "interrupted"
+            axes.axvspan(minutes(since), minutes(event.at), fc=_ORANGE, ec=_GREY, alpha=0.4, hatch="//", label=label)
+            labelled.add("gap")
+            stopped = None
+        elif event.what in ("skipped", "unprotected"):
+            label = None if event.what in labelled else event.what
+            axes.axvline(minutes(event.at), color=_VERMILION, linestyle=":", label=label)
+            labelled.add(event.what)
+
+
+def _figure(x: str, y: str, size: tuple[float, float] = (5.6, 3.4)) -> tuple[Figure, Axes]:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -1,0 +1,189 @@
+"""The morning's page: is it better, and is it live? One HTML file that needs no network, and the same as Markdown."""
+
+import base64
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from nightshift import progress
+from nightshift.data.datasets import open_dataset
+from nightshift.judging import evaluation
+from nightshift.judging.evaluation import Metrics
+from nightshift.records.keys import report_key
+from nightshift.records.lease import attached
+from nightshift.records.run import Result, RunRecord, list_records
+from nightshift.records.versions import read_card
+from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
+from nightshift.tracking.metrics import Line, read_lines
+from nightshift.workspace import Workspace
+
+_NIGHTS = 14
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run on one page. `plots`: SVG texts by name, which the HTML holds too."""
+
+    html: str
+    markdown: str
+    plots: dict[str, str]
+    url: str
+    """Where it lies, if it is stored."""
+
+
+@dataclass(frozen=True)
+class Night:
+    """A finished run of the same model, other than a trial."""
+
+    run_id: str
+    at: datetime
+    accuracy: float
+    promoted: bool
+
+
+def publish_report(
+    workspace: Workspace,
+    checkpoint: CheckpointRef,
+    evaluated: Evaluation,
+    model: ModelRef,
+    verdict: Verdict | None,
+    price_per_hour: float | None,
+) -> Report:
+    """Store a run's report under `reports/<run_id>/`, and mark the run finished: there is nothing left to do.
+
+    Raises:
+        LeaseLostError: another trainer has taken the run over since.
+        StorageError: it cannot be stored.
+    """
+    with attached(workspace.store, checkpoint, workspace.lease_seconds) as run:
+        report = build_report(workspace, run.record, verdict, price_per_hour)
+        for name, svg in report.plots.items():
+            workspace.store.put(report_key(run.run_id, f"plots/{name}.svg"), svg.encode())
+        workspace.store.put(report_key(run.run_id, "report.html"), report.html.encode())
+        if run.record.status != "finished":
+            run.end(
+                "finished",
+                verdict.reason if verdict else "",
+                Result(
+                    test_accuracy=evaluated.accuracy,
+                    test_loss=evaluated.loss,
+                    weights_sha256=evaluated.weights_sha256,
+                    model=model.key,
+                    verdict=verdict,
+                ),
+            )
+    progress.current().say(f"report in {report.url}")
+    return report
+
+
+def build_report(
+    workspace: Workspace, record: RunRecord, verdict: Verdict | None, price_per_hour: float | None
+) -> Report:
+    """The report of a run as it stands: one that was not evaluated yet has no results in it.
+
+    Args:
+        price_per_hour: of training, in whatever currency; None leaves the cost out.
+
+    Raises:
+        StorageError, DataUnavailableError: what it is made of cannot be read.
+    """
+    store = workspace.store
+    url = store.url(report_key(record.run_id, "report.html"))
+    found, lines = evaluation.read_metrics(store, record.run_id), read_lines(store, record.run_id)
+    champion = evaluation.read_metrics(store, _compared_with(workspace, record, verdict) or record.run_id)
+    nights = _nights(workspace, record, verdict, found)
+    plots = _plots(workspace, record, found, lines, nights)
+    images = record.step * record.config["batch_size"]
+    context = {
+        "record": record,
+        "verdict": verdict,
+        "metrics": found,
+        "champion": champion if verdict and verdict.comparison else None,
+        "nights": nights,
+        "events": record.events,
+        "images_per_second": images / record.train_seconds if record.train_seconds else None,
+        "cost": price_per_hour and price_per_hour * record.train_seconds / 3600,
+        "price_per_hour": price_per_hour,
+        "stalls": [line["stall_seconds"] for line in lines if line["kind"] == "checkpoint"],
+        "url": url,
+    }
+    sources = {
+        name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode() for name, svg in plots.items()
+    }
+    return Report(
+        html=_TEMPLATES.get_template("report.html").render(context, plots=sources),
+        markdown=_TEMPLATES.get_template("report.md").render(context),
+        plots=plots,
+        url=url,
+    )
+
+
+def _compared_with(workspace: Workspace, record: RunRecord, verdict: Verdict | None) -> str | None:
+    """The run of the champion this one was compared with."""
+    if not verdict or not verdict.comparison:
+        return None
+    card: dict[str, Any] = read_card(workspace.store, record.dataset.name, verdict.comparison.champion)
+    return str(card["run_id"])
+
+
+def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, found: Metrics | None) -> list[Night]:
+    """The last finished runs of this model up to this one, oldest first."""
+    before = [
+        Night(
+            other.run_id,
+            other.created_at,
+            other.result.test_accuracy,
+            bool(other.result.verdict and other.result.verdict.promoted),
+        )
+        for other in list_records(workspace.store, 3 * _NIGHTS)
+        if other.result and other.dataset.name == record.dataset.name and other.origin.promote
+        if other.run_id != record.run_id and other.created_at <= record.created_at
+    ]
+    this = (
+        [Night(record.run_id, record.created_at, found.accuracy, bool(verdict and verdict.promoted))] if found else []
+    )
+    return sorted([*before, *this], key=lambda night: night.at)[-_NIGHTS:]
+
+
+def _plots(
+    workspace: Workspace,
+    record: RunRecord,
+    found: Metrics | None,
+    lines: list[Line],
+    nights: list[Night],
+) -> dict[str, str]:
+    from nightshift.judging import plots  # here, because matplotlib costs every start half a second
+
+    figures = plots.learning_curves(record, lines, found.accuracy if found else None) | plots.night(record, lines)
+    if nights:
+        figures["nights"] = plots.nights(
+            [f"{night.at:%m-%d %H:%M}" for night in nights],
+            [night.accuracy for night in nights],
+            [night.promoted for night in nights],
+        )
+    if found:
+        figures["confusion"] = plots.confusion(found.confusion, [metric.name for metric in found.classes])
+        figures["reliability"] = plots.reliability(found.reliability)
+    if found and found.mistakes:
+        images = open_dataset(workspace, record.dataset).test_images[[mistake.image for mistake in found.mistakes]]
+        figures["mistakes"] = plots.mistakes(found.mistakes, images.numpy())
+    return figures
+
+
+def _environment() -> Environment:
+    # Markdown is escaped too: a run's message must not become markup in Prefect's page.
+    environment = Environment(
+        loader=PackageLoader("nightshift.judging"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.2f} %"
+    environment.filters["points"] = lambda share: f"{100 * share:+.2f}"
+    return environment
+
+
+_TEMPLATES = _environment()

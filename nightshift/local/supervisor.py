@@ -1,0 +1,217 @@
+"""Local servers that live as long as somebody uses them.
+
+A server (the embedded S3, a Prefect server) is the child of a small supervisor process, which starts it
+again if it dies and stops it when its last user is gone. Who uses it is known to the kernel: every user
+holds a shared lock on one file, and a lock goes with its process, however that ends. A server that is kept
+stays without users too, until it is released.
+
+    DIR/users.lock        shared: a process that uses the server
+    DIR/start.lock        exclusive: a process that is just starting it
+    DIR/supervisor.lock   exclusive: the supervisor, for as long as it lives
+    DIR/kept              there: the server stays without users
+    DIR/server.json       what a user needs to know to connect
+    DIR/server.log        what the server prints
+"""
+
+import fcntl
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from nightshift import processes
+from nightshift.errors import LocalServiceError
+
+LINGER_SECONDS = 10.0
+_MAX_RESTARTS = 5
+"""So often in a row it may die before it has lived for _STABLE_SECONDS; then something is wrong that does not pass."""
+_STABLE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start a server: its command line, what its environment has besides ours, and what its users need."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(repr=False)
+    facts: Mapping[str, Any]
+    stop_seconds: float = 10.0
+    """How long it may take to end after a SIGTERM."""
+
+
+@contextmanager
+def using(directory: Path, plan: Callable[[], Server]) -> Iterator[Mapping[str, Any]]:
+    """Use the server that lives in `directory`, starting it if it does not run; yields its facts at once.
+
+    Args:
+        plan: called only if a server has to be started.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _lock(directory / "users.lock", fcntl.LOCK_SH):
+        with _lock(directory / "start.lock", fcntl.LOCK_EX):
+            if not _supervised(directory):
+                _kill_leftover(directory)  # before the plan, which looks for free ports
+                _start(directory, plan())
+            facts = json.loads((directory / "server.json").read_text())
+        yield facts
+
+
+def keep(directory: Path) -> None:
+    """Let the server that we are using stay when its last user is gone."""
+    (directory / "kept").touch()
+
+
+def release(directory: Path) -> bool:
+    """Undo `keep`, and wait until the server has stopped, unless somebody uses it; whether it was kept."""
+    kept = directory / "kept"
+    if not kept.exists():
+        return False
+    kept.unlink()
+    while _supervised(directory) and not _is_used(directory):
+        time.sleep(0.05)
+    return True
+
+
+def kept_facts(directory: Path) -> Mapping[str, Any]:
+    """What users of the server need to know, if it is kept and runs; otherwise nothing."""
+    if not (directory / "kept").exists() or not _supervised(directory):
+        return {}
+    facts: Mapping[str, Any] = json.loads((directory / "server.json").read_text())
+    return facts
+
+
+def wait_until(ready: Callable[[], bool], directory: Path, timeout: float) -> None:
+    """Wait until the server in `directory` answers, for `timeout` seconds at most.
+
+    Raises:
+        LocalServiceError: it does not; the message has the end of its log.
+    """
+    deadline = time.monotonic() + timeout
+    while not ready():
+        if not _supervised(directory) or time.monotonic() > deadline:
+            raise LocalServiceError(
+                f"the local {directory.name} server does not start. The end of {directory / 'server.log'}:\n"
+                + _tail(directory / "server.log")
+            )
+        time.sleep(0.05)
+
+
+def _supervised(directory: Path) -> bool:
+    """Whether a supervisor lives, which is to say whether its lock is held."""
+    with open(directory / "supervisor.lock", "a") as file:
+        return not _try_lock(file, fcntl.LOCK_SH)  # shared, so that two who ask do not see each other
+
+
+def _is_used(directory: Path) -> bool:
+    """Whether shared locks are held on the users' file; an exclusive one is the supervisor's, which is stopping."""
+    with open(directory / "users.lock", "a") as users:
+        return not _try_lock(users, fcntl.LOCK_EX) and _try_lock(users, fcntl.LOCK_SH)
+
+
+def _start(directory: Path, server: Server) -> None:
+    (directory / "server.json").write_text(json.dumps(dict(server.facts)))
+    # The lock is taken here and inherited, so that there is no moment at which the supervisor runs without it.
+    with open(directory / "supervisor.lock", "a") as lock, open(directory / "supervisor.log", "a") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "nightshift.local.supervisor"),
+                *(str(directory), str(lock.fileno()), str(server.stop_seconds), *server.command),
+            ],
+            env={**os.environ, **server.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[lock.fileno()],
+            start_new_session=True,
+            check=True,
+        )
+
+
+def _kill_leftover(directory: Path) -> None:
+    """End a server whose supervisor was killed: nobody would ever stop it, and it holds the data directory."""
+    pid_file = directory / "server.pid"
+    name = pid_file.read_text() if pid_file.exists() else ""
+    if processes.state_of(name) == "alive":
+        process = os.pidfd_open(int(name.split()[2]))
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        select.select([process], [], [])
+        os.close(process)
+
+
+@contextmanager
+def _lock(path: Path, kind: int) -> Iterator[None]:
+    with open(path, "a") as file:
+        fcntl.flock(file, kind)
+        yield
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
+
+
+def _supervise(directory: Path, own_lock: int, stop_seconds: float, command: Sequence[str]) -> None:
+    """Keep `command` running until it is released, or nobody has used it for LINGER_SECONDS."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    server, started, restarts, idle_since = _spawn(directory, command), time.monotonic(), 0, None
+    was_kept = False
+    with open(directory / "users.lock", "a") as users:
+        try:
+            while True:
+                time.sleep(0.2)
+                if server.poll() is not None:
+                    restarts = 1 if time.monotonic() - started > _STABLE_SECONDS else restarts + 1
+                    if restarts > _MAX_RESTARTS:
+                        sys.exit(f"{command[0]} has died {restarts} times; giving up")
+                    server, started = _spawn(directory, command), time.monotonic()
+                if (directory / "kept").exists():
+                    was_kept, idle_since = True, None
+                    continue
+                if not _try_lock(users, fcntl.LOCK_EX):
+                    idle_since = None
+                    continue
+                idle_since = idle_since or time.monotonic()
+                if was_kept or time.monotonic() - idle_since > LINGER_SECONDS:
+                    return
+                fcntl.flock(users, fcntl.LOCK_UN)
+        finally:
+            server.terminate()
+            try:
+                server.wait(stop_seconds)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+            # Still with the users' lock: who comes now waits for it, and then finds no supervisor and starts one.
+            os.close(own_lock)
+
+
+def _spawn(directory: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    with open(directory / "server.log", "w") as log:
+        # In its own directory, where the names of its sockets are short: a longer path than 107 bytes is refused.
+        server = subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    (directory / "server.pid").write_text(processes.identity(server.pid))
+    return server
+
+
+if __name__ == "__main__":
+    if os.fork():
+        os._exit(0)  # so that the supervisor is nobody's child, whom somebody would have to wait for
+    _supervise(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,230 @@
+"""The ranks of a run, started, watched and started again by torch's elastic agent.
+
+    flow ── launch.train ── agent ─┬─ rank 0 ── train_as_rank
+                                   └─ rank 1 ── train_as_rank
+    nightshift join ─────── agent ─┬─ rank 2 ── …
+                                   └─ rank 3 ── …
+
+On each machine an agent starts `nproc_per_node` ranks. The agents meet at a rendezvous, which numbers the ranks anew
+whenever one was lost or a machine has come; each time all begin again from the last checkpoint. The machine that runs
+the flow hosts the rendezvous and knows what is to be trained; the others join it.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+from nightshift import progress
+from nightshift.errors import (
+    RankFailedError,
+    RankLostError,
+    SettingsError,
+    TrainingInterrupted,
+)
+from nightshift.parallel.channel import _Lines
+from nightshift.parallel.worker import Ending, Job, _Place, _rank
+from nightshift.settings import NodesSettings
+from nightshift.signals import StopSignals
+from nightshift.workspace import Workspace
+
+_EXIT_SECONDS = 30
+"""So long an agent waits for the others when its ranks have ended."""
+
+# What they say of a lost rank in twenty lines, _Agent tells in one.
+for _name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
+    """Start `count` ranks here, and start them again, until the training ends one way or another.
+
+    Args:
+        job: what to train; None to join those who know.
+
+    Raises:
+        RankFailedError: a rank failed, after every restart.
+        RankLostError: the machines do not meet.
+        TrainingInterrupted: stopped while there were no ranks that could have saved.
+    """
+    logs, lines = workspace.home / "ranks" / secrets.token_hex(4), _Lines()
+    again = f"nightshift resume {job.run_id}" if job else "nightshift join"
+
+    def check_somebody_trains() -> None:
+        if signals.received and not lines.are_there:
+            raise TrainingInterrupted(f"stopped while no rank was training. What was last saved stands: {again}")
+
+    def stop() -> None:
+        lines.order("stop")
+        check_somebody_trains()
+
+    with (
+        _environment(workspace.nodes.alone),
+        lines,
+        StopSignals(stop) as signals,
+        _rendezvous(workspace.nodes, is_host=job is not None) as (handler, host, port),
+    ):
+        place = _Place(workspace, lines.address, lines.key, host, port, torch.get_num_threads() // count)
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=count,
+            entrypoint=_rank,
+            args=(place, job.model_dump_json() if job else None),
+            rdzv_handler=handler,
+            max_restarts=workspace.nodes.max_restarts,
+            monitor_interval=0.1,
+        )
+        result = _Agent(spec, lines, logs, check_somebody_trains).run()
+    if result is None:
+        raise RankLostError(f"the others have ended without this machine. To go on: {again}")
+    if result.is_failed():
+        rank, failure = next(iter(result.failures.items()))
+        raise RankFailedError(
+            f"rank {rank} failed after all had been started again {spec.max_restarts} times: {_reason(failure)}. "
+            f"What the ranks have printed is in {logs}"
+        )
+    shutil.rmtree(logs, ignore_errors=True)
+    return Ending.model_validate_json(next(iter(result.return_values.values())))
+
+
+@contextmanager
+def _rendezvous(nodes: NodesSettings, is_host: bool) -> Iterator[tuple[RendezvousHandler, str, int]]:
+    """Where the agents meet, and its host and port.
+
+    Raises:
+        RankLostError: nobody is there, or not enough come in time.
+    """
+    host, _, port = ("127.0.0.1:0" if nodes.alone else str(nodes.rendezvous)).rpartition(":")
+    address = _address_towards(host)
+    try:
+        if not is_host:
+            _wait_for_host(host, int(port), nodes.wait_seconds)
+        patience = timedelta(seconds=nodes.wait_seconds)
+        store = TCPStore(host, int(port), is_master=is_host, wait_for_workers=False, timeout=patience)
+        meeting = RendezvousParameters(
+            "c10d",
+            f"{host}:{store.port}",
+            "nightshift",
+            nodes.fewest,
+            nodes.most,
+            local_addr=address,
+            join_timeout=nodes.wait_seconds,
+            last_call_timeout=5,
+        )
+        handler = create_handler(store, C10dRendezvousBackend(store, meeting.run_id), meeting)
+        yield handler, host, store.port
+        handler.shutdown()
+    except (RendezvousError, dist.DistError, ConnectionError, TimeoutError) as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise RankLostError(f"the machines do not meet at {host}:{port}: {why}") from error
+
+
+def _wait_for_host(host: str, port: int, seconds: float) -> None:
+    """Until somebody listens there; torch's own waiting would not be interrupted by a signal."""
+    progress.current().say(f"waiting for the run at {host}:{port}")
+    for attempt in Retrying(
+        retry=retry_if_exception_type(OSError), stop=stop_after_delay(seconds), wait=wait_fixed(1), reraise=True
+    ):
+        with attempt:
+            socket.create_connection((host, port), timeout=10).close()
+
+
+class _Agent(LocalElasticAgent):
+    """As torch has it, but it tells what happened, and lets ranks that are well save before it stops them."""
+
+    def __init__(self, spec: WorkerSpec, lines: "_Lines", logs: Path, before_start: Callable[[], None]) -> None:
+        """`before_start`: called before the ranks are started, or started again, which may mean a long wait."""
+        super().__init__(
+            spec,
+            DefaultLogsSpecs(str(logs), redirects=Std.ERR, tee=Std.ERR),
+            exit_barrier_timeout=_EXIT_SECONDS,
+            log_line_prefix_template="[rank ${rank}] ",
+        )
+        self._lines, self._before_start = lines, before_start
+
+    def _initialize_workers(self, worker_group: WorkerGroup) -> None:
+        self._before_start()
+        super()._initialize_workers(worker_group)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        for rank, failure in result.failures.items():
+            progress.current().warn(f"rank {rank} failed: {_reason(failure)}")
+        return result
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._lines.order("restart")
+        self._lines.wait_until_all_left()
+        super()._stop_workers(worker_group)
+        self._lines.withdraw("restart")
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        at_once = isinstance(sys.exception(), KeyboardInterrupt)  # of a second signal
+        super()._shutdown(signal.SIGKILL if at_once else death_sig, timeout)
+
+
+def _reason(failure: ProcessFailure) -> str:
+    """What is known of a failure, such as `Signal 9 (SIGKILL) received by PID 123`."""
+    message: Any = failure.message  # declared as text, but of an exception it is what torch has stored of it
+    told = str(message["message"] if isinstance(message, dict) else message)
+    return (told.strip().splitlines() or ["no reason is known"])[-1]
+
+
+@contextmanager
+def _environment(alone: bool) -> Iterator[None]:
+    """What torch's agent and the ranks read from the environment, for the time of a training."""
+    ours = {
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # SIGTERM and SIGINT are for the launcher
+        # Else a machine goes on looking for rank 0 where it was before a machine was lost (torch 2.15).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    if alone and "GLOO_SOCKET_IFNAME" not in os.environ:
+        ours["GLOO_SOCKET_IFNAME"] = "lo"  # a host name need not resolve
+    # It would warn of what `Ranks.parallel` asks for on purpose.
+    ours["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the network in which `host` is; no packet is sent.
+
+    Raises:
+        SettingsError: `host` cannot be resolved here.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError as error:
+            raise SettingsError(
+                f"NIGHTSHIFT_NODES__RENDEZVOUS: {host!r} cannot be reached from here: {error}"
+            ) from error
+        return str(probe.getsockname()[0])

@@ -1,0 +1,61 @@
+"""Training a run in one process, or in several on one machine or more."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from nightshift.config.train import TrainConfig
+from nightshift.errors import RankFailedError, StorageError, TrainingInterrupted
+from nightshift.records import recovery
+from nightshift.records.run import Origin
+from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.training.run import finished_checkpoint, train_alone
+from nightshift.workspace import Workspace
+
+if TYPE_CHECKING:
+    from nightshift.parallel.worker import Ending
+
+
+def train_run(
+    workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef, origin: Origin | None = None
+) -> CheckpointRef:
+    """`train_alone`, in as many processes as the config says, on as many machines as the workspace does.
+
+    Raises:
+        RankFailedError: one of them failed, again after every restart; otherwise what `train_alone` raises.
+    """
+    here = processes_here(config.nproc_per_node)
+    if here == 1 and workspace.nodes.alone:
+        return train_alone(workspace, run_id, config, dataset, origin)
+    finished = finished_checkpoint(workspace, run_id, config, dataset)
+    if finished:
+        return finished
+    from nightshift.parallel.agent import run_ranks
+    from nightshift.parallel.worker import Job  # here, because torch's agent costs every start some time
+
+    job = Job(run_id=run_id, config=config, dataset=dataset, origin=origin or Origin())
+    try:
+        return run_ranks(workspace, here, job).result()
+    except RankFailedError as error:
+        recovery.close(workspace.store, run_id, "failed", str(error))
+        raise
+    except StorageError as error:
+        if workspace.nodes.alone:
+            raise
+        # Trying again at once, as one machine would, it would be alone at the rendezvous.
+        raise TrainingInterrupted(f"{error}. To go on, on all machines: nightshift resume {run_id}") from error
+
+
+def join(workspace: Workspace, nproc_per_node: int | Literal["auto"]) -> "Ending":
+    """Lend this machine to the run that is trained at the rendezvous, until it ends.
+
+    Raises:
+        RankLostError: the machine that hosts the rendezvous is gone, or does not come.
+    """
+    from nightshift.parallel.agent import run_ranks
+
+    return run_ranks(workspace, processes_here(nproc_per_node), None)
+
+
+def processes_here(nproc_per_node: int | Literal["auto"]) -> int:
+    return max(torch.cuda.device_count(), 1) if nproc_per_node == "auto" else nproc_per_node

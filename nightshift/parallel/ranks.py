@@ -1,0 +1,120 @@
+"""The ranks that train one run together: what each takes of a batch, and how they agree.
+
+Each rank holds a copy of the whole state and computes its share of every batch; gradients and the statistics of batch
+norm are averaged over all ranks. So a run takes the same steps on the same batches however many ranks it has, up to
+the rounding of sums that are added in another order.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nightshift.checkpoints.payload import Payload
+from nightshift.errors import RankLostError
+from nightshift.parallel.batch_norm import synchronized_on_cpu
+from nightshift.training.ranks import Ranks
+from nightshift.training.snapshot import mapped
+
+
+@dataclass(frozen=True)
+class JoinedRanks(Ranks):
+    """This process as one of several; the methods are those of `Ranks`."""
+
+    control: dist.ProcessGroup | None = None
+    """The group they agree in. Always gloo: on a GPU no step has to wait for it."""
+
+    def any(self, *asked: bool) -> list[bool]:
+        flags = torch.tensor(asked or (False,), dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self.control)
+        return [bool(flag) for flag in flags]
+
+    def total(self, *values: Tensor) -> Tensor:
+        sums = super().total(*values)
+        dist.all_reduce(sums, group=self.control)
+        return sums
+
+    def gather(self, part: Payload) -> list[Payload]:
+        parts = [None] * self.world_size if self.leads else None
+        dist.gather_object(mapped(part, lambda _, tensor: tensor.cpu()), parts, group=self.control)
+        return parts or []  # type: ignore[return-value]
+
+    def share(self, payload: Payload | None) -> Payload:
+        body = io.BytesIO()
+        torch.save(payload, body)
+        size = torch.tensor(body.tell())
+        dist.broadcast(size, 0, self.control)
+        data = torch.frombuffer(bytearray(body.getvalue() if self.leads else int(size)), dtype=torch.uint8)
+        dist.broadcast(data, 0, self.control)
+        # Only tensors and plain values can arrive.
+        received: Payload = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+        return received
+
+    @contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        if self.local_rank:
+            self.any()
+        yield
+        if not self.local_rank:
+            self.any()
+
+    def synchronized(self, model: nn.Module, device: torch.device) -> nn.Module:
+        if self.world_size == 1:
+            return model
+        if device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
+        return synchronized_on_cpu(model)
+
+    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,
+            forward_sync_buffers=False,  # they are equal, for all ranks compute them of the same sums
+            # Layers that are fixed half-way need no gradient from then on. And without it the gradients change their
+            # places in the buckets after the first step, hence the order in which they are added: a resumed run of
+            # three ranks or more would end with other bits.
+            find_unused_parameters=True,
+        )
+
+    @contextmanager
+    def loss_explained(self) -> Iterator[None]:
+        """Raises RankLostError for a RuntimeError: that is what a collective fails with when a rank is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1:
+                raise
+            why = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # without the place in torch's sources
+            raise RankLostError(f"rank {self.rank} could not go on: {why}") from error
+
+
+@contextmanager
+def joined(timeout: timedelta) -> Iterator[JoinedRanks]:
+    """The ranks that torch's elastic agent has started together, as this process' environment says.
+
+    Args:
+        timeout: how long to wait for a rank that does not answer; one that is dead is noticed at once.
+    """
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    try:
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(control, dist.ProcessGroup)
+        yield JoinedRanks(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            nodes=int(os.environ["GROUP_WORLD_SIZE"]),
+            control=control,
+        )
+    finally:
+        dist.destroy_process_group()

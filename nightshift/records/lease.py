@@ -1,0 +1,332 @@
+"""Holding a run: its lease, its fencing token, and every write of its record by compare-and-swap.
+
+A record names the holder of the run's lease by a fencing token; each new holder raises it by one. A write by
+a holder whose token is no longer the record's fails, so a trainer that was thought dead can never damage its
+successor (Kleppmann, "How to do distributed locking", 2016). Time is the server's, never the worker's.
+
+Changes are functions of the record that may be applied twice without harm. That is what makes a lost
+response harmless: after a failed condition the record is read again and the change is made again, on
+whatever stands there, as long as the token is still ours.
+"""
+
+import contextvars
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from nightshift import processes, progress
+from nightshift.config.train import TrainConfig
+from nightshift.errors import (
+    Interrupted,
+    LeaseHeldError,
+    LeaseLostError,
+    NightshiftError,
+    PreconditionFailedError,
+    ResumeMismatchError,
+    RunNotFoundError,
+    StorageError,
+)
+from nightshift.records.run import Lease, Origin, Result, RunRecord, Status, read_record, write_record
+from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.storage.s3 import S3
+
+_POLL_SECONDS = 2.0
+
+# Owners of this process' own leases. One that is no longer here was left by a training that has ended.
+_held: set[str] = set()
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What somebody wants to train: what a new record is made of, and what a stored one has to agree with."""
+
+    run_id: str
+    config: TrainConfig
+    dataset: DatasetRef
+    environment: dict[str, str]
+    total_steps: int
+    origin: Origin = field(default_factory=Origin)
+    process: str = field(default_factory=lambda: processes.identity(os.getpid()))
+    """Who answers for the training: this process, or the one that has started it as one of several."""
+
+
+class Run:
+    """A run this process holds the lease of. Safe to use from several threads."""
+
+    def __init__(self, store: S3, record: RunRecord, etag: str, lease_seconds: float, asked_at: float) -> None:
+        """`asked_at`: `time.monotonic()` of before the request that took the lease."""
+        self.store = store
+        self.record = record
+        self._etag = etag
+        self._lease_seconds = lease_seconds
+        # On this machine's clock, which others need not share, and from before the request was sent.
+        self._valid_until = asked_at + lease_seconds
+        self._lock = threading.RLock()
+        self._lost: LeaseLostError | None = None
+        self._renewal_failure: StorageError | None = None
+        self._stop_renewing = threading.Event()
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+    @property
+    def token(self) -> int:
+        return self.record.lease.token
+
+    def update(self, change: Callable[[RunRecord], RunRecord]) -> RunRecord:
+        """Apply `change`, which may be applied more than once, and write the record; this also renews the lease.
+
+        Raises:
+            LeaseLostError: another trainer holds the lease now.
+            StorageError: the record may or may not have been written; the next update finds out.
+        """
+        with self._lock:
+            if self._lost:
+                raise self._lost
+            while True:
+                asked_at, now = time.monotonic(), self.store.now()
+                lease = self.record.lease.changed(expires_at=now + timedelta(seconds=self._lease_seconds))
+                renewed = self.record.changed(lease=lease, sequence=self.record.sequence + 1, updated_at=now)
+                changed = change(renewed)
+                try:
+                    self._etag = write_record(self.store, changed, if_match=self._etag)
+                except PreconditionFailedError:
+                    self._catch_up()
+                    continue
+                self._valid_until = asked_at + self._lease_seconds
+                self.record = changed
+                return changed
+
+    def _catch_up(self) -> None:
+        """Read what stands there: our own write whose response was lost, a recoverer's note, or another trainer's."""
+        record, etag = read_record(self.store, self.run_id)
+        if (record.lease.token, record.lease.owner) != (self.token, self.record.lease.owner):
+            self._lost = LeaseLostError(
+                f"run {self.run_id} was taken over by {record.lease.owner} (token {record.lease.token}, ours was "
+                f"{self.token}). Nothing of it is damaged; this process stops"
+            )
+            raise self._lost
+        self.record, self._etag = record, etag
+
+    def check(self) -> None:
+        """Raise LeaseLostError if the lease is lost, or so near its end that another may take it soon."""
+        if not self._lost and time.monotonic() > self._valid_until - self._lease_seconds / 6:
+            why = self._renewal_failure or "the store has not answered in time"
+            self._lost = LeaseLostError(
+                f"the lease of run {self.run_id} could not be renewed and may be taken over: {why}. "
+                f"When the store answers again: nightshift resume {self.run_id}"
+            )
+        if self._lost:
+            raise self._lost
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renew the lease in the background, at a third of its time to live."""
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(self._renew,), name="lease renewal", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop_renewing.set()
+            thread.join(1)  # one that hangs in a request is left behind: writes take turns, and carry the token
+
+    def _renew(self) -> None:
+        while not self._stop_renewing.wait(self._lease_seconds / 3):
+            try:
+                self.update(lambda record: record)
+                self._renewal_failure = None
+            except LeaseLostError:
+                return
+            except StorageError as error:
+                if not self._renewal_failure:
+                    progress.current().warn(f"the lease of run {self.run_id} could not be renewed yet: {error}")
+                self._renewal_failure = error
+
+    def end(self, status: Status, detail: str = "", result: Result | None = None) -> None:
+        """Record how the run stopped and give the lease back; nothing is written under it after."""
+        now = self.store.now()
+
+        def give_back(record: RunRecord) -> RunRecord:
+            lease = record.lease.changed(expires_at=now)
+            return record.changed(status=status, result=result, lease=lease).with_event(status, now, detail)
+
+        with self._lock:
+            self.update(give_back)
+            # A save that is still under way would make the lease a live one again.
+            self._lost = LeaseLostError(f"run {self.run_id} is {status}: this process has given it back")
+
+
+@contextmanager
+def hold(store: S3, spec: RunSpec, lease_seconds: float, patience: float = 0) -> Iterator[Run]:
+    """Create the run or take it up again, and hold its lease; how it stops goes into its record.
+
+    A run left without an error stays `running`: evaluation and publication are still to come. One that was
+    stopped by what can pass by itself is `interrupted`, not `failed`.
+
+    Args:
+        patience: how many seconds to wait for a lease that may be one of a trainer that was lost.
+
+    Raises:
+        ResumeMismatchError: the stored run has another config or data set.
+        LeaseHeldError: another trainer, not known to be dead, holds it.
+    """
+    waiting = Retrying(
+        retry=retry_if_exception_type(LeaseHeldError),
+        stop=stop_after_delay(patience),
+        wait=wait_fixed(_POLL_SECONDS),
+        reraise=True,
+    )
+    run = waiting(acquire, store, spec, lease_seconds)
+    try:
+        with run.renewed():
+            yield run
+    except LeaseLostError:
+        raise
+    except BaseException as error:
+        passes = isinstance(error, Interrupted) or getattr(error, "transient", not isinstance(error, Exception))
+        try:
+            run.end("interrupted" if passes else "failed", str(error) or type(error).__name__)
+        except NightshiftError as unrecorded:
+            progress.current().warn(f"how run {run.run_id} ended could not be recorded: {unrecorded}")
+        raise
+    finally:
+        _held.discard(run.record.lease.owner)
+
+
+@contextmanager
+def attached(store: S3, checkpoint: CheckpointRef, lease_seconds: float) -> Iterator[Run]:
+    """Go on holding the run a checkpoint belongs to, under the token it was handed on with.
+
+    Raises:
+        LeaseLostError: another trainer has taken the run over since.
+    """
+    asked_at = time.monotonic()
+    record, etag = read_record(store, checkpoint.run_id)
+    if record.lease.token != checkpoint.token:
+        raise LeaseLostError(f"run {record.run_id} was taken over by {record.lease.owner}; it will finish it")
+    run = Run(store, record, etag, lease_seconds, asked_at)
+    if record.status == "finished":
+        yield run
+        return
+    ours = processes.identity(os.getpid())  # it may have been trained by a process that has ended
+    run.update(lambda record: record.changed(lease=record.lease.changed(process=ours)))
+    with run.renewed():
+        yield run
+
+
+def check_matches(record: RunRecord, config: TrainConfig, dataset: DatasetRef) -> None:
+    """Raise ResumeMismatchError, listing the fields that differ, unless both would end with the same bits."""
+    ours = {**config.decisive(), "dataset digest": dataset.digest}
+    theirs = {**record.config, "dataset digest": record.dataset.digest}
+    differing = [
+        f"  {name}: stored {theirs.get(name)!r}, now {value!r}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
+    if differing:
+        raise ResumeMismatchError(
+            f"run {record.run_id} was made with another config:\n" + "\n".join(differing) + "\n"
+            f"Go on with the stored one by `nightshift resume {record.run_id}`, or choose another run id."
+        )
+
+
+def is_live(lease: Lease, now: datetime, process: str | None = None) -> bool:
+    """Whether somebody may still be training: not expired, and its owner is not known to be gone.
+
+    Gone is a process of this machine that is dead, or `process`, by default this one, if it no longer trains the run.
+    """
+    if lease.expires_at <= now:
+        return False
+    if lease.process == (process or processes.identity(os.getpid())):
+        return lease.owner in _held
+    return processes.state_of(lease.process) != "dead"
+
+
+def wait_until_free(store: S3, run_id: str) -> None:
+    """Wait for whoever trains the run: until it is over, or their lease has run out."""
+    waiting = False
+    with suppress(RunNotFoundError):
+        while (record := read_record(store, run_id)[0]).status == "running" and is_live(record.lease, store.now()):
+            if not waiting:
+                progress.current().say(f"run {run_id} is being trained by {record.lease.owner}: waiting for it")
+            waiting = True
+            time.sleep(_POLL_SECONDS)
+
+
+def acquire(store: S3, spec: RunSpec, lease_seconds: float) -> Run:
+    """Take the lease, without renewing it: a new run's, or that of one nobody trains any more."""
+    owner, asked_at = processes.signature(), time.monotonic()
+    _held.add(owner)
+    try:
+        while True:
+            now = store.now()
+            lease = Lease(
+                owner=owner,
+                process=spec.process,
+                token=1,
+                expires_at=now + timedelta(seconds=lease_seconds),
+            )
+            condition: dict[str, Any] = {"if_absent": True}
+            try:
+                found, etag = read_record(store, spec.run_id)
+            except RunNotFoundError:
+                record = _new_record(spec, lease, now)
+            else:
+                if found.lease.owner == owner:  # our own write, whose response was lost
+                    return Run(store, found, etag, lease_seconds, asked_at)
+                record, condition = _taken_over(found, spec, lease, now), {"if_match": etag}
+            try:
+                return Run(store, record, write_record(store, record, **condition), lease_seconds, asked_at)
+            except PreconditionFailedError:
+                continue
+    except BaseException:
+        _held.discard(owner)
+        raise
+
+
+def _new_record(spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
+    return RunRecord(
+        run_id=spec.run_id,
+        config=spec.config.model_dump(),
+        config_digest=spec.config.digest,
+        dataset=spec.dataset,
+        environment=spec.environment,
+        origin=spec.origin,
+        lease=lease,
+        total_steps=spec.total_steps,
+        created_at=now,
+        updated_at=now,
+    ).with_event("started", now)
+
+
+def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
+    check_matches(found, spec.config, spec.dataset)
+    if is_live(found.lease, now, spec.process):
+        raise LeaseHeldError(
+            f"run {found.run_id} is being trained by {found.lease.owner} until "
+            f"{found.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC at least. Wait for it, or if it is dead, "
+            "try again after that time"
+        )
+    changes = [
+        f"{name} {found.environment.get(name)} → {value}"
+        for name, value in spec.environment.items()
+        if found.environment.get(name) != value
+    ]
+    return found.changed(
+        sequence=found.sequence + 1,
+        status="running",
+        config=spec.config.model_dump(),
+        environment=spec.environment,
+        origin=spec.origin.changed(deployment=spec.origin.deployment or found.origin.deployment),
+        lease=lease.changed(token=found.lease.token + 1),
+        updated_at=now,
+    ).with_event("resumed", now, ", ".join(changes))

@@ -1,0 +1,335 @@
+"""One typed client for an S3-compatible bucket; the only file that imports boto3.
+
+Every method raises errors of `nightshift.errors` and nothing of botocore's. Bodies are checked by the
+server against the checksum boto3 sends; conditional writes are single PutObject calls, because a
+conditional CompleteMultipartUpload is not atomic on every store.
+"""
+
+import copy
+import io
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import IO, TYPE_CHECKING, Any
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
+from botocore.exceptions import ConnectionError as BotoConnectionError
+from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+from urllib3.exceptions import HTTPError as BrokenAnswer
+
+from nightshift.errors import (
+    BucketNotFoundError,
+    ConfigError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageDeniedError,
+    StorageError,
+    StorageUnreachableError,
+    UnfencedStoreError,
+)
+from nightshift.settings import S3Settings
+from nightshift.storage.store import Stored, Upload
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+MIB = 1024 * 1024
+
+# 64 MiB parts, two at a time, are as fast as any other way against one server and keep its memory low.
+# The CRT transfer client ignores `endpoint_url`.
+_TRANSFER = TransferConfig(
+    multipart_threshold=16 * MIB, multipart_chunksize=64 * MIB, max_concurrency=2, preferred_transfer_client="classic"
+)
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403", "Forbidden"}
+_NOT_FOUND = {"NoSuchKey", "NoSuchUpload", "404", "NotFound"}
+_CONFLICT = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """A key pair that is not in boto3's own chain: the embedded server's."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
+
+
+class S3:
+    """A bucket and a prefix. Keys given to it and returned by it are without the prefix."""
+
+    def __init__(self, settings: S3Settings, credentials: Credentials | None = None, attempts: int = 5) -> None:
+        assert settings.bucket is not None
+        self._made_of = settings, credentials, attempts
+        self.bucket = settings.bucket
+        self.prefix = settings.prefix.strip("/") + "/" if settings.prefix.strip("/") else ""
+        self.endpoint = settings.endpoint_url or f"AWS S3 ({settings.region})"
+        self._allow_unfenced = settings.allow_unfenced
+        self._clock = _ServerClock()
+        self._client: S3Client = boto3.client(
+            "s3",
+            endpoint_url=settings.endpoint_url,
+            region_name=settings.region,
+            aws_access_key_id=credentials.access_key if credentials else None,
+            aws_secret_access_key=credentials.secret_key if credentials else None,
+            config=Config(
+                retries={"mode": "standard", "total_max_attempts": attempts},
+                connect_timeout=5,
+                read_timeout=settings.timeout_seconds,
+                s3={"addressing_style": "path"},
+                request_checksum_calculation=settings.checksums,
+            ),
+        )
+        self._client.meta.events.register("after-call.s3", self._clock.read)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets a client of its own."""
+        return type(self), self._made_of
+
+    def __repr__(self) -> str:
+        return f"S3({self.url('')!r} at {self.endpoint})"
+
+    def url(self, key: str) -> str:
+        return f"s3://{self.bucket}/{self.prefix}{key}"
+
+    def at(self, url: str) -> tuple["S3", str]:
+        """Another bucket of the same server, or this one without the prefix, and the key `url` names in it.
+
+        Raises:
+            ConfigError: it is not of the form s3://BUCKET/KEY.
+        """
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        if not url.startswith("s3://") or not bucket:
+            raise ConfigError(f"{url!r} is not of the form s3://BUCKET/KEY")
+        other = copy.copy(self)
+        other.bucket, other.prefix = bucket, ""
+        return other, key
+
+    def now(self) -> datetime:
+        """The server's clock, in UTC, to the second; asks the server if it has not answered yet.
+
+        Raises:
+            StorageError: the server cannot be asked.
+        """
+        if not self._clock.known:
+            self.check_access()
+        return self._clock.now()
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        """An object's bytes and ETag; for small objects.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            StorageError: it cannot be read.
+        """
+        with self._explained("read", key):
+            response = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key)
+            return response["Body"].read(), response["ETag"]
+
+    def head(self, key: str) -> Stored | None:
+        """What is stored under `key`, or None."""
+        try:
+            with self._explained("look up", key):
+                found = self._client.head_object(Bucket=self.bucket, Key=self.prefix + key)
+        except ObjectNotFoundError:
+            return None
+        return Stored(key, found["ContentLength"], found["ETag"], found["LastModified"])
+
+    def put(self, key: str, body: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
+        """Write a small object in one request and return its ETag.
+
+        Args:
+            if_match: write only over the version with this ETag.
+            if_absent: write only where nothing is.
+
+        Raises:
+            PreconditionFailedError: the condition does not hold. After a lost response this can follow
+                upon one's own write: read back and compare.
+            StorageError: it may or may not have been written.
+        """
+        condition: dict[str, Any] = {}
+        if if_match is not None:
+            condition["IfMatch"] = if_match
+        if if_absent:
+            condition["IfNoneMatch"] = "*"
+        with self._explained("write", key):
+            return self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=body, **condition)["ETag"]
+
+    def put_json(self, key: str, value: Any, **condition: Any) -> str:
+        """`put` of indented JSON."""
+        return self.put(key, json.dumps(value, indent=1).encode(), **condition)
+
+    def upload(self, key: str, body: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
+        """Write an object of any size, in parts above 16 MiB. A failure leaves no unfinished parts.
+
+        Args:
+            advance: called from worker threads with the number of bytes just sent.
+
+        Raises:
+            StorageError: it was not written.
+        """
+        with self._explained("write", key):
+            self._client.upload_fileobj(body, self.bucket, self.prefix + key, Callback=advance, Config=_TRANSFER)
+
+    def download(self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
+        """Read an object of any size into a seekable file, parts in parallel, each retried.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            StorageError: it cannot be read.
+        """
+        with self._explained("read", key):
+            self._client.download_fileobj(self.bucket, self.prefix + key, into, Callback=advance, Config=_TRANSFER)
+
+    def download_bytes(self, key: str) -> bytes:
+        """`download` into memory."""
+        buffer = io.BytesIO()
+        self.download(key, buffer)
+        return buffer.getvalue()
+
+    def list(self, prefix: str) -> Iterator[Stored]:
+        """All objects whose key begins with `prefix`, in the order of their keys, 1,000 a request."""
+        with self._explained("list", prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.prefix + prefix
+            )
+            for page in pages:
+                for found in page.get("Contents", []):
+                    key = found["Key"].removeprefix(self.prefix)
+                    yield Stored(key, found["Size"], found["ETag"], found["LastModified"])
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        with self._explained("delete", key):
+            self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
+
+    def list_uploads(self, prefix: str) -> Iterator[Upload]:
+        """All unfinished multipart uploads to keys that begin with `prefix`."""
+        with self._explained("list unfinished uploads of", prefix):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self.prefix + prefix
+            )
+            for page in pages:
+                for found in page.get("Uploads", []):
+                    yield Upload(found["Key"].removeprefix(self.prefix), found["UploadId"], found["Initiated"])
+
+    def abort_upload(self, upload: Upload) -> None:
+        """End an unfinished upload and free its parts; one that is gone already is no error."""
+        with suppress(ObjectNotFoundError), self._explained("abort the upload of", upload.key):
+            self._client.abort_multipart_upload(
+                Bucket=self.bucket, Key=self.prefix + upload.key, UploadId=upload.upload_id
+            )
+
+    def check_access(self) -> None:
+        """Ask the store for the first key, to find out early whether it can be used.
+
+        Raises:
+            StorageUnreachableError, StorageDeniedError, BucketNotFoundError: as named.
+        """
+        with self._explained("list", ""):
+            self._client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+
+    def check_fencing(self) -> None:
+        """Find out whether the store honours conditional writes, by trying them on a throw-away key.
+
+        Raises:
+            UnfencedStoreError: it does not, and `allow_unfenced` is not set.
+        """
+        if self._allow_unfenced:
+            return
+        key = f"probe/{secrets.token_hex(8)}"
+        etag = self.put(key, b"first")
+        try:
+            for condition in ({"if_absent": True}, {"if_match": '"' + "0" * 32 + '"'}):
+                try:
+                    self.put(key, b"second", **condition)
+                except PreconditionFailedError:
+                    continue
+                raise UnfencedStoreError(
+                    f"{self.endpoint} ignores conditional writes (If-None-Match, If-Match): two trainers could "
+                    "damage each other's runs. Use a store that honours them, or set "
+                    "NIGHTSHIFT_S3__ALLOW_UNFENCED=true if only one trainer ever writes here."
+                )
+            try:
+                self.put(key, b"third", if_match=etag)
+            except PreconditionFailedError:
+                if self.get(key)[0] != b"third":  # else it was written, and only the response was lost
+                    raise
+        finally:
+            self.delete(key)
+
+    @contextmanager
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
+        """Turn botocore's errors into ours, each with what to do next."""
+        what = f"cannot {verb} {self.url(key)}"
+        try:
+            yield
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            detail = error.response.get("Error", {}).get("Message", code)
+            if code in _CONFLICT:
+                raise PreconditionFailedError(f"{what}: {detail}") from error
+            if code in _NOT_FOUND:
+                raise ObjectNotFoundError(f"{what}: there is no such object") from error
+            if code == "NoSuchBucket":
+                raise BucketNotFoundError(
+                    f"there is no bucket {self.bucket!r} at {self.endpoint}: create it, or set NIGHTSHIFT_S3__BUCKET"
+                ) from error
+            if code in _DENIED:
+                raise StorageDeniedError(
+                    f"{what}: {self.endpoint} refuses the credentials ({detail}). Set AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to ones that may use this bucket"
+                ) from error
+            raise StorageError(f"{what}: {self.endpoint} answers {code} ({detail})") from error
+        except NoCredentialsError as error:
+            raise StorageDeniedError(
+                f"{what}: no credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            ) from error
+        except (
+            *(BotoConnectionError, HTTPClientError, RetriesExceededError),
+            *(BrokenAnswer, ConnectionError, TimeoutError),
+        ) as error:
+            raise StorageUnreachableError(
+                f"{what}: {self.endpoint} does not answer. Check that the server is up and that "
+                "NIGHTSHIFT_S3__ENDPOINT_URL is right"
+            ) from error
+        except (BotoCoreError, S3DownloadFailedError) as error:
+            raise StorageError(f"{what}: {error}") from error
+
+
+class _ServerClock:
+    """The time of the server, from the Date of its answers: leases must not depend on a worker's clock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: tuple[datetime, float] | None = None
+
+    @property
+    def known(self) -> bool:
+        return self._seen is not None
+
+    def read(self, http_response: Any, **_: Any) -> None:
+        date = http_response.headers.get("Date") if http_response is not None else None
+        if date:
+            told = parsedate_to_datetime(date).astimezone(UTC)
+            with self._lock:
+                # A Date is cut to the second: only one further back than that says that the clock was set back.
+                if not self._seen or not told <= self._estimate() <= told + timedelta(seconds=1):
+                    self._seen = told, time.monotonic()
+
+    def now(self) -> datetime:
+        with self._lock:
+            return self._estimate()
+
+    def _estimate(self) -> datetime:
+        assert self._seen is not None
+        told, at = self._seen
+        return told + timedelta(seconds=time.monotonic() - at)

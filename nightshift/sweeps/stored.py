@@ -1,0 +1,255 @@
+"""A sweep: many runs over some fields of the config, compared with each other while they train.
+
+The study needs no database. What a trial is asked to train is written down before its run starts, in one small
+object, `sweeps/<sweep_id>.json`, by compare-and-swap; how the trial went is in the record of its run. From both the
+study is built anew whenever something is to be decided. So a sweep that was killed at any instant goes on, with the
+same trials, when it is started again under its id, and two that do the same at once do no harm.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nightshift.config.recipes import make_config
+from nightshift.config.train import TrainConfig
+from nightshift.errors import (
+    ConfigError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    ResumeMismatchError,
+    RunNotFoundError,
+    StorageError,
+)
+from nightshift.ids import RunId, parse_run_id
+from nightshift.records.run import RunRecord, read_record
+from nightshift.refs import ModelRef, TrialResult
+from nightshift.storage.documents import sealed, unsealed
+from nightshift.storage.s3 import S3
+from nightshift.sweeps.space import Range, Space, checked_values, grid
+
+if TYPE_CHECKING:
+    pass
+
+
+SWEEPS = "sweeps/"
+MAX_TRIALS = 1000
+
+
+class Trial(BaseModel):
+    """What a trial was asked, and what the record of its run cannot say of its end."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: RunId
+    overrides: dict[str, Any]
+    """The values of the swept fields."""
+    ended: Literal["pruned", "failed"] | None = None
+    """pruned: it is to be cancelled, or was. failed: its flow run has, whether or not there ever was a record."""
+    reason: str = ""
+
+
+class Sweep(BaseModel):
+    """A sweep as it is stored: what was wanted, and the trials so far in the order in which they were asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[1] = 1
+    sweep_id: RunId
+    recipe: str
+    overrides: dict[str, Any]
+    """Of every trial."""
+    space: Space
+    trials: int | None
+    """How many the study asks for; None: each point of the grid, once."""
+    seed: int
+    startup_trials: int
+    warmup_epochs: int
+    asked: list[Trial] = Field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """How many trials there will be."""
+        return self.trials or math.prod(len(values) for values in self.space.values() if isinstance(values, list))
+
+    def changed(self, **fields: Any) -> Self:
+        return self.model_copy(update=fields)
+
+    def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
+        """A trial's config; raises ConfigError."""
+        return make_config(self.recipe, {**self.overrides, **overrides})
+
+
+def plan(
+    sweep_id: str,
+    recipe: str,
+    space: Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    trials: int | None = None,
+    seed: int = 0,
+    startup_trials: int = 4,
+    warmup_epochs: int = 2,
+) -> Sweep:
+    """A sweep of which no trial was asked yet, after everything it can ask was found valid.
+
+    Args:
+        space: each field's values, as a list, or as {"low":, "high":, "log":, "step":}.
+        overrides: of every trial.
+        trials: how many trials a TPE study asks for; None: the grid of all lists.
+        seed: of the study. That of the trainings is a field of the config.
+        startup_trials: so many must have finished before any is pruned; no fewer than `trials`: none ever is.
+        warmup_epochs: so many epochs each has before it may be pruned.
+
+    Raises:
+        ConfigError: naming the field that is not valid, or what is missing.
+    """
+    config = make_config(recipe, overrides)
+    # As the config has them: text from the command line and a number of a form's are the same.
+    fixed = {name: getattr(config, name) for name in overrides or {}}
+    if not space:
+        raise ConfigError("nothing is swept: name a field and its values, such as --over lr=0.05,0.1")
+    if twice := sorted(fixed.keys() & space.keys()):
+        raise ConfigError(f"{', '.join(twice)}: swept and fixed at once. Take it out of one of the two")
+    checked = {name: checked_values(recipe, fixed, name, wanted) for name, wanted in space.items()}
+    ranges = [name for name, wanted in checked.items() if isinstance(wanted, Range)]
+    if trials is None and ranges:
+        raise ConfigError(f"{', '.join(ranges)}: a range has no end of values. Say how many trials (--trials)")
+    if trials is not None and trials < 1:
+        raise ConfigError(f"trials={trials} is not valid: at least one")
+    sweep = Sweep(
+        sweep_id=parse_run_id(sweep_id),
+        recipe=recipe,
+        overrides=fixed,
+        space=checked,
+        trials=trials,
+        seed=seed,
+        startup_trials=startup_trials,
+        warmup_epochs=warmup_epochs,
+    )
+    if sweep.size > MAX_TRIALS:
+        raise ConfigError(f"{sweep.size:,} trials are too many: at most {MAX_TRIALS:,}. Say how many (--trials)")
+    parse_run_id(trial_run_id(sweep, sweep.size - 1))
+    if trials is None:
+        for point in grid(sweep.space):
+            sweep.config(point)
+    return sweep
+
+
+def begin(store: S3, planned: Sweep) -> Sweep:
+    """The stored sweep of this id, or the planned one, stored.
+
+    Raises:
+        ResumeMismatchError: the stored one wants something else; the message lists what.
+        StorageError: it cannot be read or written.
+    """
+    stored = change_sweep(store, planned.sweep_id, lambda found: found or planned)
+    ours, theirs = planned.model_dump(exclude={"asked"}), stored.model_dump(exclude={"asked"})
+    differing = [
+        f"  {name}: stored {theirs[name]!r}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]
+    ]
+    if differing:
+        raise ResumeMismatchError(
+            f"sweep {planned.sweep_id} was begun otherwise:\n" + "\n".join(differing) + "\n"
+            "Start it again as it was begun, or choose another sweep id."
+        )
+    return stored
+
+
+def end(store: S3, sweep: Sweep, run_id: str, ended: Literal["pruned", "failed"], reason: str) -> Sweep:
+    """The sweep in which it is written down how a trial is to end, or ended, unless that was done before."""
+
+    def note(found: Sweep | None) -> Sweep:
+        found = found or sweep
+        noted = {"ended": ended, "reason": reason}
+        asked = [
+            trial.model_copy(update=noted) if trial.run_id == run_id and not trial.ended else trial
+            for trial in found.asked
+        ]
+        return found.changed(asked=asked)
+
+    return change_sweep(store, sweep.sweep_id, note)
+
+
+def result(trial: Trial, record: RunRecord | None) -> TrialResult | None:
+    """How a trial ended, or None if it is not over. What its record says of a finished run counts more than a note."""
+    status, reason = record.status if record else "running", ""
+    if status == "finished":
+        ended: Literal["finished", "pruned", "cancelled", "failed"] = "finished"
+    elif status == "cancelled":
+        ended, reason = ("pruned", trial.reason) if trial.ended == "pruned" else ("cancelled", "by a user")
+    elif status == "failed" and record:
+        ended, reason = "failed", record.events[-1].detail
+    elif trial.ended == "failed":
+        ended, reason = "failed", trial.reason
+    else:
+        return None
+    return TrialResult(
+        run_id=trial.run_id,
+        overrides=trial.overrides,
+        status=ended,
+        test_accuracy=record.test_accuracy if record else None,
+        train_seconds=record.train_seconds if record else 0.0,
+        reason=reason,
+    )
+
+
+def results(sweep: Sweep, records: Mapping[str, RunRecord]) -> list[TrialResult]:
+    """Of the trials that are over, in the order in which they were asked."""
+    return [found for trial in sweep.asked if (found := result(trial, records.get(trial.run_id)))]
+
+
+def best_model(found: Sequence[TrialResult], records: Mapping[str, RunRecord]) -> ModelRef | None:
+    """The published version with the highest test accuracy, of equal ones the first; None if no trial finished."""
+    finished = [record for trial in found if (record := records.get(trial.run_id)) and record.result]
+    if not finished:
+        return None
+    record = max(finished, key=lambda record: record.test_accuracy or 0.0)
+    assert record.result
+    return ModelRef(
+        name=record.dataset.name,
+        version=record.run_id,
+        run_id=record.run_id,
+        key=record.result.model,
+        test_accuracy=record.result.test_accuracy,
+        weights_sha256=record.result.weights_sha256,
+    )
+
+
+def read_trial(store: S3, trial: Trial) -> RunRecord | None:
+    """The record of a trial's run, or None if there is none yet; raises StorageError."""
+    with suppress(RunNotFoundError):
+        return read_record(store, trial.run_id)[0]
+    return None
+
+
+def trial_run_id(sweep: Sweep, number: int) -> str:
+    return f"{sweep.sweep_id}-{number + 1:0{max(2, len(str(sweep.size)))}}"
+
+
+def change_sweep(store: S3, sweep_id: str, change: Callable[[Sweep | None], Sweep]) -> Sweep:
+    """Store what `change` makes of the sweep as it stands; `change` may be applied again without harm."""
+    key = f"{SWEEPS}{parse_run_id(sweep_id)}.json"
+    while True:
+        found: Sweep | None = None
+        condition: dict[str, Any] = {"if_absent": True}
+        with suppress(ObjectNotFoundError):
+            body, etag = store.get(key)
+            found, condition = _parsed(store.url(key), body), {"if_match": etag}
+        changed = change(found)
+        if changed == found:
+            return changed
+        with suppress(PreconditionFailedError):  # somebody else has, or we have, and the answer was lost
+            store.put(key, sealed(changed.model_dump(mode="json")), **condition)
+            return changed
+
+
+def _parsed(url: str, body: bytes) -> Sweep:
+    try:
+        return Sweep.model_validate(unsealed(body))
+    except (ValueError, AttributeError) as error:  # of which ValidationError and JSONDecodeError are kinds
+        raise StorageError(
+            f"{url} is damaged, or not of this version of nightshift: {error}. Bring an older version of the object "
+            "back if the bucket keeps them, or start the sweep under another id"
+        ) from error

@@ -1,0 +1,98 @@
+"""The study behind a sweep: which trial to ask for next, and which of those that train to stop early."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nightshift.records.run import RunRecord
+from nightshift.storage.s3 import S3
+from nightshift.sweeps.space import distributions, grid
+from nightshift.sweeps.stored import Sweep, Trial, change_sweep, result, trial_run_id
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+
+def bad_trials(sweep: Sweep, records: Mapping[str, RunRecord]) -> dict[str, str]:
+    """The runs that are to be stopped early, by Optuna's median rule, each with the reason.
+
+    A trial is bad if its best training accuracy so far is below the median that the finished ones had after as many
+    epochs. Accuracy and not loss: with another label smoothing, another loss is as good.
+    """
+    training = [
+        (number, record)
+        for number, trial in enumerate(sweep.asked)
+        if (record := records.get(trial.run_id))
+        # In its last epoch it is as good as done.
+        if record.status == "running" and not trial.ended and 0 < len(record.curve) < record.config["epochs"]
+    ]
+    if not training or sum(record.status == "finished" for record in records.values()) < sweep.startup_trials:
+        return {}
+    study = _study(sweep, records)
+    return {
+        record.run_id: f"after epoch {record.curve[-1]['epoch']:.0f} its training accuracy, "
+        f"{record.curve[-1]['accuracy']:.1%}, was below the median of the finished trials"
+        for number, record in training
+        if study.pruner.prune(study, study.trials[number])
+    }
+
+
+def _suggest(sweep: Sweep, records: Mapping[str, RunRecord]) -> dict[str, Any]:
+    study = _study(sweep, records)
+    return dict(study.ask(distributions(sweep.space)).params)
+
+
+def _study(sweep: Sweep, records: Mapping[str, RunRecord]) -> "Study":
+    """The study as it stands: what it asks next depends on the seed, the number of trials and how they went."""
+    import optuna  # here, because it costs every start most of a second
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # A generator for each trial: one that was made anew with the seed alone would draw the same again.
+    digest = hashlib.sha256(f"{sweep.seed}/{len(sweep.asked)}".encode()).digest()
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4])),
+        pruner=optuna.pruners.MedianPruner(sweep.startup_trials, sweep.warmup_epochs),
+    )
+    of_space = distributions(sweep.space)
+    for trial in sweep.asked:
+        study.add_trial(_frozen(trial, records.get(trial.run_id), of_space))
+    return study
+
+
+def _frozen(trial: Trial, record: RunRecord | None, distributions: dict[str, "BaseDistribution"]) -> "FrozenTrial":
+    """A trial as Optuna knows it: its value is the test accuracy, on the way to it the training accuracy."""
+    from optuna.trial import TrialState, create_trial
+
+    states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+    ended = result(trial, record)
+    return create_trial(
+        state=states.get(ended.status, TrialState.FAIL) if ended else TrialState.RUNNING,
+        value=record.test_accuracy if record else None,
+        params=trial.overrides,
+        distributions=distributions,
+        intermediate_values={int(point["epoch"]): point["accuracy"] for point in record.curve} if record else {},
+    )
+
+
+def ask(store: S3, sweep: Sweep, records: Mapping[str, RunRecord]) -> Sweep:
+    """The sweep with one trial more, which is written down: whoever asks for that one gets the same.
+
+    Args:
+        records: of the runs of the trials so far, by run id, as far as there are any.
+
+    Raises:
+        StorageError: it may or may not have been written; asking again finds out.
+    """
+    number = len(sweep.asked)
+    overrides = grid(sweep.space)[number] if sweep.trials is None else _suggest(sweep, records)
+    sweep.config(overrides)
+    trial = Trial(run_id=trial_run_id(sweep, number), overrides=overrides)
+
+    def append(found: Sweep | None) -> Sweep:
+        found = found or sweep
+        return found if len(found.asked) > number else found.changed(asked=[*found.asked, trial])
+
+    return change_sweep(store, sweep.sweep_id, append)

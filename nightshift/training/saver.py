@@ -1,0 +1,197 @@
+"""Snapshot → serialize → upload → commit, and the way back.
+
+A checkpoint exists when the run record names it, and not before: first the payload goes up under a key that
+holds the step and the writer's fencing token, then the record is put by compare-and-swap. Whatever happens
+in between leaves an orphan, never a damaged checkpoint. Retention drops from the record first and deletes
+after.
+"""
+
+import contextvars
+import hashlib
+import io
+import math
+import threading
+import time
+from contextlib import suppress
+
+import torch
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_exponential_jitter,
+)
+
+from nightshift import progress
+from nightshift.checkpoints.payload import Payload
+from nightshift.checkpoints.retention import retained
+from nightshift.config.train import TrainConfig
+from nightshift.errors import StorageError
+from nightshift.records.keys import payload_key
+from nightshift.records.lease import Run
+from nightshift.records.run import Checkpoint, RunRecord
+from nightshift.refs import CheckpointRef
+from nightshift.tracking.metrics import MetricsLog
+from nightshift.training.snapshot import Snapshot
+from nightshift.training.state import TrainState
+
+
+class Saver:
+    """Saves the state of a run without stopping its training.
+
+    At a boundary the state is copied; a background thread does the rest. One save is in flight at a time: a
+    boundary reached meanwhile is skipped and counted, never queued. A save that fails is tried again within a
+    budget; then training goes on, and the log and the record say that it is not protected.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: TrainConfig,
+        device: torch.device,
+        retry_seconds: float,
+        metrics: MetricsLog | None = None,
+    ) -> None:
+        """`metrics`: told of each checkpoint, which is when it stores its lines."""
+        self._run, self._config, self._retry_seconds = run, config, retry_seconds
+        self._metrics = metrics
+        self._snapshot = Snapshot(device)
+        self._thread: threading.Thread | None = None
+        self._abandoned = threading.Event()
+        self._saved: CheckpointRef | None = None
+        self._error: Exception | None = None
+        self._skipped = self._failed = 0
+        self._unprotected = ""
+
+    def prepare(self, state: TrainState) -> None:
+        """Make room for the copies, in the background. The optimizer must have done a step: then its state exists."""
+        self._snapshot.prepare(state.capture())
+
+    def save(self, state: TrainState, parts: list[Payload], epoch: int, train_seconds: float) -> None:
+        """Begin to save this step, unless the save before is still under way.
+
+        Args:
+            parts: every rank's.
+            epoch: finished epochs.
+            train_seconds: seconds trained so far, over all resumes.
+
+        Raises:
+            LeaseLostError: the save before found that another trainer has taken the run over.
+        """
+        if self._thread and self._thread.is_alive():
+            self._skipped += 1
+            return
+        if self._error and not isinstance(self._error, StorageError):
+            raise self._error
+        started = time.perf_counter()
+        self._snapshot.take(state.capture(parts))
+        metrics = {"train_seconds": train_seconds, "stall_seconds": time.perf_counter() - started}
+        self._abandoned.clear()
+        context = contextvars.copy_context()
+        # A daemon: a second signal, which stops at once, must not wait for it.
+        self._thread = threading.Thread(
+            target=context.run, args=(self._store_or_warn, epoch, metrics), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def save_and_wait(self, state: TrainState, parts: list[Payload], epoch: int, train_seconds: float) -> CheckpointRef:
+        """Save this step and return its committed checkpoint; the arguments are those of `save`.
+
+        Raises:
+            LeaseLostError: another trainer has taken the run over; nothing was committed.
+            StorageError: it could not be stored.
+        """
+        self._abandoned.set()  # the save before is not waited for longer than its current attempt
+        self._wait()
+        if self._saved is None or self._saved.step != state.step:
+            self.save(state, parts, epoch, train_seconds)
+            self._wait()
+            if self._error:
+                raise self._error
+        assert self._saved is not None
+        assert self._saved.step == state.step
+        return self._saved
+
+    def _wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+
+    def _store_or_warn(self, epoch: int, metrics: dict[str, float]) -> None:
+        self._error = None
+        try:
+            self._store(self._snapshot.payload(), epoch, metrics)
+        except StorageError as error:
+            self._error, self._unprotected = error, str(error)
+            self._failed += 1
+            newest = f"of step {self._run.record.step:,}" if self._run.record.checkpoints else "none"
+            progress.current().warn(f"a checkpoint could not be stored: {error}. The newest one is {newest}")
+        except Exception as error:
+            self._error = error
+
+    def _store(self, payload: Payload, epoch: int, metrics: dict[str, float]) -> None:
+        images, parts = max(payload["epoch_images"], 1), payload["ranks"]
+        metrics |= {
+            "loss": sum(float(part["epoch_loss"]) for part in parts) / images,
+            "accuracy": sum(int(part["epoch_correct"]) for part in parts) / images,
+        }
+        if not math.isfinite(metrics["loss"]):
+            return  # a diverged state is not worth keeping; the loop finds out by itself, within a moment
+        if payload["curve"]:
+            metrics["epoch_loss"] = payload["curve"][-1]["loss"]
+        run, step, started = self._run, payload["step"], time.perf_counter()
+        buffer = io.BytesIO()
+        torch.save(payload, buffer)
+        body = buffer.getvalue()
+        checkpoint = Checkpoint(
+            step=step,
+            epoch=epoch,
+            key=payload_key(run.run_id, step, run.token),
+            bytes=len(body),
+            sha256=hashlib.sha256(body).hexdigest(),
+            written_at=run.store.now(),
+            metrics={**metrics, "skipped": self._skipped, "failed": self._failed},
+        )
+        for attempt in self._attempts(step):
+            with attempt:
+                run.store.upload(checkpoint.key, io.BytesIO(body))
+                self._commit(checkpoint, payload["curve"])
+        self._saved = run.record.ref(checkpoint)
+        if self._metrics:
+            self._metrics.saved(checkpoint, time.perf_counter() - started)
+
+    def _attempts(self, step: int) -> Retrying:
+        def tell(state: RetryCallState) -> None:
+            assert state.outcome is not None
+            progress.current().warn(
+                f"the checkpoint of step {step:,} is not stored yet: {state.outcome.exception()}. Trying again"
+            )
+
+        return Retrying(
+            retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
+            wait=wait_exponential_jitter(multiplier=0.5, max=15),
+            stop=stop_after_delay(self._retry_seconds) | stop_when_event_set(self._abandoned),
+            sleep=sleep_using_event(self._abandoned),
+            before_sleep=tell,
+            reraise=True,
+        )
+
+    def _commit(self, checkpoint: Checkpoint, curve: list[dict[str, float]]) -> None:
+        """Make it exist; then delete what retention no longer keeps."""
+        run, before = self._run, self._run.record.checkpoints
+
+        def commit(record: RunRecord) -> RunRecord:
+            others = [known for known in record.checkpoints if known.key != checkpoint.key]
+            record = record.changed(checkpoints=retained([*others, checkpoint], self._config), curve=curve)
+            if self._unprotected:
+                record = record.with_event("unprotected", checkpoint.written_at, f"until here: {self._unprotected}")
+            return record
+
+        kept = {known.key for known in run.update(commit).checkpoints}
+        self._unprotected = ""
+        for known in before:
+            if known.key not in kept:
+                with suppress(StorageError):  # then it is an orphan, which gc finds
+                    run.store.delete(known.key)

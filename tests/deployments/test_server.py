@@ -1,0 +1,449 @@
+"""`nightshift up`, the deployments and a real worker: what becomes of a run whatever happens to its machine.
+
+One run is lost at the beginning, its worker and its trainer killed, and is looked after at the end: in between the
+automations find out, which takes a minute and a half, and the other tests need the new worker anyway.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.error import HTTPError
+
+import pytest
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
+
+from nightshift import processes
+from nightshift.local.s3 import embedded_s3
+from nightshift.records import champions
+from nightshift.records.run import RunRecord, list_records, read_record
+from nightshift.refs import DatasetRef
+from nightshift.storage.documents import unsealed
+from nightshift.sweeps.stored import Sweep, begin, plan, results
+from nightshift.sweeps.study import ask as ask_sweep
+from nightshift.workspace import Workspace
+from tests.conftest import Command, Finished, eventually
+from tests.sweeps.test_sweep import trained
+
+ROOT = Path(__file__).parents[2]
+CONFIG = {"epochs": 3, "max_train_images": 6400, "checkpoint_every_steps": 20}
+SETTINGS = [f"--set={name}={value}" for name, value in CONFIG.items()]
+Prefect = Callable[..., subprocess.CompletedProcess[str]]
+Nightshift = Callable[..., Finished]
+
+
+@pytest.fixture(scope="module")
+def prefix() -> str:
+    return f"deployed-{secrets.token_hex(6)}"
+
+
+@pytest.fixture(scope="module")
+def told() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """The URL of a webhook, and what it was told."""
+    messages: list[dict[str, str]] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", messages
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def block(prefect_api: str, told: tuple[str, list[dict[str, str]]]) -> str:
+    """A notification block on the server, which sends to that webhook."""
+    make = f"""
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+message = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
+CustomWebhookNotificationBlock(name="webhook", url="{told[0]}", json_data=message).save("nightshift")
+"""
+    subprocess.run([sys.executable, "-c", make], env={**os.environ, "PREFECT_API_URL": prefect_api}, check=True)
+    return "custom-webhook/nightshift"
+
+
+@pytest.fixture(scope="module")
+def nightshift(home: Path, prefix: str, block: str, tmp_path_factory: pytest.TempPathFactory) -> Nightshift:
+    """Run `nightshift`, without a Prefect server configured: it has to find that of `up`."""
+    directory = tmp_path_factory.mktemp("elsewhere")
+    environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix, "NIGHTSHIFT_NOTIFY": block}
+
+    def run(*arguments: str) -> Finished:
+        return Command(arguments, environment, directory).finish(timeout=280)
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stack(nightshift: Nightshift, prefect_api: str, cifar10: DatasetRef) -> Iterator[dict[str, Any]]:
+    """What `nightshift up` says it has started."""
+    started = nightshift("up", "--json")
+    assert started.exit_code == 0, started.err
+    yield started.json
+    assert nightshift("down", "--json").json == {"stopped": ["worker", "waiting-worker", "prefect", "s3"]}
+
+
+@pytest.fixture(scope="module")
+def prefect(stack: dict[str, Any]) -> Prefect:
+    """Run `prefect …` on that server, with nobody there to answer a prompt."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "prefect", *arguments],
+            env={**os.environ, "PREFECT_API_URL": stack["prefect_api_url"]},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ask(stack: dict[str, Any]) -> Callable[..., Any]:
+    """Ask the server's API: what is at a path, or what it says to a body."""
+
+    # SQLite is locked now and then, and the server answers 503; Prefect's own client asks again too.
+    @retry(
+        retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and error.code == 503),
+        stop=stop_after_delay(60),
+        wait=wait_fixed(0.5),
+    )
+    def request(path: str, **body: Any) -> Any:
+        url, headers = f"{stack['prefect_api_url']}/{path}", {"Content-Type": "application/json"}
+        data = json.dumps(body).encode() if body else None
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as response:
+            return json.load(response)
+
+    return request
+
+
+@dataclass
+class Training:
+    """A run in the middle of its training."""
+
+    workspace: Workspace
+    run_id: str
+    flow_run_id: str
+    ask: Callable[..., Any]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(f"flow_runs/{self.flow_run_id}")["state"]
+        return found
+
+    @property
+    def pid(self) -> int:
+        return int(self.record.lease.owner.split("/")[1])
+
+    @property
+    def record(self) -> RunRecord:
+        return read_record(self.workspace.store, self.run_id)[0]
+
+    @property
+    def events(self) -> list[str]:
+        return [event.what for event in self.record.events]
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def has_ended(self) -> bool:
+        return self.record.status in ("finished", "failed", "cancelled")
+
+
+@pytest.fixture(scope="module")
+def train(ask: Callable[..., Any], home: Path, prefix: str) -> Iterator[Callable[..., Training]]:
+    """Start a run on the worker and wait until it has committed its first checkpoint."""
+    with embedded_s3(home, prefix) as store:
+        workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
+
+        def start(run_id: str, **environment: str) -> Training:
+            parameters = {"recipe": "tutorial", "run_id": run_id, "overrides": CONFIG}
+            deployment = ask("deployments/name/train-cifar/adhoc")["id"]
+            started = ask(
+                f"deployments/{deployment}/create_flow_run",
+                parameters=parameters,
+                job_variables={"env": environment},
+                state={"type": "SCHEDULED"},
+            )
+            training = Training(workspace, run_id, started["id"], ask)
+            eventually(lambda: any(store.list(f"checkpoints/{run_id}/")), timeout=90)
+            eventually(lambda: bool(training.record.checkpoints))
+            return training
+
+        yield start
+
+
+def worker_of(home: Path) -> tuple[int, int]:
+    """The pids of the process that stands before the worker, and of the worker."""
+    wrapper = int((home / "worker" / "server.pid").read_text().split()[2])
+    return wrapper, int(Path(f"/proc/{wrapper}/task/{wrapper}/children").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lost(train: Callable[..., Training], home: Path) -> Training:
+    """A run whose worker and trainer were killed in the middle of it. The supervisor starts a new worker."""
+    training = train("lost")
+    wrapper, worker = worker_of(home)
+    os.kill(worker, signal.SIGKILL)
+    training.kill()
+    eventually(lambda: processes.identity(wrapper) == "")
+    return training
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prefect: Prefect, lost: Training) -> RunRecord:
+    """The record of the nightly run with the same config, which nothing happened to."""
+    before = datetime.now(UTC)
+    ran = prefect(
+        *("deployment", "run", "train-cifar/nightly", "--watch", "--param", "recipe=tutorial"),
+        *("--param", "overrides=" + json.dumps(CONFIG)),
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run_ids = {f"nightly-{day:%Y-%m-%d}" for day in (before, datetime.now(UTC))}
+    found = [record for record in list_records(lost.workspace.store) if record.run_id in run_ids]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_the_nightly_deployment_trains_and_publishes_under_a_name_of_its_day(
+    undisturbed: RunRecord, lost: Training
+) -> None:
+    assert undisturbed.status == "finished"
+    assert undisturbed.origin.deployment == "train-cifar/nightly"
+    assert undisturbed.result
+    assert any(lost.workspace.store.list(undisturbed.result.model))
+
+
+def test_its_training_shows_in_the_log_of_prefect(undisturbed: RunRecord, ask: Callable[..., Any]) -> None:
+    log = ask("logs/filter", logs={"flow_run_id": {"any_": [undisturbed.origin.flow_run_id]}})
+    assert any("epoch 3/3: loss" in line["message"] for line in log)
+
+
+def test_up_and_deploy_change_nothing_when_they_are_repeated(
+    nightshift: Nightshift, stack: dict[str, Any], ask: Callable[..., Any]
+) -> None:
+    def deployed() -> list[tuple[str, str]]:
+        kinds = ("automations", "deployments", "work_pools")
+        return sorted((kind, found["name"]) for kind in kinds for found in ask(f"{kind}/filter", limit=100))
+
+    def last_changes() -> dict[str, str]:
+        return {found["name"]: found["updated"] for found in ask("automations/filter", limit=100)}
+
+    before, changes_before = deployed(), last_changes()
+
+    assert nightshift("up", "--json").json == stack
+    assert nightshift("deploy", "--json").json == {"deployments": stack["deployments"]}
+    assert deployed() == before
+    assert last_changes() == changes_before, "an automation that is updated forgets which heartbeats it has seen"
+    assert [name for kind, name in before if kind == "automations"] == [
+        "tell that a model was rejected",
+        "tell that train-cifar has crashed and does not go on",
+        "tell that train-cifar has failed",
+        "train-cifar is lost",
+        "train-cifar is started again",
+        "train-cifar is stuck in Pending",
+    ]
+
+
+def test_doctor_sees_the_server_and_the_worker_of_up(nightshift: Nightshift, stack: dict[str, Any]) -> None:
+    details = {check["name"]: check for check in nightshift("doctor", "--json").json["checks"]}
+    assert stack["prefect_api_url"] in details["Prefect"]["detail"]
+    assert details["worker"]["ok"]
+
+
+def test_submit_takes_the_short_name_and_watches_to_the_end(nightshift: Nightshift, undisturbed: RunRecord) -> None:
+    done = nightshift("submit", "train-cifar", "--watch", "--json", "--recipe=tutorial", *SETTINGS)
+    assert done.exit_code == 0, done.err
+    assert done.json["state"] == "Completed"
+    assert done.json["run_id"] == undisturbed.run_id, "the nightly run of this day is not the same run again"
+
+
+@pytest.mark.parametrize("name", ["no-such-flow", "train-cifar/no-such-deployment"])
+def test_submit_says_which_deployments_there_are(nightshift: Nightshift, name: str) -> None:
+    done = nightshift("submit", name)
+    assert done.exit_code == 2
+    assert "there is no deployment" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_run_whose_worker_is_told_to_stop_loses_no_step_and_is_resumed(
+    train: Callable[..., Training], home: Path, undisturbed: RunRecord
+) -> None:
+    training = train("preempted")
+    wrapper, _ = worker_of(home)
+    os.kill(wrapper, signal.SIGTERM)
+    eventually(lambda: training.record.status == "interrupted")
+    stopped = training.record
+    eventually(training.has_ended, timeout=120)
+    assert training.events == ["started", "interrupted", "resumed", "finished"]
+    assert training.record.resumed_from_step == stopped.step
+    assert training.record.result
+    assert undisturbed.result
+    assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
+
+
+@pytest.fixture(scope="module")
+def hopeless(train: Callable[..., Training]) -> Training:
+    """A run that may not be started again, and is interrupted."""
+    training = train("hopeless", NIGHTSHIFT_MAX_RECOVERIES="0")
+    training.kill(signal.SIGTERM)
+    return training
+
+
+def test_a_run_that_the_user_cancels_stays_cancelled(
+    hopeless: Training, train: Callable[..., Training], prefect: Prefect, nightshift: Nightshift
+) -> None:
+    training = train("unwanted")
+    assert prefect("flow-run", "cancel", training.flow_run_id).returncode == 0
+    eventually(training.has_ended, timeout=60)
+    assert training.events == ["started", "interrupted", "cancelled"]
+    eventually(lambda: training.state["type"] == "CANCELLED")
+    assert "unwanted" not in nightshift("recover", "--json").json["started"]
+
+
+def test_of_two_nightly_runs_at_once_the_second_waits(
+    nightshift: Nightshift, train: Callable[..., Training], lost: Training
+) -> None:
+    both = []
+    for run_id in ("first", "second"):
+        done = nightshift("submit", "--json", "--recipe=tutorial", f"--run-id={run_id}", *SETTINGS, "--set=epochs=1")
+        assert done.exit_code == 0, done.err
+        both.append(Training(lost.workspace, run_id, done.json["flow_run_id"], lost.ask))
+    eventually(lambda: {"Running", "AwaitingConcurrencySlot"} == {run.state["name"] for run in both}, timeout=60)
+    eventually(lambda: all(run.state["type"] == "COMPLETED" for run in both), timeout=240)
+    earlier, later = sorted((run.record for run in both), key=lambda record: record.created_at)
+    assert earlier.updated_at <= later.created_at
+
+
+def test_somebody_is_told_of_a_model_that_is_worse_than_the_champion(told: tuple[str, list[dict[str, str]]]) -> None:
+    """The two before were trained for one epoch only."""
+    eventually(lambda: any("first is not promoted" in message["subject"] for message in told[1]))
+    assert any("max_regression" in message["body"] for message in told[1])
+
+
+@pytest.mark.soak
+def test_a_sweep_of_8_trials_with_two_killed_on_the_way_finishes_with_8_results(
+    nightshift: Nightshift, ask: Callable[..., Any], lost: Training
+) -> None:
+    """The sweep itself is killed too, and started again. By then the automation may have done so: they get along."""
+    command = [
+        *("sweep", "--sweep-id=swept", "--recipe=tutorial", "--over=lr=1e-3,1e-4", "--over=seed=0,1,2,3"),
+        *("--set=epochs=2", "--set=max_train_images=1280", "--set=checkpoint_every_steps=10", "--parallel=4", "--json"),
+    ]
+    started = nightshift(*command)
+    assert started.exit_code == 0, started.err
+    store, flow_run_id = lost.workspace.store, started.json["flow_run_id"]
+    trials = [Training(lost.workspace, f"swept-{number:02}", flow_run_id, ask) for number in range(1, 9)]
+    for trial in trials[:2]:
+        eventually(lambda: any(store.list(f"checkpoints/{trial.run_id}/")), timeout=180)  # noqa: B023
+        trial.kill()
+    os.kill(int(ask(f"flow_runs/{flow_run_id}")["infrastructure_pid"]), signal.SIGKILL)
+    again = Training(lost.workspace, "swept", nightshift(*command).json["flow_run_id"], ask)
+    eventually(lambda: again.state["type"] == "COMPLETED", timeout=420)
+
+    made = {trial.run_id: trial.record for trial in trials}
+    study = Sweep.model_validate(unsealed(store.get("sweeps/swept.json")[0]))
+    ended = results(study, made)
+    assert [(result.run_id, result.status) for result in ended] == [(run_id, "finished") for run_id in made]
+    assert [trial.events.count("resumed") for trial in trials] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert [record.result and record.result.verdict for record in made.values()] == [None] * 8
+    best = max(ended, key=lambda result: result.test_accuracy or 0).run_id
+    assert f"{best} is the best of 8 trials" in again.state["message"]
+    decided = [entry.id for entry in champions.read_history(store, "cifar10")[0].transitions]
+    assert {decision for decision in decided if "swept" in decision} <= {f"gate/{best}"}
+
+
+def test_a_bad_trial_is_stopped_early_and_not_started_again(
+    nightshift: Nightshift, ask: Callable[..., Any], lost: Training
+) -> None:
+    """Of a sweep that is halted after its first trial, which was a good one."""
+    store, overrides = lost.workspace.store, {**CONFIG, "epochs": 20}
+    planned = plan("stopped", "tutorial", {"lr": [1e-3, 1e-8]}, overrides, startup_trials=1, warmup_epochs=1)
+    good = trained(store, ask_sweep(store, begin(store, planned), {}), 0, [0.9] * 20, "finished")
+    done = nightshift(
+        *(
+            "sweep",
+            "--sweep-id=stopped",
+            "--recipe=tutorial",
+            "--over=lr=1e-3,1e-8",
+            "--no-promote",
+            "--watch",
+            "--json",
+        ),
+        *("--startup-trials=1", "--warmup-epochs=1", *(f"--set={name}={value}" for name, value in overrides.items())),
+    )
+    assert done.exit_code == 0, done.err
+    assert [(line["run"], line["status"]) for line in done.json["trials"]] == [
+        (good.run_id, "finished"),
+        ("stopped-02", "pruned"),
+    ]
+    bad = Training(lost.workspace, "stopped-02", done.json["flow_run_id"], ask)
+    assert bad.events == ["started", "interrupted", "cancelled"]
+    assert bad.run_id not in nightshift("recover", "--json").json["started"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "--over=ler=0.1"], "Did you mean lr?"),
+        (["sweep", "--over=lr=0.1..1"], "Say how many trials"),
+        (["submit", "sweep"], "nothing is swept"),
+    ],
+)
+def test_a_sweep_that_is_not_valid_is_refused_before_anything_starts(
+    nightshift: Nightshift, arguments: list[str], message: str
+) -> None:
+    done = nightshift(*arguments)
+    assert done.exit_code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_run_that_is_interrupted_too_often_is_given_up_and_somebody_is_told(
+    hopeless: Training, told: tuple[str, list[dict[str, str]]]
+) -> None:
+    eventually(hopeless.has_ended, timeout=120)
+    assert hopeless.events == ["started", "interrupted", "failed"]
+    eventually(lambda: hopeless.state["type"] == "FAILED")
+    assert "NIGHTSHIFT_MAX_RECOVERIES" in hopeless.state["message"]
+    eventually(lambda: any("hopeless (tutorial) has failed" in message["subject"] for message in told[1]))
+
+
+def test_a_run_goes_on_while_the_server_is_killed_and_started_again(
+    train: Callable[..., Training], home: Path, undisturbed: RunRecord
+) -> None:
+    training = train("unobserved")
+    os.kill(int((home / "prefect" / "server.pid").read_text().split()[2]), signal.SIGKILL)
+    eventually(training.has_ended, timeout=120)
+    assert training.events == ["started", "finished"]
+    assert training.record.result
+    assert undisturbed.result
+    assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
+    eventually(lambda: training.state["type"] == "COMPLETED", timeout=60)
+
+
+def test_the_lost_run_was_resumed_without_a_human_hand(lost: Training, undisturbed: RunRecord) -> None:
+    eventually(lost.has_ended, timeout=240)
+    assert lost.record.status == "finished"
+    assert lost.record.result
+    assert undisturbed.result
+    assert lost.record.result.weights_sha256 == undisturbed.result.weights_sha256

@@ -1,0 +1,102 @@
+"""What is measured, on what, and in which mode."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from nightshift.checkpoints.payload import weights_sha256
+from nightshift.data.datasets import open_dataset
+from nightshift.judging import evaluation
+from nightshift.records.keys import report_key
+from nightshift.records.run import read_record
+from nightshift.refs import DatasetRef, ModelRef
+from nightshift.workspace import Workspace
+
+CLASSES = ("cat", "dog", "frog")
+
+
+class Modal(nn.Module):
+    """A network whose answers depend on its mode and, in training, on the other images of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.dropout, self.head = nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Linear(3, 3)
+        self.inference = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.inference = torch.is_inference_mode_enabled()
+        logits: torch.Tensor = self.head(self.dropout(self.norm(x).mean((2, 3))))
+        return logits
+
+
+def test_evaluation_is_in_inference_mode_with_batch_norm_and_dropout_off() -> None:
+    model, images = Modal().train(), torch.randn(8, 3, 32, 32)
+    before = weights_sha256(model.state_dict())
+    together = evaluation.predict(model, images)
+    assert model.inference
+    assert torch.equal(evaluation.predict(model, images), together)
+    one_by_one = torch.cat([evaluation.predict(model, image[None]) for image in images])
+    assert torch.allclose(one_by_one, together, atol=1e-6)
+    assert weights_sha256(model.state_dict()) == before
+
+
+def test_with_tta_an_image_and_its_mirror_are_the_same() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(evaluation.predict(model, images, "flip"), evaluation.predict(model, images.flip(3), "flip"))
+    assert not torch.equal(evaluation.predict(model, images, "crops"), evaluation.predict(model, images, "flip"))
+    assert not torch.equal(evaluation.predict(model, images), evaluation.predict(model, images.flip(3)))
+
+
+def test_the_metrics_of_a_known_case_are_the_known_ones() -> None:
+    probabilities = torch.tensor([[0.9, 0.05, 0.05], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1]])
+    labels = torch.tensor([0, 1, 1, 2])
+    found = evaluation.measure(probabilities.log(), labels, CLASSES)
+    assert (found["images"], found["accuracy"], found["top5"]) == (4, 0.5, 1.0)
+    assert found["interval"] == pytest.approx((0.1500, 0.8500), abs=1e-4)  # Wilson's, of 2 in 4
+    assert found["loss"] == pytest.approx(-float(torch.tensor([0.9, 0.7, 0.3, 0.1]).log().mean()))
+    assert found["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
+    assert [(c.name, c.images, c.precision, c.recall, c.f1) for c in found["classes"]] == [
+        ("cat", 1, 0.5, 1.0, pytest.approx(2 / 3)),
+        ("dog", 2, 0.5, 0.5, 0.5),
+        ("frog", 1, 0.0, 0.0, 0.0),
+    ]
+    # Four bins of one image each: |1 - 0.9|, |1 - 0.7|, |0 - 0.6|, |0 - 0.8|.
+    assert found["calibration_error"] == pytest.approx((0.1 + 0.3 + 0.6 + 0.8) / 4)
+    assert [(b.images, b.accuracy) for b in found["reliability"]] == [(1, 0.0), (1, 1.0), (1, 0.0), (1, 1.0)]
+    assert [(m.image, m.label, m.predicted) for m in found["mistakes"]] == [(3, "frog", "dog"), (2, "dog", "cat")]
+
+
+def test_what_is_stored_agrees_with_the_predictions_image_by_image(
+    candidates: tuple[Workspace, dict[int, ModelRef]], cifar10: DatasetRef
+) -> None:
+    from safetensors.torch import load
+
+    workspace, models = candidates
+    metrics = evaluation.read_metrics(workspace.store, models[3].run_id)
+    assert metrics
+    stored = load(evaluation.read_predictions(workspace.store, metrics))
+    dataset = open_dataset(workspace, cifar10)
+    assert torch.equal(stored["labels"], dataset.test_labels)
+    confusion = torch.tensor(metrics.confusion)
+    for label, predicted in ((0, 0), (3, 5)):
+        assert confusion[label, predicted] == ((stored["labels"] == label) & (stored["predicted"] == predicted)).sum()
+    assert metrics.accuracy == int(confusion.diagonal().sum()) / 10_000 == models[3].test_accuracy
+    assert metrics.interval[0] < metrics.accuracy < metrics.interval[1]
+    assert len(metrics.mistakes) == 10
+
+
+def test_what_was_measured_is_not_measured_again(
+    candidates: tuple[Workspace, dict[int, ModelRef]], cifar10: DatasetRef
+) -> None:
+    workspace, models = candidates
+    record, _ = read_record(workspace.store, models[1].run_id)
+    key = report_key(record.run_id, "evaluation.json")
+    body = workspace.store.get(key)[0]
+    # A mark that a second measurement would not make.
+    workspace.store.put(key, json.dumps({**json.loads(body), "loss": 42.0}).encode())
+    again = evaluation.evaluate(workspace, record.ref(record.checkpoints[-1]), cifar10)
+    workspace.store.put(key, body)
+    assert again.loss == 42.0

@@ -1,0 +1,111 @@
+"""One page in the morning, whole in itself."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from nightshift.errors import TrainingInterrupted
+from nightshift.judging import evaluation, gate
+from nightshift.judging.report import Report, build_report, publish_report
+from nightshift.records import orphans
+from nightshift.records.run import read_record
+from nightshift.refs import DatasetRef, ModelRef, Verdict
+from nightshift.settings import GateSettings
+from nightshift.training.run import train_alone
+from nightshift.workspace import Workspace
+from tests.conftest import small_config
+
+Candidates = tuple[Workspace, dict[int, ModelRef]]
+
+
+@pytest.fixture(scope="module")
+def page(candidates: Candidates, cifar10: DatasetRef) -> Report:
+    """Of a candidate that met a champion."""
+    workspace, models = candidates
+    gate.promote(workspace.store, models[2], GateSettings())
+    verdict = gate.promote(workspace.store, models[1], GateSettings())
+    record, _ = read_record(workspace.store, models[1].run_id)
+    checkpoint = record.ref(record.checkpoints[-1])
+    evaluated = evaluation.evaluate(workspace, checkpoint, cifar10)
+    return publish_report(workspace, checkpoint, evaluated, models[1], verdict, price_per_hour=2.5)
+
+
+class Links(HTMLParser):
+    """All that a page would have to load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+
+def test_the_report_is_one_file_that_loads_nothing(page: Report) -> None:
+    links = Links()
+    links.feed(page.html)
+    assert len(links.found) == len(page.plots) == 9
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in links.found)
+    assert not links.tags & {"script", "link", "iframe"}
+    assert "url(" not in re.sub(r'src="[^"]*"', "", page.html)
+    for svg in page.plots.values():
+        ElementTree.fromstring(svg)
+
+
+def test_the_report_has_the_verdict_the_comparison_and_what_it_was_made_of(
+    page: Report, candidates: Candidates
+) -> None:
+    workspace, models = candidates
+    record, _ = read_record(workspace.store, models[1].run_id)
+    assert record.status == "finished"
+    assert record.result
+    assert record.result.verdict
+    assert not record.result.verdict.promoted
+    assert record.result.verdict.champion
+    champion = record.result.verdict.champion.version
+    shown = evaluation.read_metrics(workspace.store, models[1].run_id)
+    assert shown
+    for text in (page.html, page.markdown):
+        for fact in (
+            *("✗ Not promoted", record.result.verdict.reason, f"{100 * shown.accuracy:.2f} %", champion),
+            *("label_smoothing", "torch", "cat", "at 2.5 an hour", f"{100 * shown.classes[3].recall:.2f} %"),
+        ):
+            assert fact in text.replace("&#43;", "+"), fact
+    assert workspace.store.get("reports/epochs-1/html")[0].decode() == page.html
+    assert workspace.store.get("reports/epochs-1/plots/confusion.svg")[0].decode() == page.plots["confusion"]
+
+
+def test_a_report_of_a_run_that_is_not_evaluated_has_its_course_so_far(
+    workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    config = small_config(max_train_images=320)
+    with pytest.raises(TrainingInterrupted):
+        train_alone(workspace, "half", config, cifar10, should_stop=lambda step: step == 12)
+    record, _ = read_record(workspace.store, "half")
+    page = build_report(workspace, record, None, None)
+    assert set(page.plots) == {"loss", "accuracy", "learning-rate", "throughput", "stalls"}
+    assert "no verdict yet" in page.html
+
+
+def test_a_message_cannot_become_markup(candidates: Candidates, page: Report) -> None:
+    workspace, models = candidates
+    record, _ = read_record(workspace.store, models[1].run_id)
+    hostile = record.with_event("failed", datetime.now(UTC), "<script>alert(1)</script>|")
+    made = build_report(workspace, hostile, Verdict(promoted=False, reason="<b>", comparison=None, champion=None), None)
+    assert "<script>" not in made.html + made.markdown
+    assert "<b>" not in made.markdown
+
+
+def test_the_report_of_a_stored_run_is_no_orphan_and_that_of_no_run_is_one(
+    candidates: Candidates, page: Report
+) -> None:
+    store = candidates[0].store
+    store.put("reports/nobody/html", b"of a run without a record")
+    found = orphans.find(store, timedelta(0)).keys
+    store.delete("reports/nobody/html")
+    assert found == ["reports/nobody/html"]

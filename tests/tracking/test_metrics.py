@@ -1,0 +1,100 @@
+"""The course of a training, line by line, and while it goes on."""
+
+from typing import Any
+
+import pytest
+
+from nightshift import progress
+from nightshift.errors import StorageUnreachableError, TrainingInterrupted
+from nightshift.progress import LogProgress, StepReport
+from nightshift.refs import DatasetRef
+from nightshift.storage.s3 import S3
+from nightshift.tracking.metrics import MetricsLog, read_lines
+from nightshift.training.run import train_alone
+from nightshift.workspace import Workspace
+from tests.conftest import eventually, small_config
+
+
+def test_the_lines_of_a_run_that_was_stopped_are_those_of_one_that_was_not(
+    workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    config = small_config(max_train_images=320)
+
+    def lines(run_id: str) -> list[tuple[Any, ...]]:
+        told = read_lines(workspace.store, run_id)
+        assert [line["at"] for line in told] == sorted(line["at"] for line in told)
+        return [(line["step"], line["loss"], line["learning_rate"]) for line in told if line["kind"] == "training"]
+
+    train_alone(workspace, "whole", config, cifar10)
+    assert [step for step, _, _ in lines("whole")] == [10, 20]
+    for stop in (7, 13):
+        with pytest.raises(TrainingInterrupted):
+            train_alone(workspace, "parts", config, cifar10, should_stop=lambda step, stop=stop: step == stop)
+    train_alone(workspace, "parts", config, cifar10)
+    assert lines("parts") == lines("whole")
+    saved = [line for line in read_lines(workspace.store, "parts") if line["kind"] == "checkpoint"]
+    assert [line["step"] for line in saved] == [7, 13, 20]
+    assert all(line["stall_seconds"] >= 0 and line["bytes"] > 0 for line in saved)
+
+
+def test_what_was_told_after_the_restored_step_is_dropped(workspace: Workspace) -> None:
+    workspace.store.put("reports/run/jsonl", b'{"kind":"training","step":5}\n{"kind":"training","step":9}\n')
+    assert [line["step"] for line in MetricsLog(workspace.store, "run", 5).lines] == [5]
+    assert MetricsLog(workspace.store, "run", 0).lines == []
+    workspace.store.put("reports/run/jsonl", b'{"kind"')
+    assert MetricsLog(workspace.store, "run", 5).lines == []
+
+
+def test_metrics_that_cannot_be_stored_do_not_stop_the_training(
+    workspace: Workspace, cifar10: DatasetRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = S3.put
+
+    def refuse_metrics(self: S3, key: str, body: bytes, **condition: Any) -> str:
+        if key.endswith("jsonl"):
+            raise StorageUnreachableError("no answer")
+        return put(self, key, body, **condition)
+
+    monkeypatch.setattr(S3, "put", refuse_metrics)
+    assert train_alone(workspace, "run", small_config(max_train_images=320), cifar10).step == 20
+
+
+def test_tensorboard_reads_the_event_files(workspace: Workspace, cifar10: DatasetRef) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_alone(workspace, "events", small_config(max_train_images=320, tensorboard=True), cifar10)
+    events = EventAccumulator(str(workspace.home / "tensorboard" / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [10, 20]
+    assert {"accuracy", "learning_rate", "images_per_second"} <= set(events.Tags()["scalars"])
+
+
+def step_report(step: int) -> StepReport:
+    return StepReport(step=step, total_steps=9, epoch=1, epochs=1, loss=1.0, accuracy=0.5, images_per_second=100)
+
+
+def test_the_live_view_shows_the_newest_step_now_and_then_and_the_last_one_at_the_end() -> None:
+    shown: list[int] = []
+    with progress.watched(lambda report: shown.append(report.step), seconds=0.05):
+        progress.current().trained(step_report(1), epoch_ended=False)
+        eventually(lambda: shown == [1])
+        for step in range(2, 9):
+            progress.current().trained(step_report(step), epoch_ended=False)
+        progress.current().trained(step_report(9), epoch_ended=True)
+    assert shown[-1] == 9
+    assert len(shown) < 9
+
+
+def test_a_live_view_that_fails_is_warned_of_and_stops_nothing() -> None:
+    warnings: list[str] = []
+
+    class Warnings(LogProgress):
+        def warn(self, message: str) -> None:
+            warnings.append(message)
+
+    def fail(report: StepReport) -> None:
+        raise OSError("the server is away")
+
+    with progress.shown_by(Warnings()), progress.watched(fail, seconds=60):
+        progress.current().trained(step_report(1), epoch_ended=False)
+    assert warnings == ["the live view could not be updated: the server is away"]
