@@ -1,4 +1,4 @@
-.PHONY: setup train up down test check soak bench
+.PHONY: setup train up down test test-fast check soak bench
 
 UV_VERSION := 0.13.9
 STAMP := .venv/.ready
@@ -30,6 +30,9 @@ down: setup
 
 test: setup
 	@.venv/bin/python -m pytest
+
+test-fast: setup
+	@.venv/bin/python -m pytest -m 'not soak and not slow'
 
 soak: setup
 	@.venv/bin/python -m tests.faults.soak

@@ -1,7 +1,7 @@
-"""What saving costs the training loop, next to one memory copy and to what else PyTorch users have.
+"""What saving costs the training loop, compared with one memory copy and with what else PyTorch users have.
 
-Trained is torchvision's ResNet-50 with AdamW on random 32x32 images: 282 MB of state. Every method saves
-that same state, from the same step edges, into the same embedded S3 server:
+The model is torchvision's ResNet-50, trained with AdamW on random 32x32 images: 282 MB of state. Every method
+saves that same state, at the same step boundaries, into the same embedded S3 server:
 
     nightshift    `Saver`: copies into reused buffers; serializes, uploads and commits in the background
     lightning     PyTorch Lightning's `AsyncCheckpointIO` around its `TorchCheckpointIO`, through s3fs
@@ -10,20 +10,20 @@ that same state, from the same step edges, into the same embedded S3 server:
 
 Two things are measured, everything interleaved:
 
-*Stall*: how long the training thread stands still at a step edge that saves, with no save before it in
+*Stall*: how long the training thread stands still at a step boundary that saves, with no earlier save in
 flight. It is given as a multiple of the memory copy: the state's tensors copied into buffers touched before,
-at step edges too, median of as many as there are saves. After a save training goes on until it is stored.
+also at step boundaries, median of as many copies as saves. After a save, training goes on until it is stored.
 
 *images/s*: blocks of K steps. A block of a method begins with one save, and its time includes that stall and
-all that goes on beside the steps, in this process and in the server. A save still in flight when its block
-ends is waited for outside the time, and how often that happened is reported. Blocks without a save, the
-first of each round, are what the others are compared with: ratio of the medians. The order is always the same.
+all that runs during the steps, in this process and in the server. A save still in flight at the end of its
+block is waited for outside the time, and how often that happened is reported. The others are compared with
+the first block of each round, which has no save: ratio of the medians. The order is always the same.
 
 Each round has a fresh server, and a first save of each method that is not counted. A save that fails ends
-the benchmark. By default n = 100 saves and 5 blocks a method, which take an estimated 45 minutes on 2 cores
-and up to 19 GB in the temporary directory, where the server does not always give room back in time.
+the benchmark. By default n = 100 saves and 5 blocks per method, which take an estimated 45 minutes on 2 cores
+and up to 19 GB in the temporary directory, where the server does not always free space in time.
 The server runs on the same cores as the training and takes its share of them: images/s count that too.
-`--threads 1` trains on one core and leaves the other to the saving and the server, as a GPU's host would.
+`--threads 1` trains on one core and leaves the other to saving and to the server, as a GPU's host would.
 
     python benchmarks/checkpoint_stall.py [--threads N] [--quick] [--json FILE]
 """
@@ -50,7 +50,7 @@ from torch.nn import functional as F
 
 from nightshift.config.recipes import make_config
 from nightshift.data.batches import to_input
-from nightshift.hardware import describe_environment
+from nightshift.hardware import Hardware
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.lease import Run, RunSpec, hold
 from nightshift.refs import DatasetRef
@@ -63,7 +63,7 @@ _PEERS = {"nightshift": (), "lightning": ("pytorch_lightning", "s3fs"), "dcp": (
 
 
 class Method(Protocol):
-    """A way to save the state beside the training."""
+    """A way to save the state while training goes on."""
 
     def save(self, state: TrainState) -> None:
         """Begin to save; returns when the state may change."""
@@ -71,15 +71,15 @@ class Method(Protocol):
     def in_flight(self) -> bool: ...
 
     def wait(self) -> None:
-        """Until what was begun is stored; raises if it could not be."""
+        """Wait until the save is stored; raises if it could not be."""
 
 
 class Nightshift:
-    """This project's own."""
+    """This project's saver."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self._run, self._step = run, 0
-        self._saver = Saver(run, run.record.train_config(), _CPU, retry_seconds=60)
+        self._saver = Saver(run, run.record.train_config().saving, _CPU, retry_seconds=60)
         self._saver.prepare(state)
 
     def save(self, state: TrainState) -> None:
@@ -128,7 +128,7 @@ class Lightning:
 
 
 class DistributedCheckpoint:
-    """PyTorch's own."""
+    """PyTorch's own asynchronous save."""
 
     def __init__(self, url: str) -> None:
         if not distributed.is_initialized():
@@ -151,7 +151,7 @@ class DistributedCheckpoint:
 
 
 class Training:
-    """A model in training, with as much data as makes it look like work."""
+    """A model in training, with enough random data to resemble real work."""
 
     def __init__(self, model: str, batch: int) -> None:
         torch.manual_seed(0)
@@ -161,7 +161,7 @@ class Training:
         self._images = torch.randint(256, (_IMAGES, 32, 32, 3), dtype=torch.uint8)
         self._labels = torch.randint(10, (_IMAGES,))
         self._scale, self._shift = torch.full((3, 1, 1), 1 / 127.5), torch.full((3, 1, 1), -1.0)
-        self.step()  # then the optimizer's state exists too
+        self.step()  # after which the optimizer has a state too
 
     def step(self) -> None:
         state, indices = self.state, torch.randint(_IMAGES, (self._batch,))
@@ -174,7 +174,7 @@ class Training:
         state.epoch_loss += loss.detach().double() * self._batch
 
     def block(self, steps: int, method: Method | None) -> float:
-        """Images a second of so many steps, which begin with a save if there is a method."""
+        """Images per second over so many steps, which begin with a save if there is a method."""
         started = time.perf_counter()
         if method:
             method.save(self.state)
@@ -184,7 +184,7 @@ class Training:
 
 
 class Samples:
-    """All that was measured, in seconds and images a second, by method."""
+    """All that was measured, in seconds and images per second, by method."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.state_bytes = 0
@@ -192,7 +192,7 @@ class Samples:
         self.stall: dict[str, list[float]] = {name: [] for name in names}
         self.images_per_second: dict[str, list[float]] = {name: [] for name in ("none", *names)}
         self.unfinished = dict.fromkeys(names, 0)
-        """Blocks at whose end the save was still in flight."""
+        """How many blocks ended with their save still in flight."""
 
     def measure_stalls(self, training: Training, methods: Mapping[str, Method], saves: int) -> None:
         originals = list(tensors(training.state.capture()))
@@ -236,12 +236,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def opened(home: Path, names: Sequence[str], state: TrainState) -> Iterator[dict[str, Method]]:
-    """The methods of these names, each with a place of its own in one new server."""
+    """The methods of these names, each with its own prefix in one new server."""
     spec = RunSpec(
         run_id="checkpoint-stall",
         config=make_config("tutorial", {"keep_last": 1, "keep_best": False}),
         dataset=DatasetRef(name="random", digest="0" * 64, key="none", source="made here"),
-        environment=describe_environment(_CPU),
+        environment=Hardware(_CPU, "float32", compiled=False, deterministic=True).describe(),
         total_steps=10**6,
     )
     with embedded_s3(home) as store, hold(store, spec, lease_seconds=60) as run:
@@ -261,10 +261,10 @@ def opened(home: Path, names: Sequence[str], state: TrainState) -> Iterator[dict
 
 def main(
     model: Annotated[str, typer.Option(help="A classifier of torchvision.")] = "resnet50",
-    every: Annotated[int, typer.Option(help="Steps a block, each of which begins with a save.")] = 50,
-    rounds: Annotated[int, typer.Option(help="Rounds: one block a method in each.")] = 5,
-    saves: Annotated[int, typer.Option(help="Saves a method and round whose stall is measured.")] = 20,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 192,
+    every: Annotated[int, typer.Option(help="Steps per block. A block begins with a save.")] = 50,
+    rounds: Annotated[int, typer.Option(help="Rounds, each with one block per method.")] = 5,
+    saves: Annotated[int, typer.Option(help="Saves per method and round whose stall is measured.")] = 20,
+    batch: Annotated[int, typer.Option(help="Images per step.")] = 192,
     threads: Annotated[int, typer.Option(help="Threads that train; 0: as many as torch takes.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: a minute, small model.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,

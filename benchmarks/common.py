@@ -70,7 +70,7 @@ def _cpu_model() -> str:
 
 @contextmanager
 def temporary_home() -> Iterator[Path]:
-    """A NIGHTSHIFT_HOME that goes away at the end, after the servers that were started in it have stopped."""
+    """A NIGHTSHIFT_HOME that is deleted at the end, after the servers that were started in it have stopped."""
     with tempfile.TemporaryDirectory(prefix="nightshift-") as directory:
         home = Path(directory)
         try:
@@ -89,7 +89,7 @@ def copy_data_cache(home: Path) -> None:
 
 
 def installed(peers: Mapping[str, Sequence[str]]) -> list[str]:
-    """Those peers whose packages are here; says what to do about the others."""
+    """The peers whose packages are installed. Prints what to do about the others."""
     names = []
     for name, packages in peers.items():
         absent = [package for package in packages if find_spec(package) is None]
@@ -104,7 +104,7 @@ def installed(peers: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def tell(what: str) -> None:
-    """Say how far a benchmark is, on standard error: standard output has the results alone."""
+    """Say how far a benchmark is, on standard error: standard output has only the results."""
     _progress.print(f"[dim]· {what}[/]")
 
 

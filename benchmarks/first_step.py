@@ -1,6 +1,6 @@
-"""`nightshift …` that also tells, as a line on standard error, when its first training step was done.
+"""`nightshift …` that also says, in a line on standard error, when its first training step was done.
 
-The step is observed from outside: `nightshift.training.run` is wrapped when the command imports it, and not
+The step is observed from outside: `nightshift.training.loop` is wrapped when the command imports it, and not
 before, so that nothing is imported earlier or in another order than without.
 """
 
@@ -17,10 +17,10 @@ from typing import Any
 MARK = "first step: "
 
 
-def observe(training: ModuleType) -> None:
+def observe(loop_module: ModuleType) -> None:
     """Wrap the step, and the one function that decides which images a step sees."""
-    batches, loop_class = training.batches, training._Loop
-    batch_indices, train_step = batches.batch_indices, loop_class.train_step
+    batches, loop_class = loop_module.batches, loop_module.Loop
+    batch_indices, train_step = batches.batch_indices, loop_class._train_step
     asked: list[tuple[int, int]] = []
 
     def observed_indices(plan: Any, seed: int, step: int) -> Any:
@@ -30,17 +30,17 @@ def observe(training: ModuleType) -> None:
 
     def observed_step(loop: Any, *arguments: Any) -> None:
         train_step(loop, *arguments)
-        float(loop.state.epoch_loss)  # on a GPU this waits until the step is done
-        facts = {"done_at": time.monotonic(), "step": loop.state.step, "asked": asked}
+        float(loop._state.epoch_loss)  # on a GPU this waits until the step is done
+        facts = {"done_at": time.monotonic(), "step": loop._state.step, "asked": asked}
         print(MARK + json.dumps(facts), file=sys.stderr, flush=True)
-        batches.batch_indices, loop_class.train_step = batch_indices, train_step
+        batches.batch_indices, loop_class._train_step = batch_indices, train_step
 
-    batches.batch_indices, loop_class.train_step = observed_indices, observed_step
+    batches.batch_indices, loop_class._train_step = observed_indices, observed_step
 
 
 class _Hook(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "nightshift.training.run":
+        if name != "nightshift.training.loop":
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)

@@ -1,17 +1,17 @@
-"""What the whole flow costs over the training loop alone, by part.
+"""What the whole flow costs on top of the training loop, by part.
 
 In each round `nightshift train` (recipe quick, CIFAR-10, one epoch: 390 steps) runs as a process of its own. Its time,
 from its start until it has ended, is divided without a gap at what can be seen from outside: the two lines it prints
-before and after its imports, the start and end of the flow run and of its seven task runs as the Prefect server tells
+before and after its imports, the start and end of the flow run and of its seven task runs as the Prefect server has
 them, and `train_seconds` of the run record, which are the loop's alone. All clocks are this machine's.
 
-The overhead is the command's time without the loop's. The same steps on the same batches, written plainly in PyTorch,
-in a process of their own, are measured in the same round (`throughput.plain`; the loop's seconds alone, without its
-imports): the overhead over that loop contains too how much slower nightshift's is. What `import torch, prefect`
-takes, alone in a process, is shown for comparison: every flow that trains pays it.
+The overhead is the command's time without the loop's. The same round measures the same steps on the same batches,
+written plainly in PyTorch, in a process of their own (`throughput.plain`; only the loop's seconds, without its
+imports). The overhead over that loop also contains how much slower nightshift's loop is. The time of `import torch,
+prefect`, alone in a process, is shown for comparison: every flow that trains pays it.
 
-To reach: 5 s over the loop, and less than 3 % of a run whose loop takes 5 minutes. What is measured does not grow with
-the training's length, but with its network and data: the 10,000 test images are predicted in it.
+The target is 5 s over the loop, and less than 3 % of a run whose loop takes 5 minutes. The overhead does not grow with
+the length of training, but with the network and the data: it includes predicting the 10,000 test images.
 
 The Prefect server and the embedded S3 server are warm, as `nightshift up` leaves them, and so is the data cache. The
 first round is not counted. 2 cores, n = 5: about 6 minutes.
@@ -53,7 +53,7 @@ _COLUMNS = ("seconds", "n", "median", "min", "max", f"/ {_LONG_RUN_SECONDS} s")
 
 
 def run_command(home: Path, run_id: str, overrides: Mapping[str, Any]) -> dict[str, float]:
-    """Start `nightshift train` and wait for its end; when, in seconds since 1970, it had come how far."""
+    """Start `nightshift train` and wait for its end. Returns when it reached which point, in seconds since 1970."""
     settings = [f"--set={name}={value}" for name, value in overrides.items()]
     moments = {"start": time.time()}
     with subprocess.Popen(
@@ -79,7 +79,7 @@ def run_command(home: Path, run_id: str, overrides: Mapping[str, Any]) -> dict[s
 
 
 def recorded(api_url: str, flow_run_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The flow run and its task runs, waited for: the server records the tasks' states a little later."""
+    """The flow run and its task runs. Waits for them, as the server records the tasks' states a little later."""
     with httpx.Client(base_url=api_url) as client:
         deadline = time.monotonic() + _RECORDED_SECONDS
         while time.monotonic() < deadline:
@@ -91,7 +91,7 @@ def recorded(api_url: str, flow_run_id: str) -> tuple[dict[str, Any], list[dict[
 
 
 def flow_parts(home: Path, store: S3, api_url: str, run_id: str, overrides: Mapping[str, Any]) -> dict[str, float]:
-    """Run the flow; its seconds by part, in order."""
+    """Run the flow. Returns its seconds by part, in order."""
     moments = run_command(home, run_id, overrides)
     record, _ = read_record(store, run_id)
     assert record.origin.flow_run_id
@@ -134,14 +134,14 @@ def bare_loop(home: Path, config: TrainConfig) -> float:
 def training_batches(task: Task, dataset: Dataset) -> Iterator[Batch]:
     """What nightshift's loop trains on."""
     plan, device = batches.make_plan(task.config, dataset), task.device
-    scale, shift = (part.to(device) for part in batches.normalizer(dataset, task.config.normalization))
+    scale, shift = (part.to(device) for part in batches.normalizer(dataset, task.config.data.normalization))
     for step in range(plan.total_steps):
         images, labels = batches.training_batch(dataset, task.config, plan, step)
         yield batches.to_input(images.to(device), scale, shift), labels.to(device)
 
 
 def bare_loop_apart(home: Path, config: TrainConfig) -> float:
-    """The same in a new process."""
+    """`bare_loop` in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(bare_loop, home, config).result()
 

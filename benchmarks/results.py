@@ -38,15 +38,15 @@ def main(
         started = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         console.print(done.stdout, markup=False, soft_wrap=True)
-        told = (
+        when = (
             f"{datetime.now(UTC):%Y-%m-%d}, the {'full' if full else 'quick'} form, {time.monotonic() - started:.0f} s"
         )
-        sections[f"{name}.py"] = f"{told}\n\n```\n{_tables(done.stdout)}\n```\n"
+        sections[f"{name}.py"] = f"{when}\n\n```\n{_tables(done.stdout)}\n```\n"
         _write(sections)
 
 
 def _tables(printed: str) -> str:
-    """What a benchmark has printed, without the blanks that fill its columns."""
+    """What a benchmark has printed, without trailing spaces."""
     return "\n".join(line.rstrip() for line in printed.splitlines()).strip()
 
 
@@ -58,7 +58,7 @@ def _written() -> dict[str, str]:
 
 
 def _write(sections: dict[str, str]) -> None:
-    """What is not of a script was written by hand, and comes last."""
+    """Sections that belong to no script were written by hand, and come last."""
     scripts = [f"{name}.py" for name in _SCRIPTS]
     titles = sorted(sections, key=lambda title: scripts.index(title) if title in scripts else len(scripts))
     facts = ", ".join(f"{name} {value}" for name, value in machine().items() if name != "load_before")

@@ -1,16 +1,16 @@
-"""How long a killed training takes to go on, next to what importing torch and Prefect takes.
+"""How long a killed run takes to resume, compared with importing torch and Prefect.
 
-In each round a training (recipe quick, CIFAR-10, a checkpoint every 2 s) runs until a checkpoint is committed
-and a second longer, is killed by SIGKILL, and `nightshift resume` is started at once. Measured is the time
-from the kill until the first new step is done: the end of the old process, the start of the new one, all
-imports, the Prefect flow with its tasks before the training, the lease, the restore, the step. Compared with
-it is `python -c "import torch, prefect"`, from its start until both are imported, measured in the same
-round with nothing else running but the same idle servers.
+In each round a run (recipe quick, CIFAR-10, a checkpoint every 2 s) trains until a checkpoint is committed and
+a second longer. It is killed by SIGKILL, and `nightshift resume` is started at once. The time is measured from
+the kill until the first new step is done: the end of the old process, the start of the new one, all imports,
+the Prefect flow with its tasks before training, the lease, the restore, the step. It is compared with
+`python -c "import torch, prefect"`, from its start until both are imported, measured in the same round with
+nothing else running but the same idle servers.
 
-Counted too are the samples read again: those of batches before the restored step that the resumed process
+The samples read again are counted too: those in batches before the restored step that the resumed process
 asked for. Loaders that skip through the epoch to find their place ask for all of them; here it must be 0.
 
-The embedded S3 and the local Prefect server run on, as they do when a training is killed, and the data set is
+The embedded S3 and the local Prefect server keep running, as they do when a run is killed, and the data set is
 in the local cache. 2 cores, n = 5: about 5 minutes.
 
     python benchmarks/resume_time.py [--quick] [--json FILE]
@@ -70,7 +70,7 @@ class Trainer:
         )
 
     def first_step(self) -> dict[str, Any]:
-        """Wait for it; what `first_step.py` tells of it."""
+        """Wait for the first step. Returns what `first_step.py` reports about it."""
         assert self._process.stderr
         printed = []
         for line in self._process.stderr:
@@ -96,7 +96,7 @@ def started(home: Path, *arguments: str) -> Iterator[Trainer]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Ours, without what would lead to other servers than those of `home`."""
+    """Our environment without the variables that would lead to other servers than those of `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NIGHTSHIFT_", "PREFECT_"))}
     return {**kept, "NIGHTSHIFT_HOME": str(home), "PREFECT_HOME": str(home / "prefect-client")}
 
@@ -111,7 +111,7 @@ def import_seconds(home: Path) -> float:
 
 
 def committed(store: S3, run_id: str) -> RunRecord:
-    """The record of a run that has a checkpoint, waited for."""
+    """Wait until a run has a checkpoint. Returns its record."""
     deadline = time.monotonic() + _COMMIT_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -128,17 +128,17 @@ def kill_and_resume(home: Path, store: S3, run_id: str) -> Resumption:
     with started(home, "train", "--run-id", run_id, "--set", "checkpoint_every_seconds=2") as trainer:
         trainer.first_step()
         committed(store, run_id)
-        time.sleep(1)  # so that steps are lost, as they are when nobody chooses the moment
+        time.sleep(1)  # so that steps are lost, as they are in a kill at any moment
         killed_at = time.monotonic()
         trainer.kill()
     with started(home, "resume", run_id) as resumed:
-        told = resumed.first_step()
+        observed = resumed.first_step()
         restored_step = read_record(store, run_id)[0].resumed_from_step or 0
     return Resumption(
-        seconds=told["done_at"] - killed_at,
+        seconds=observed["done_at"] - killed_at,
         restored_step=restored_step,
-        first_step=told["step"],
-        samples_read_again=sum(images for step, images in told["asked"] if step < restored_step),
+        first_step=observed["step"],
+        samples_read_again=sum(images for step, images in observed["asked"] if step < restored_step),
     )
 
 
@@ -147,7 +147,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: one round.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
 ) -> None:
-    """How long a killed training takes to go on."""
+    """How long a killed run takes to resume."""
     facts, resumptions, imports = machine(), [], []
     with temporary_home() as home, embedded_s3(home) as store, local_prefect(home) as (_, wait_for_prefect):
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=60)

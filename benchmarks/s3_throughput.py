@@ -1,4 +1,4 @@
-"""How fast one large object goes to S3 and back, next to what else Python users have.
+"""How fast one large object goes to S3 and back, compared with what else Python users have.
 
 Each client sends the same random bytes from memory and reads them back into memory, one object at a time,
 all with the same embedded S3 server:
@@ -10,16 +10,16 @@ all with the same embedded S3 server:
     obstore           `put` and `get` as they are by default: 5 MiB parts up, 12 at a time, one stream down
     s3torchconnector  `S3Checkpoint`'s writer and reader as they are by default: 8 MiB parts
 
-Measured is the time until the server has acknowledged all, and until all is in memory. sha256 is checked
-outside of it. A round is one upload and one download by each client, and each round begins with another
-client. A server that holds 2 GiB is replaced by a fresh one at the next round, since it gives no room back;
+An upload is timed until the server has acknowledged everything, a download until everything is in memory. sha256
+is checked outside that time. A round is one upload and one download by each client, and each round begins with
+another client. A server that holds 2 GiB is replaced by a fresh one at the next round, since it frees no space;
 there each client first sends and reads 24 MiB that are not counted. A client is compared with the fastest:
 ratio of the median speeds.
 
-`--parts` measures our client alone too, with parts of 8, 16 and 64 MiB, 1, 2, 4 and 8 at a time.
+`--parts` also measures our client alone, with parts of 8, 16 and 64 MiB, and 1, 2, 4 and 8 parts at a time.
 
-Client and server share the same cores. With awscrt installed, botocore signs and sums with it in all clients
-that are built on botocore. 2 cores, n = 5: objects of 64 MiB and 1 GiB take an estimated 13 minutes and 6 GB in
+Client and server share the same cores. If awscrt is installed, all clients that are built on botocore sign and
+compute checksums with it. 2 cores, n = 5: objects of 64 MiB and 1 GiB take an estimated 13 minutes and 6 GB in
 the temporary directory, `--parts` another 25 minutes and at most 13 GB.
 
     python benchmarks/s3_throughput.py [--size MIB …] [--parts] [--quick] [--json FILE]
@@ -54,9 +54,9 @@ _AT_A_TIME = (1, 2, 4, 8)
 _REGION = "us-east-1"
 _TIMEOUT = "600s"
 _FIRST = 24 * MIB
-"""Sent before anything is counted: enough for several parts."""
+"""What each client sends before anything is counted: enough for several parts."""
 _STORED = 2048 * MIB
-"""With so much in it a server is replaced at the next round: it gives no room back."""
+"""A server that holds so much is replaced at the next round, because it frees no space."""
 
 
 class Client(Protocol):
@@ -68,7 +68,7 @@ class Client(Protocol):
 
 
 class Nightshift:
-    """This project's own, with its own settings or with others."""
+    """This project's client, with its own settings or with others."""
 
     def __init__(self, store: S3, transfer: TransferConfig = s3._TRANSFER) -> None:
         self._store, self._transfer = store, transfer
@@ -85,7 +85,7 @@ class Nightshift:
 class Boto3:
     def __init__(self, store: S3, credentials: Credentials) -> None:
         self._bucket = store.bucket
-        # The classic client is the default, but for some machines of AWS' own.
+        # The classic client is the default, except on some of AWS' own machines.
         self._transfer = TransferConfig(preferred_transfer_client="classic")
         self._client = boto3.client(
             "s3",
@@ -148,7 +148,7 @@ class S3TorchConnector:
     def __init__(self, store: S3, credentials: Credentials) -> None:
         from s3torchconnector import S3Checkpoint, S3ClientConfig  # type: ignore[import-not-found]
 
-        # It takes credentials from nowhere else.
+        # It takes credentials only from the environment.
         os.environ.update(AWS_ACCESS_KEY_ID=credentials.access_key, AWS_SECRET_ACCESS_KEY=credentials.secret_key)
         self._store = store
         self._checkpoint = S3Checkpoint(_REGION, store.endpoint, S3ClientConfig(force_path_style=True))
@@ -197,7 +197,7 @@ def transferred(client: Client, name: str, body: bytes, sha256: bytes) -> Transf
 
 @contextmanager
 def opened(makers: Mapping[str, Maker]) -> Iterator[dict[str, Client]]:
-    """The clients of a new server; each has sent and read something."""
+    """The clients of a new server, after each has sent and read something."""
     body = os.urandom(_FIRST)
     with temporary_home() as home, embedded_s3(home) as store:
         credentials = Credentials(**json.loads((home / "s3" / "credentials.json").read_text()))
@@ -208,7 +208,7 @@ def opened(makers: Mapping[str, Maker]) -> Iterator[dict[str, Client]]:
 
 
 def measure(makers: Mapping[str, Maker], sizes: Sequence[int], rounds: int) -> list[Transfer]:
-    """So many transfers of every client and size in MiB."""
+    """`rounds` transfers of every client and size in MiB."""
     names, transfers = list(makers), []
     for mib in sizes:
         body = os.urandom(mib * MIB)
@@ -225,7 +225,7 @@ def measure(makers: Mapping[str, Maker], sizes: Sequence[int], rounds: int) -> l
 
 
 def settings() -> dict[str, Maker]:
-    """Our client with all part sizes and numbers of parts at a time."""
+    """Our client with every part size and number of parts at a time."""
 
     def make(part_size: int, at_a_time: int) -> Maker:
         transfer = TransferConfig(
@@ -244,7 +244,7 @@ def settings() -> dict[str, Maker]:
 
 
 def installed() -> list[str]:
-    """The names of the clients whose packages are here; says what to do about the others."""
+    """The names of the clients whose packages are installed. Prints what to do about the others."""
     absent = [name for name in _PEERS if find_spec(name) is None]
     for name in absent:
         console.print(
@@ -255,8 +255,8 @@ def installed() -> list[str]:
 
 
 def main(
-    size: Annotated[list[int] | None, typer.Option(help="MiB an object; may be repeated. 64 and 1024.")] = None,
-    rounds: Annotated[int, typer.Option(help="Transfers of a client and size in each direction.")] = 5,
+    size: Annotated[list[int] | None, typer.Option(help="MiB per object; may be repeated. 64 and 1024.")] = None,
+    rounds: Annotated[int, typer.Option(help="Transfers per client, size and direction.")] = 5,
     parts: Annotated[bool, typer.Option("--parts", help="Our client with other parts, too.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: 64 MiB, 3 rounds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
@@ -284,7 +284,7 @@ def main(
 
 
 def report(what: str, transfers: list[Transfer], facts: dict[str, Any]) -> dict[str, Any]:
-    """Show them, a table a size; what is to be kept of them."""
+    """Show the transfers, one table per size. Returns what is written as JSON."""
     result: dict[str, Any] = {"samples": transfers}
     for mib in dict.fromkeys(transfer.mib for transfer in transfers):
         of_size = [transfer for transfer in transfers if transfer.mib == mib]

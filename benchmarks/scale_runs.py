@@ -2,22 +2,22 @@
 
 The runs are made up but whole: a record as a finished run of the recipe quick leaves it (two checkpoints, six
 epochs, the gate's verdict), and for `gc` two payloads and a report, of one byte each. One run in a
-hundred is interrupted instead. All lie in one embedded S3 server, which grows from one number to the next.
-A page of runs is written last, some seconds after the others, so that there is something recent.
+hundred is interrupted instead. All are in one embedded S3 server, which grows from one number to the next.
+A page of runs is written last, some seconds after the others, so that some runs are recent.
 
     runs, first page     `list_records` with the command's limit of 50
     nightshift runs      the same as a command, with the start of its process; the server runs
     runs, all            `list_records` without a limit: every record is read
     recover, recent      `recovery.find` where only the last page was written to lately, as it is every night
-    recover, all         the same where every record was: all are read
-    gc, none old         `orphans.find` where everything is too young to be an orphan: only lists
+    recover, all         the same where every record was written to lately: all are read
+    gc, none old         `orphans.find` where everything is too young to be an orphan: it only lists keys
     gc, all old          the same where everything is old enough, as all but the last day is: every record is read
 
-Counted is every request the client sends, tries again included. Growth is the ratio of the seconds to those
-with the number of runs before: 10 is linear. The requests of a process of its own are not counted.
+Every request that the client sends is counted, including retries. Growth is the ratio of the seconds to those
+with the previous number of runs: 10 is linear. The requests of a separate process are not counted.
 
 Client and server share the same cores. 2 cores, n = 3, up to 10,000 runs (40,000 objects): an estimated
-15 minutes, of which 4 for writing.
+15 minutes, 4 of them for writing.
 
     python benchmarks/scale_runs.py [--count N …] [--rounds N] [--quick] [--json FILE]
 """
@@ -41,11 +41,20 @@ import typer
 from common import Summary, machine, show, tell, temporary_home, write_json
 
 from nightshift.config.recipes import make_config
-from nightshift.hardware import describe_environment
+from nightshift.hardware import Hardware
 from nightshift.local.s3 import embedded_s3
 from nightshift.records import orphans, recovery
 from nightshift.records.keys import payload_key, report_key
-from nightshift.records.run import Checkpoint, Lease, Result, RunRecord, list_records, write_record
+from nightshift.records.run import (
+    Checkpoint,
+    CheckpointMetrics,
+    CurvePoint,
+    Lease,
+    Result,
+    RunRecord,
+    list_records,
+    write_record,
+)
 from nightshift.refs import ChampionRef, Comparison, DatasetRef, Verdict
 from nightshift.storage.s3 import S3
 
@@ -54,9 +63,9 @@ _WRITERS = 8
 _STEPS, _EPOCHS = 2_340, 6
 _REPORTS = ("metrics.jsonl",)
 _CONFIG = make_config("quick", {})
-_ENVIRONMENT = describe_environment(torch.device("cpu"))
+_ENVIRONMENT = Hardware(torch.device("cpu"), "float32", compiled=False, deterministic=True).describe()
 _PAUSE = 3
-"""Seconds between what is old and what is recent."""
+"""Seconds between the old runs and the recent ones."""
 _SHA256 = "0" * 64
 
 
@@ -74,7 +83,7 @@ class Requests:
 
     @contextmanager
     def counted(self) -> Iterator[Counter[str]]:
-        """Those sent within, once it is left."""
+        """The requests sent within the block; complete once it is left."""
         sent: Counter[str] = Counter()
         with self._lock:
             before = self._sent.copy()
@@ -85,18 +94,18 @@ class Requests:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one look at so many stored runs took."""
+    """What one look at the stored runs cost."""
 
     runs: int
     what: str
     seconds: float
     requests: dict[str, int]
-    """By operation; empty where they are not counted."""
+    """The number of each operation; empty where they are not counted."""
     found: int
 
 
 def record(number: int, now: datetime) -> RunRecord:
-    """A run as it is when all is done, or one in a hundred when it was interrupted."""
+    """A finished run, or for one number in a hundred an interrupted one."""
     run_id, interrupted = run_name(number), number % 100 == 99
     times = [now - timedelta(hours=1) + timedelta(seconds=20 * epoch) for epoch in range(1, _EPOCHS + 1)]
     made = RunRecord(
@@ -116,11 +125,11 @@ def record(number: int, now: datetime) -> RunRecord:
                 bytes=1,
                 sha256=_SHA256,
                 written_at=times[epoch - 1],
-                metrics={"loss": 0.9, "accuracy": 0.8, "train_seconds": 20.0 * epoch, "skipped": 0, "failed": 0},
+                metrics=CheckpointMetrics(loss=0.9, accuracy=0.8, train_seconds=20.0 * epoch),
             )
             for epoch, step in checkpoints()
         ],
-        curve=[{"epoch": epoch, "loss": 0.9, "accuracy": 0.8} for epoch in range(1, _EPOCHS + 1)],
+        curve=[CurvePoint(epoch=epoch, step=epoch, loss=0.9, accuracy=0.8) for epoch in range(1, _EPOCHS + 1)],
         total_steps=_STEPS,
         result=None if interrupted else result(run_id),
         created_at=times[0],
@@ -153,12 +162,12 @@ def run_name(number: int) -> str:
 
 
 def checkpoints() -> list[tuple[int, int]]:
-    """Epoch and step of those that are kept."""
+    """Epoch and step of the checkpoints that are kept."""
     return [(epoch, epoch * _STEPS // _EPOCHS) for epoch in (_EPOCHS - 1, _EPOCHS)]
 
 
 def write(store: S3, numbers: range) -> None:
-    """Store these runs, payloads and reports first, as a trainer does."""
+    """Store these runs: payloads and reports first, as a trainer does."""
 
     def write_one(number: int) -> None:
         run_id = run_name(number)
@@ -167,7 +176,7 @@ def write(store: S3, numbers: range) -> None:
             *(report_key(run_id, name) for name in _REPORTS),
         ):
             store.put(key, b"0")
-        write_record(store, record(number, store.now()))
+        write_record(store, record(number, store.now()), None)
 
     with ThreadPoolExecutor(_WRITERS) as pool:
         for _ in pool.map(write_one, numbers):
@@ -175,14 +184,14 @@ def write(store: S3, numbers: range) -> None:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Ours, without what would lead to another store than that of `home`."""
+    """Our environment without the variables that would lead to another store than that of `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTSHIFT_")}
     return {**kept, "NIGHTSHIFT_HOME": str(home)}
 
 
 def looks(store: S3, home: Path, recent_since: datetime) -> dict[str, Callable[[], int]]:
-    """All ways to look; each returns how many runs, or orphans, it has found."""
-    ever, cut = timedelta(days=1), timedelta(seconds=1)  # the store's times are cut to the second
+    """All ways to look. Each returns how many runs or orphans it has found."""
+    ever, cut = timedelta(days=1), timedelta(seconds=1)  # the store truncates times to the second
 
     def command() -> int:
         program = [sys.executable, "-c", "from nightshift.cli import main; main()", "runs", "--json"]
@@ -202,7 +211,7 @@ def looks(store: S3, home: Path, recent_since: datetime) -> dict[str, Callable[[
 
 def main(
     count: Annotated[
-        list[int] | None, typer.Option(help="Stored runs; may be repeated, growing. 100, 1,000 and 10,000.")
+        list[int] | None, typer.Option(help="Stored runs; may be repeated, in growing order. 100, 1,000 and 10,000.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often each look is taken.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: 100 and 1,000 runs.")] = False,

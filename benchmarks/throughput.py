@@ -1,26 +1,27 @@
-"""Training speed of nightshift's loop, next to the same training written in other ways.
+"""Training speed of nightshift's loop, compared with the same training written in other ways.
 
 The same network, optimizer, learning rates, batch size and precision (those of a recipe), on the real CIFAR-10:
 
-    nightshift    `training.train`, with its record, lease, metrics, and checkpoints in the embedded S3 server
+    nightshift    `train_alone`, with its record, lease, metrics, and checkpoints in the embedded S3 server
     plain         a PyTorch loop as a careful engineer writes it, which saves and reports nothing
     lightning     PyTorch Lightning's Trainer, without its logger, progress bar and checkpoints
     accelerate    Hugging Face Accelerate around the plain loop
 
-To reach: 98 % of the plain loop, and no less than Lightning.
+The target is 98 % of the plain loop, and no less than Lightning.
 
 Augmentation and the moving average of weights are off for all, and the last, smaller batch is left out. Nightshift
 makes its batches from the packed uint8 images, as always. The others share one way, which favours them: the whole set
-normalized in memory before, a permutation an epoch and one look-up a step; no loader, no work on single images. Every
-network is in channels_last.
+is normalized in memory beforehand, then one permutation per epoch and one look-up per step; no loader, no work on
+single images. Every network is in channels_last.
 
-Each contender trains in a process of its own, so that none inherits another's memory, threads or settings. As machines
-are never still, and a process is faster or slower than the next one of the same program, all of a heat train side by
-side, a few seconds each in turn while the others wait at a step edge, and a heat begins anew with new processes. Speeds
-are those of all of a heat's seconds but the first turn's; each round of turns begins with another contender. Nightshift
-saves in a heat at least once: every 30 s of its own time, the recipes' default, or as often as its turns together take
-if that is less. The server runs all the time, on the same cores; so what it costs when idle is taken from all alike,
-and what a save costs from nightshift, but for the rest of one that its turn's end cuts off.
+Each contender trains in a process of its own, so that none inherits another's memory, threads or settings. Machines are
+never still, and two processes of the same program differ in speed. So all contenders of a heat run side by side and
+train in turns of a few seconds, while the others wait at a step boundary; each heat starts new processes. Speeds are
+over all turns of a heat but the first, and each round of turns begins with another contender.
+
+Nightshift saves at least once in a heat: every 30 s of its own time, the recipes' default, or as often as its turns
+together take if that is less. The server runs all the time, on the same cores. So all pay its idle cost alike, and
+nightshift pays for a save, except for the part that the end of its turn cuts off.
 
 By default n = 5 heats of 12 turns of 3 s: about 16 minutes on 2 cores, with all four contenders.
 
@@ -53,7 +54,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, fetch, open_dataset, pack
 from nightshift.errors import TrainingInterrupted
-from nightshift.hardware import describe_environment, pick_device, pick_precision
+from nightshift.hardware import Hardware, find_device
 from nightshift.local.s3 import embedded_s3
 from nightshift.refs import DatasetRef
 from nightshift.tracking.metrics import read_lines
@@ -71,15 +72,15 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """A contender's heat."""
+    """One contender in one heat."""
 
     images_per_second: float
     saves: int
-    """How many checkpoints it wrote in it."""
+    """How many checkpoints it wrote in the heat."""
 
 
 class Turns:
-    """Asked at each step edge whether it is enough, it has the training wait there until it is its turn again."""
+    """Called at each step boundary: says whether to stop, and makes training wait there until it has a turn again."""
 
     def __init__(self, connection: Connection, device: torch.device) -> None:
         self._connection, self._device = connection, device
@@ -103,7 +104,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, for those that are not nightshift."""
+    """What the contenders other than nightshift train."""
 
     config: TrainConfig
     model: nn.Module
@@ -114,19 +115,19 @@ class Task:
     @classmethod
     def of(cls, config: TrainConfig, dataset: Dataset) -> Self:
         torch.manual_seed(config.seed)
-        device = pick_device(config)
-        model = build_model(config.model, len(dataset.classes))
+        device = find_device(config.hardware.device)
+        model = build_model(config.model.name, len(dataset.classes))
         show_first_images(model, config, dataset)
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         total_steps = batches.make_plan(config, dataset).total_steps
-        return cls(config, model, build_optimizer(model, config), device, total_steps)
+        return cls(config, model, build_optimizer(model, config.optimizer), device, total_steps)
 
     @property
     def bfloat16(self) -> bool:
-        return pick_precision(self.config, self.device) == "bfloat16"
+        return Hardware.resolve(self.config.hardware, total_steps=0).precision == "bfloat16"
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        return F.cross_entropy(logits, labels, label_smoothing=self.config.loss.label_smoothing)
 
     def apply_schedule(self, step: int) -> None:
         apply_schedule(self.optimizer, self.config, step, self.total_steps)
@@ -134,12 +135,13 @@ class Task:
 
 def endless_batches(config: TrainConfig, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
     """Normalized images (batch, 3, 32, 32) in channels_last and their labels, all from memory."""
-    normalizer = batches.normalizer(dataset, config.normalization)
+    normalizer = batches.normalizer(dataset, config.data.normalization)
     images = batches.to_input(dataset.train_images, *normalizer).permute(0, 2, 3, 1).contiguous().to(device)
     labels = dataset.train_labels.long().to(device)
+    size = config.data.batch_size
     while True:
         order = torch.randperm(len(images), device=device)
-        for indices in order[: len(order) // config.batch_size * config.batch_size].view(-1, config.batch_size):
+        for indices in order[: len(order) // size * size].view(-1, size):
             yield images[indices].permute(0, 3, 1, 2), labels[indices]
 
 
@@ -147,7 +149,7 @@ def plain(task: Task, data: Iterable[Batch], enough: Callable[[], bool]) -> None
     total_loss = torch.zeros((), device=task.device)
     task.model.train()
     for step, (images, labels) in enumerate(data):
-        task.set_learning_rates(step)
+        task.apply_schedule(step)
         with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bfloat16):
             loss = task.loss(task.model(images), labels)
         task.optimizer.zero_grad()
@@ -167,14 +169,14 @@ def lightning(task: Task, data: Iterable[Batch], enough: Callable[[], bool]) -> 
         def __init__(self) -> None:
             super().__init__()
             self.model = task.model
-            self.automatic_optimization = False  # which needs an optimizer that calls a closure; Muon does not
+            self.automatic_optimization = False  # automatic needs an optimizer that calls a closure; Muon does not
 
         def configure_optimizers(self) -> optim.Optimizer:
             return task.optimizer
 
         def training_step(self, batch: Batch, step: int) -> None:
             images, labels = batch
-            task.set_learning_rates(step)
+            task.apply_schedule(step)
             loss, optimizer = task.loss(self.model(images), labels), self.optimizers()
             optimizer.zero_grad()
             self.manual_backward(loss)
@@ -206,7 +208,7 @@ def accelerate(task: Task, data: Iterable[Batch], enough: Callable[[], bool]) ->
     total_loss = torch.zeros((), device=task.device)
     model.train()
     for step, (images, labels) in enumerate(data):
-        task.set_learning_rates(step)
+        task.apply_schedule(step)
         loss = task.loss(model(images), labels)
         optimizer.zero_grad()
         accelerator.backward(loss)
@@ -220,8 +222,8 @@ _LOOPS = {"plain": plain, "lightning": lightning, "accelerate": accelerate}
 
 
 def prepared(workspace: Workspace, config: TrainConfig) -> DatasetRef:
-    """The data set, in the store and in the cache."""
-    return pack(workspace, fetch(workspace, config.dataset))
+    """Put the data set into the store and the cache."""
+    return pack(workspace, fetch(workspace, config.data.dataset))
 
 
 def compete(name: str, home: Path, config: TrainConfig, connection: Connection) -> None:
@@ -230,13 +232,13 @@ def compete(name: str, home: Path, config: TrainConfig, connection: Connection) 
     with embedded_s3(home) as store:
         workspace = Workspace(store, home, _LEASE_SECONDS, _SAVE_RETRY_SECONDS)
         ref = prepared(workspace, config)
-        device, run_id, saves = pick_device(config), f"throughput-{secrets.token_hex(4)}", 0
+        device, run_id, saves = find_device(config.hardware.device), f"throughput-{secrets.token_hex(4)}", 0
         turns = Turns(connection, device)
         if name == "nightshift":
             with suppress(TrainingInterrupted):
                 train_alone(workspace, run_id, config, ref, should_stop=lambda step: turns())
-            # The last one is that of the interruption, after all turns.
-            saves = sum(line["kind"] == "checkpoint" for line in read_lines(store, run_id)) - 1
+            # The last checkpoint is that of the interruption, after all turns.
+            saves = sum(line.kind == "checkpoint" for line in read_lines(store, run_id)) - 1
         else:
             dataset = open_dataset(workspace, ref)
             _LOOPS[name](Task.of(config, dataset), endless_batches(config, dataset, device), turns)
@@ -245,7 +247,7 @@ def compete(name: str, home: Path, config: TrainConfig, connection: Connection) 
 
 @contextmanager
 def started(name: str, home: Path, config: TrainConfig) -> Iterator[Connection]:
-    """A contender in a process of its own; an EOFError at the next word from it says that it failed."""
+    """A contender in a process of its own. If it fails, the next read from the connection raises EOFError."""
     spawn = get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=compete, args=(name, home, config, theirs))
@@ -268,13 +270,13 @@ def heat(names: Sequence[str], home: Path, config: TrainConfig, rounds: int, sec
             for name in chain(names[first:], names[:first]):
                 contenders[name].send(seconds)
                 done, took = contenders[name].recv()
-                if number:  # before, it warms up
+                if number:  # the first turn is a warm-up
                     steps[name] += done
                     spent[name] += took
         samples = {}
         for name, connection in contenders.items():
             connection.send(0)
-            samples[name] = Sample(steps[name] * config.batch_size / spent[name], saves=connection.recv())
+            samples[name] = Sample(steps[name] * config.data.batch_size / spent[name], saves=connection.recv())
     return samples
 
 
@@ -286,17 +288,17 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: under two minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
 ) -> None:
-    """Training speed of nightshift's loop, next to the same training written in other ways."""
+    """Training speed of nightshift's loop, compared with the same training written in other ways."""
     if quick:
         heats, rounds, seconds = 1, 3, 2
-    # So many epochs that none of the measurements comes to their end.
+    # More epochs than any measurement can finish.
     config = make_config(recipe, {"flip": "off", "translate": 0, "ema_decay": 0, "drop_last": True, "epochs": 10_000})
     names = installed(_PEERS)
-    often = min(config.checkpoint_every_seconds or math.inf, rounds * seconds)
-    # By the clock, and so counting the time that it waits for the others.
+    often = min(config.saving.checkpoint_every_seconds or math.inf, rounds * seconds)
+    # The interval is wall-clock time, which includes waiting for the others.
     config = config.override({"checkpoint_every_seconds": often * len(names)})
-    device = pick_device(config)
-    environment = {"device": describe_environment(device)["device"], "precision": pick_precision(config, device)}
+    described = Hardware.resolve(config.hardware, total_steps=0).describe()
+    environment = {name: described[name] for name in ("device", "precision")}
     facts = machine() | environment
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     with temporary_home() as home, embedded_s3(home) as store:
@@ -308,7 +310,7 @@ def main(
                 samples[name].append(sample)
     parameters = {
         "recipe": recipe,
-        "batch": config.batch_size,
+        "batch": config.data.batch_size,
         "heats": heats,
         "turns": rounds,
         "seconds": seconds,

@@ -1,15 +1,15 @@
 """Seconds of training to a test accuracy on CIFAR-10: the tutorial's own loop, and two recipes under nightshift.
 
 The tutorial's loop is what a user would start with: torchvision's CIFAR10 with ToTensor and Normalize for each image, a
-DataLoader with batches of 32, SimpleCNN, Adam at 1e-3, 10 epochs. Under nightshift run the recipes `tutorial`, the same
+DataLoader with batches of 32, SimpleCNN, Adam at 1e-3, 10 epochs. Nightshift runs the recipes `tutorial`, the same
 network and optimizer, and `quick`, with checkpoints to an embedded S3.
 
 Each training is a process of its own; a round has one of each, in turn. The clock starts before the data is loaded into
-memory and stops never for a checkpoint; it does not count imports, nor the measuring of accuracy, which is done
-afterwards from copies of the weights: those the loop made every quarter of an epoch, and those nightshift had stored.
-(Among the imports is torch's compiler, 3.5 s, which the first optimizer of any process would bring in by itself.) A
-level is reached by the first copy that reaches it; for a training that never does, its whole time is taken instead,
-and what is made of it is marked ≥. The last column is the best accuracy by the time `quick` has ended.
+memory and never stops for a checkpoint. It does not count imports, nor measuring accuracy, which is done afterwards on
+copies of the weights: those the loop made every quarter of an epoch, and those nightshift had stored. (The imports
+include torch's compiler, 3.5 s, which the first optimizer of any process would import by itself.) A level is reached by
+the first copy that reaches it. If none does, the whole time is taken instead, and everything computed from it is marked
+≥. The last column is the best accuracy by the time `quick` has ended.
 
 2 cores, n = 5: over an hour; 45 minutes with `--epochs 6`, in which the loop still reaches the highest level, mostly.
 
@@ -55,14 +55,14 @@ _COPIES_AN_EPOCH = 4
 
 @dataclass(frozen=True)
 class Copy:
-    """The weights at some time: seconds since the clock started, and how good they are."""
+    """The weights at some time: seconds since the clock started, and their test accuracy."""
 
     seconds: float
     accuracy: float
 
 
-class PlainCIFAR10(vision.CIFAR10):
-    """torchvision's data set, with what it would have read from its own files."""
+class PlainCIFAR10(vision.CIFAR10):  # type: ignore[misc]
+    """torchvision's data set, filled with what it would have read from its own files."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
         self.data, self.targets, self.transform, self.target_transform = images, labels, transform, None
@@ -74,7 +74,7 @@ def tutorial_loop(workspace: Workspace, ref: DatasetRef, seed: int, epochs: int 
     dataset = open_dataset(workspace, ref)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     images = PlainCIFAR10(dataset.train_images.numpy(), dataset.train_labels.tolist(), transform)
-    loader = DataLoader(images, batch_size=32, shuffle=True)
+    loader: DataLoader[Any] = DataLoader(images, batch_size=32, shuffle=True)
     model = SimpleCNN()
     criterion, optimizer = nn.CrossEntropyLoss(), optim.Adam(model.parameters(), lr=0.001)
     copies, step = [], 0
@@ -100,11 +100,10 @@ def under_nightshift(workspace: Workspace, ref: DatasetRef, recipe: str, seed: i
     train_alone(workspace, run_id, config, ref)
     seconds = time.monotonic() - started
     stored = read_record(workspace.store, run_id)[0].checkpoints
-    # The run counts the seconds of its loop; what goes before it and after it counts for every copy.
-    around = seconds - stored[-1].metrics["train_seconds"]
+    # The run counts the seconds of its loop. The time before and after the loop is added to every copy.
+    around = seconds - stored[-1].metrics.train_seconds
     copies = [
-        (around + checkpoint.metrics["train_seconds"], read_weights(workspace.store, checkpoint))
-        for checkpoint in stored
+        (around + checkpoint.metrics.train_seconds, read_weights(workspace.store, checkpoint)) for checkpoint in stored
     ]
     return measured(open_dataset(workspace, ref), recipe, copies)
 
@@ -123,7 +122,7 @@ def measured(dataset: Dataset, recipe: str, copies: Sequence[tuple[float, dict[s
 
 
 def seconds_to(level: float, copies: Sequence[Copy]) -> float:
-    """When the level was reached; of a training that never reached it, its whole time."""
+    """When the level was reached; the whole time if it never was."""
     return next((copy.seconds for copy in copies if copy.accuracy >= level), copies[-1].seconds)
 
 
@@ -187,14 +186,14 @@ def _train_once(home: Path, contender: str, seed: int, epochs: int | None) -> li
 
 def main(
     rounds: Annotated[int, typer.Option(help="Trainings of each contender.")] = 5,
-    epochs: Annotated[int | None, typer.Option(help="Of each training, instead of its own.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each training, instead of its own number.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One round, and two epochs of each.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what was measured to this file.")] = None,
     contender: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int, typer.Option(hidden=True)] = 0,
     home: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Train each contender `rounds` times, in turn, and compare how soon each is how good."""
+    """Train each contender `rounds` times, in turn, and compare how soon each reaches which accuracy."""
     if contender and home:
         copies = _train_once(home, contender, seed, epochs)
         print(json.dumps([[copy.seconds, copy.accuracy] for copy in copies]))
@@ -210,7 +209,7 @@ def main(
                 command += ["--epochs", str(epochs)] if epochs else []
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 runs[name].append([Copy(*copy) for copy in json.loads(done.stdout.splitlines()[-1])])
-            # After each round, so that a measurement of an hour that is broken off is not lost.
+            # After each round, so that an hour of measuring is not lost if it is interrupted.
             found = compare(runs)
             facts |= {"rounds": number + 1, "epochs": epochs}
             write_json(json_file, {"machine": facts, "result": found, "runs": runs})

@@ -1,4 +1,4 @@
-"""Bring a Prefect server to what this directory says; doing it again changes nothing."""
+"""Make a Prefect server match this directory; doing it again changes nothing."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def apply(notify: str | None) -> list[str]:
     """Make or update the work pools that the deployments name, the deployments, and the automations.
 
     Args:
-        notify: the notification block, as TYPE/NAME, that is told of failed, lost and rejected runs; none: nobody is.
+        notify: the notification block, as TYPE/NAME, that reports failed, lost and rejected runs; None: none does.
 
     Returns:
         The deployments, as FLOW/DEPLOYMENT.
@@ -85,7 +85,7 @@ def _upsert(client: SyncPrefectClient, automation: AutomationCore) -> None:
     if not stored:
         client.create_automation(automation)
     elif stored[0].model_dump(exclude={"id"}) != automation.model_dump():
-        # Only then: an update forgets the events seen so far, and a run that is being missed just now stays lost.
+        # Only then: an update forgets the events seen so far, so a run that goes missing just now would stay lost.
         client.update_automation(stored[0].id, automation)
 
 

@@ -16,7 +16,7 @@ def connected() -> Iterator[SyncPrefectClient]:
     """A client of the configured server.
 
     Raises:
-        PrefectServerError: it does not answer, or refuses what it is asked.
+        PrefectServerError: it does not answer, or refuses a request.
     """
     try:
         with get_client(sync_client=True) as client:

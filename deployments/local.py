@@ -1,4 +1,4 @@
-"""Everything on one machine: embedded S3, a Prefect server and a worker, which stay until they are told to go."""
+"""Everything on one machine: embedded S3, a Prefect server and workers, which stay until `down` stops them."""
 
 import os
 import sys
@@ -31,10 +31,10 @@ class Running:
 
 
 def up(settings: Settings) -> Running:
-    """Start what does not run yet, and deploy everything again; does no harm when repeated.
+    """Start what is not running yet, and deploy everything again. Repeating it does no harm.
 
     Raises:
-        LocalServiceError: one of them does not start.
+        LocalServiceError: a server or a worker does not start.
         PrefectServerError: the server refuses a deployment.
     """
     home = settings.home.resolve()
@@ -61,7 +61,7 @@ def up(settings: Settings) -> Running:
 
 
 def down(settings: Settings) -> list[str]:
-    """Stop what `up` has started, the workers first, which let their runs save; a server that is in use stays."""
+    """Stop what `up` has started, and name it. Workers go first and let their runs save. A server in use stays."""
     return [name for name in _SERVERS if supervisor.release(settings.home.resolve() / name)]
 
 

@@ -25,7 +25,7 @@ from prefect.utilities.urls import url_for
 from deployments.client import connected
 from flows.recover import newest_flow_run
 from nightshift import progress
-from nightshift.config.recipes import make_config
+from nightshift.data.names import checked_config
 from nightshift.errors import DeploymentNotFoundError
 from nightshift.ids import durable_run_id
 from nightshift.sweeps.stored import plan
@@ -42,7 +42,7 @@ class Submitted:
     url: str | None
     """Its page in the UI."""
     run_id: str | None
-    """Of the run it is to train, or of the sweep, if it is one of these."""
+    """The id of the run or the sweep that it starts; None for other flows."""
 
 
 def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
@@ -53,8 +53,8 @@ def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
         parameters: replace the deployment's own.
 
     Raises:
-        ConfigError: the parameters are no valid config.
-        DeploymentNotFoundError: there is none of this name, or several.
+        ConfigError: the parameters are not a valid config or sweep.
+        DeploymentNotFoundError: there is none of this name, or the flow has several.
         PrefectServerError: the server does not answer, or refuses.
     """
     with connected() as client:
@@ -68,7 +68,7 @@ def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
                 **{name: chosen[name] for name in _PLAN if name in chosen},
             )
         elif "recipe" in chosen:
-            make_config(chosen["recipe"], chosen.get("overrides"))
+            checked_config(chosen["recipe"], chosen.get("overrides"))
         flow_run = client.create_flow_run_from_deployment(deployment.id, parameters=chosen)
         run_id = None
         if "recipe" in chosen:
@@ -104,7 +104,7 @@ def watch(submitted: Submitted) -> Iterator[State[Any]]:
 
 
 def read_table(submitted: Submitted, key: str) -> list[dict[str, Any]]:
-    """The lines of the newest table artifact a flow run has made under this key; none if it has made none."""
+    """The rows of the newest table artifact that a flow run has made under this key; empty if there is none."""
     with connected() as client:
         found = client.read_artifacts(
             artifact_filter=ArtifactFilter(

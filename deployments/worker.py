@@ -1,8 +1,7 @@
 """A Prefect worker that lets its runs save before it goes.
 
-A worker that is told to stop kills the flow runs in its care without warning. So this process stands before it:
-on SIGTERM it halts the worker, tells the flow runs to stop, waits until they have saved and reported, and only
-then ends the worker.
+Prefect's worker kills its flow runs without warning when it gets a SIGTERM. So this process gets it instead: it halts
+the worker, sends SIGTERM to the flow runs, waits until they have saved and reported, and only then ends the worker.
 """
 
 import ctypes
@@ -26,20 +25,20 @@ class _Stop(BaseException):
 
 
 def run(pool: str, limit: int | None, grace_seconds: float) -> int:
-    """Be a worker of `pool` until a SIGTERM or SIGINT; a second one stops at once.
+    """Run a worker of `pool` until a SIGTERM or SIGINT; a second one stops at once.
 
     Args:
         limit: how many flow runs at a time.
         grace_seconds: how long the flow runs may take to save.
 
     Returns:
-        0 after a signal, otherwise what the worker ended with.
+        0 after a signal, otherwise the worker's exit status.
     """
     name = "-gpu".join(filter(None, (socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"))))
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
-    # A session of its own: a Ctrl-C at the terminal must reach the runs by way of us alone.
+    # A session of its own: a Ctrl-C at the terminal must reach the runs only through us.
     worker = subprocess.Popen(
         [*command, *([] if limit is None else ["--limit", str(limit)])],
         start_new_session=True,
@@ -64,12 +63,12 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _die_with_parent() -> None:
-    """A worker without us would take up runs that nobody lets save. Its runs live on, and report by themselves."""
+    """Without us, a worker would start runs that nobody lets save. Its runs live on, and report by themselves."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _stop(worker: subprocess.Popen[bytes], grace_seconds: float) -> None:
-    # Halted, it neither takes up another run when one ends, nor kills any.
+    # A halted worker neither starts another run when one ends, nor kills any.
     worker.send_signal(signal.SIGSTOP)
     runs = _children(worker.pid)
     if runs:
@@ -89,7 +88,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _end(pids: Sequence[int], grace_seconds: float) -> None:
-    """Send SIGTERM and wait until all have ended; a halted parent cannot reap them, so each is held by a pidfd."""
+    """Send SIGTERM and wait until all have ended. A halted parent cannot reap them, so each is watched by a pidfd."""
     deadline = time.monotonic() + grace_seconds
     living = [os.pidfd_open(pid) for pid in pids]
     for process in living:

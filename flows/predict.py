@@ -1,4 +1,4 @@
-"""The flow `predict`: what a published model sees in images."""
+"""The flow `predict`: the classes of images, by a published model."""
 
 from prefect import flow
 
@@ -10,11 +10,11 @@ from tasks.predict import predict as predict_task
 
 @flow(name="predict", persist_result=True, result_serializer="json")
 def predict(images: list[str], out: str, model: str = "champion", name: str = "cifar10") -> PredictionsRef:
-    """Predict the classes of images with a published model; those that cannot be read are named.
+    """Predict the classes of images with a published model, and name the images that cannot be read.
 
     Args:
         images: Files, folders or s3://BUCKET/PREFIX.
-        out: Where a line an image goes: a .csv or .jsonl file, or s3://BUCKET/KEY of one.
+        out: Where to write a line per image: a .csv or .jsonl file, or s3://BUCKET/KEY of one.
         model: The version, which is a run id, or `champion`.
         name: Name of the model.
     """

@@ -29,15 +29,15 @@ from nightshift.config.recipes import overrides_of
 from nightshift.records import recovery
 from nightshift.records.recovery import Found, InterruptedRun
 from nightshift.settings import Settings
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 from nightshift.workspace import open_workspace
 
 WithinHours = Annotated[float, Field(ge=0)]
 _ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
 _PREFECTS_TURN = timedelta(minutes=5)
-"""So long a run whose flow run the server knows is left to the automations, which take two minutes."""
+"""How long a run whose flow run the server knows is left to the automations, which take two minutes."""
 _AUTOMATIONS_TURN = timedelta(minutes=1)
-"""They start a crashed flow run again after 20 s."""
+"""How long a crashed flow run is left to the automation, which starts it again after 20 s."""
 CANCELLED = {StateType.CANCELLING, StateType.CANCELLED}
 
 
@@ -48,7 +48,7 @@ def recover(within_hours: WithinHours = 24) -> dict[str, list[str]]:
     Sweeps that have crashed are started again too.
 
     Args:
-        within_hours: Look at runs that were written to so lately.
+        within_hours: Look at runs that were written to within so many hours.
     """
     settings = Settings.load()
     with open_workspace(settings) as workspace:
@@ -60,19 +60,19 @@ def recover(within_hours: WithinHours = 24) -> dict[str, list[str]]:
 
 
 def is_being_cancelled() -> bool:
-    """Whether the user has asked for the end of this flow run: its process gets the same signal as from a machine."""
+    """Whether the user has cancelled this flow run. The process gets the same signal when its machine goes down."""
     try:
         with get_client(sync_client=True) as client:
             return client.read_flow_run(UUID(flow_run.get_id())).state_type in CANCELLED
-    except httpx.HTTPError:  # unknown; then the run is to be resumed, and recovery asks again
+    except httpx.HTTPError:  # unknown: the run counts as interrupted, and recovery asks again
         return False
 
 
-def start_deployed(store: S3, found: Found, max_recoveries: int) -> list[str]:
-    """Start again those interrupted runs that a deployment had started; their run ids."""
+def start_deployed(store: Store, found: Found, max_recoveries: int) -> list[str]:
+    """Start again those interrupted runs that a deployment had started. Returns their run ids."""
     started = []
     with get_client(sync_client=True) as client:
-        for record in recovery.claims(store, _to_start(store, client, found), max_recoveries):
+        for record in recovery.claim_due(store, _to_start(store, client, found), max_recoveries):
             assert record.origin.deployment is not None
             try:
                 deployment = client.read_deployment_by_name(record.origin.deployment)
@@ -91,7 +91,7 @@ def start_deployed(store: S3, found: Found, max_recoveries: int) -> list[str]:
                     "run_id": record.run_id,
                     "promote": record.origin.promote,
                 },
-                # By these the next recovery sees that it is on its way, or was cancelled before it began.
+                # By these the next recovery sees that the run is on its way, or was cancelled before it began.
                 tags=["recovery", record.run_id],
                 idempotency_key=f"{record.run_id}/{record.sequence}",
             )
@@ -100,7 +100,7 @@ def start_deployed(store: S3, found: Found, max_recoveries: int) -> list[str]:
 
 
 def start_sweeps(within: timedelta) -> None:
-    """Start again the sweeps that have crashed `within` this time. They have no record of a run: Prefect knows them."""
+    """Start again the sweeps that have crashed within this time. They have no run record, but Prefect knows them."""
     crashed = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
     with get_client(sync_client=True) as client:
         for sweep in client.read_flow_runs(
@@ -111,7 +111,7 @@ def start_sweeps(within: timedelta) -> None:
 
 
 def start_again_if_lost(client: SyncPrefectClient, flow_run: FlowRun) -> None:
-    """Do to a crashed flow run what the automation was to do: on SQLite, events are lost now and then."""
+    """Start a crashed flow run again if the automation did not: on SQLite, events are lost now and then."""
     assert flow_run.state
     if flow_run.state_type == StateType.CRASHED and datetime.now(UTC) > flow_run.state.timestamp + _AUTOMATIONS_TURN:
         again: State[Any] = AwaitingRetry(message="Crashed. It goes on where it stopped.")
@@ -119,13 +119,13 @@ def start_again_if_lost(client: SyncPrefectClient, flow_run: FlowRun) -> None:
         progress.current().say(f"{flow_run.name} had crashed and is started again")
 
 
-def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[InterruptedRun]:
-    """Of the interrupted ones those with a deployment that are neither on their way already nor cancelled."""
+def _to_start(store: Store, client: SyncPrefectClient, found: Found) -> Iterator[InterruptedRun]:
+    """The interrupted runs with a deployment that are neither on their way already nor cancelled."""
     for run in found.interrupted:
         if not run.record.origin.deployment:
             continue
         newest = newest_flow_run(client, run.record.run_id, run.record.origin.flow_run_id)
-        # Not the last state alone: one that is being cancelled ends Crashed, since a signal has stopped it.
+        # All states, not only the last: a flow run that is being cancelled ends Crashed, because a signal stopped it.
         states = {state.type for state in client.read_flow_run_states(newest.id)} if newest else set()
         if states & CANCELLED:
             recovery.close(store, run.record.run_id, "cancelled")
@@ -138,13 +138,13 @@ def _to_start(store: S3, client: SyncPrefectClient, found: Found) -> Iterator[In
 
 
 def newest_flow_run(client: SyncPrefectClient, run_id: str, flow_run_id: str | None) -> FlowRun | None:
-    """That of this id, or the newest that a recovery has started to go on with the run."""
+    """The newest flow run of a run: the one with this id, or the newest that a recovery has started."""
     flow_runs = client.read_flow_runs(
         flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=["recovery", run_id])),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=1,
     )
     if flow_run_id:
-        with suppress(ObjectNotFound):  # it was of another server, or of one that has lost its database
+        with suppress(ObjectNotFound):  # it belongs to another server, or to one that has lost its database
             flow_runs.append(client.read_flow_run(UUID(flow_run_id)))
     return max(flow_runs, key=lambda flow_run: str(flow_run.created), default=None)

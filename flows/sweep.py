@@ -19,7 +19,7 @@ from prefect.states import Cancelled, Cancelling, Completed, Failed
 from pydantic import Field
 
 from flows.recover import CANCELLED, is_being_cancelled, newest_flow_run, start_again_if_lost
-from flows.verdicts import told
+from flows.verdicts import handle_rejection, verdict_message
 from nightshift import progress
 from nightshift.errors import DeploymentNotFoundError, RecoveryLimitError, StorageError
 from nightshift.ids import durable_run_id
@@ -27,7 +27,7 @@ from nightshift.records import recovery
 from nightshift.records.run import RunRecord
 from nightshift.refs import SweepResult, TrialResult
 from nightshift.settings import Settings
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 from nightshift.sweeps.stored import Sweep, Trial, begin, best_model, end, plan, read_trial, result, results
 from nightshift.sweeps.study import ask, bad_trials
 from nightshift.workspace import open_workspace
@@ -70,10 +70,10 @@ def sweep(
 ) -> State[SweepResult]:
     """Train many configs, each as a run of its own, stop the bad ones early, and send the best to the gate.
 
-    Whatever starts this again under the same sweep id goes on where it stopped, with the same trials; so a cancelled
-    sweep is only halted. A cancel starts no further trial, and leaves those alone that train. The best is chosen on
-    the test images, as the champion is: of many that are equally good the luckiest, so its accuracy is optimistic,
-    the more so the more trials there were. The gate does not correct for that.
+    A sweep that is started again under the same sweep id goes on where it stopped, with the same trials. So a cancelled
+    sweep is only halted: no further trial starts, and those that train go on. The best is chosen on the test images,
+    as the champion is. Among equally good trials it is the luckiest, so its accuracy is optimistic, more so with more
+    trials. The gate does not correct for that.
 
     Args:
         space: Fields of the config, each with a list of values or a range, such as {"lr": {"low": 0.01, "high": 0.2,
@@ -82,13 +82,13 @@ def sweep(
         overrides: Fields of the config to replace in every trial.
         sweep_id: Durable name of the sweep, in which {date} stands for the day it is scheduled for; its trials are
             named after it. None: a name is made.
-        trials: How many trials a study (TPE) asks for, each with regard to those before it. None: the grid of all
+        trials: How many trials a study (TPE) asks for, each chosen from the results so far. None: the grid of all
             lists.
-        parallel: How many trials at once. A study learns more from fewer.
-        seed: Of the study. That of the trainings is a field of the config.
-        startup_trials: So many trials must have finished before one is stopped early; as many as there are trials:
-            none is.
-        warmup_epochs: So many epochs each trial has before it may be stopped.
+        parallel: How many trials train at once. A study learns more with fewer.
+        seed: The study's seed. The seed of the runs is a field of the config.
+        startup_trials: How many trials must have finished before one is stopped early. With as many as there are
+            trials, none is.
+        warmup_epochs: How many epochs a trial trains before it may be stopped.
         deployment: What trains a trial, as FLOW/DEPLOYMENT of the flow train-cifar.
         promote: Let the best go live if it is better.
     """
@@ -115,14 +115,15 @@ def sweep(
         return Failed(message=f"None of {len(ended)} trials has finished: {ended[-1].reason}")
     sentence = f"{best.run_id} is the best of {len(ended)} trials: {best.test_accuracy:.2%}"
     if verdict:
-        sentence += f". {told(best.run_id, verdict, settings.gate.fail_when_rejected)}"
+        handle_rejection(best.run_id, verdict, settings.gate.fail_when_rejected)
+        sentence += f". {verdict_message(best.run_id, verdict)}"
     return Completed(
         message=sentence, data=SweepResult(sweep_id=done.sweep_id, trials=ended, best=best, verdict=verdict)
     )
 
 
 def table(results: list[TrialResult]) -> list[dict[str, Any]]:
-    """A line a trial."""
+    """A row per trial."""
     return [
         {
             "run": trial.run_id,
@@ -137,7 +138,7 @@ def table(results: list[TrialResult]) -> list[dict[str, Any]]:
 
 
 def _passes(error: httpx.HTTPError | StorageError) -> bool:
-    """Whether it can be otherwise the next time: a sweep outlives a server or a store that does not answer."""
+    """Whether an error can pass by itself: a sweep outlives a server or a store that does not answer."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.is_server_error
     return not isinstance(error, StorageError) or error.transient
@@ -157,7 +158,7 @@ class _Runs:
     """The runs of the trials: their records, and the flow runs that train them."""
 
     client: SyncPrefectClient
-    store: S3
+    store: Store
     trainer: DeploymentResponse
     records: dict[str, RunRecord] = field(default_factory=dict)
     _started: dict[str, UUID] = field(default_factory=dict)
@@ -178,17 +179,17 @@ class _Runs:
                 if not _passes(error):
                     raise
                 if is_reachable:
-                    progress.current().warn(f"the trials go on by themselves, for they cannot be looked at: {error}")
+                    progress.current().warn(f"the trials cannot be watched, but go on by themselves: {error}")
                 is_reachable = False
             time.sleep(_POLL_SECONDS)
 
     def _look_after(self, study: Sweep) -> Sweep:
-        """Read how the trials are, start those that were asked and never started, and stop the bad ones."""
+        """Read how the trials are, start those that were asked for and never started, and stop the bad ones."""
         flow_runs = {}
         for trial in self._open(study):
             if not self._is_over(trial):
                 flow_runs[trial.run_id] = found = self._flow_run(study, trial)
-                # Read again: it may have ended between the two.
+                # Read again: the trial may have ended between the two reads.
                 if found.state_type in _THE_END and not self._is_over(trial):
                     study = self._note_failure(study, trial, found)
                 if not trial.ended:
@@ -198,13 +199,13 @@ class _Runs:
             study = end(self.store, study, run_id, "pruned", reason)
         for trial in self._open(study):
             if trial.ended == "pruned" and (found := flow_runs[trial.run_id]).state_type not in CANCELLED:
-                # Of one that nobody executes, nobody would report the end.
+                # An unexecuted flow run never reports its own cancellation.
                 state: State[Any] = Cancelling() if found.state_type in _AT_WORK else Cancelled()
                 self.client.set_flow_run_state(found.id, state)
         return study
 
     def _open(self, study: Sweep) -> list[Trial]:
-        """The trials that were not over when their records were read last."""
+        """The trials that were not over when their records were last read."""
         return [trial for trial in study.asked if not result(trial, self.records.get(trial.run_id))]
 
     def _is_over(self, trial: Trial) -> bool:
@@ -214,7 +215,7 @@ class _Runs:
         return result(trial, record) is not None
 
     def _flow_run(self, study: Sweep, trial: Trial) -> FlowRun:
-        """The flow run that trains a trial, started if it never was: the first one, or the one of a recovery since."""
+        """The flow run that trains a trial: the first, started here if it never was, or a recovery's since."""
         if trial.run_id not in self._started:
             progress.current().say(f"trial {trial.run_id}: {trial.overrides}")
             started = self.client.create_flow_run_from_deployment(
@@ -226,7 +227,7 @@ class _Runs:
                     "promote": False,
                 },
                 tags=[study.sweep_id],
-                # Of a sweep that was started again, this is the flow run that there is already.
+                # If the sweep was started again, this returns the flow run that exists already.
                 idempotency_key=trial.run_id,
             )
             self._started[trial.run_id] = started.id
@@ -235,11 +236,11 @@ class _Runs:
         return found
 
     def _note_failure(self, study: Sweep, trial: Trial, found: FlowRun) -> Sweep:
-        """Write down of a trial whose flow run has ended that it has failed, where no record says so or will."""
+        """Note that a trial has failed whose flow run has ended, where no record says so or will."""
         assert found.state
         record = self.records.get(trial.run_id)
         if found.state_type == StateType.CANCELLED and record:
-            recovery.close(self.store, trial.run_id, "cancelled")  # nobody else has, if it was not being trained
+            recovery.close(self.store, trial.run_id, "cancelled")  # if it was not being trained, nobody else has
             return study
         if record and record.status == "interrupted":  # it will be recovered
             return study

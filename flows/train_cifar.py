@@ -12,8 +12,9 @@ from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows.recover import is_being_cancelled
-from flows.verdicts import told
-from nightshift.config.recipes import make_config, recipe_names
+from flows.verdicts import handle_rejection, verdict_message
+from nightshift.config.recipes import recipe_names
+from nightshift.data.names import checked_config
 from nightshift.errors import RecoveryLimitError
 from nightshift.ids import durable_run_id
 from nightshift.records import recovery
@@ -56,8 +57,8 @@ def train_cifar(
 ) -> State[ModelRef]:
     """Train an image classifier on CIFAR-10, evaluate what was stored, publish it, and let it go live if it is better.
 
-    Whatever starts this again under the same run id goes on where it stopped, and ends with the same bits. That
-    a model is not promoted is a result and no failure: the verdict is the message of the final state.
+    A run that is started again under the same run id goes on where it stopped, and ends with the same bits. If a
+    model is not promoted, that is a result and no failure: the verdict is the message of the final state.
 
     Args:
         recipe: The named config to start from.
@@ -66,12 +67,12 @@ def train_cifar(
             this name is resumed, a finished one trains nothing. None: a name is made.
         promote: Let it go live if it is better. A trial of a sweep is compared with the other trials instead.
     """
-    config, run_id, settings = make_config(recipe, overrides), _run_id(run_id, recipe), Settings.load()
+    config, run_id, settings = checked_config(recipe, overrides), _run_id(run_id, recipe), Settings.load()
     with open_workspace(settings) as workspace:
         if flow_run.get_run_count() > 1 + settings.max_recoveries:
             raise RecoveryLimitError(recovery.give_up(workspace.store, run_id, settings.max_recoveries))
         try:
-            raw = download(workspace, config.dataset)
+            raw = download(workspace, config.data.dataset)
             dataset = preprocess(workspace, raw)
             checkpoint = train(workspace, run_id, config, dataset, promote)
             evaluation = evaluate(workspace, checkpoint, dataset)
@@ -85,4 +86,5 @@ def train_cifar(
             return Cancelled(message=f"Cancelled. What was last saved stands: nightshift resume {run_id}")
     if not verdict:
         return Completed(message=f"{run_id}: {model.test_accuracy:.2%}, the gate was not asked", data=model)
-    return Completed(message=told(run_id, verdict, settings.gate.fail_when_rejected), data=model)
+    handle_rejection(run_id, verdict, settings.gate.fail_when_rejected)
+    return Completed(message=verdict_message(run_id, verdict), data=model)

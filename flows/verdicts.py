@@ -1,4 +1,4 @@
-"""What becomes of the gate's verdict: a line for the final state, and word to whoever wants to be told."""
+"""What becomes of the gate's verdict: a message for the flow run's last state, and an event for a rejection."""
 
 from prefect.events import emit_event
 
@@ -6,16 +6,19 @@ from nightshift.errors import NotPromotedError
 from nightshift.refs import Verdict
 
 
-def told(run_id: str, verdict: Verdict, fail_when_rejected: bool) -> str:
-    """The verdict as a sentence; a rejection is also an event, which a notification waits for.
+def verdict_message(run_id: str, verdict: Verdict) -> str:
+    return f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}"
+
+
+def handle_rejection(run_id: str, verdict: Verdict, fail_when_rejected: bool) -> None:
+    """Emit the event that a notification waits for, if the verdict is a rejection.
 
     Raises:
-        NotPromotedError: it is a rejection, and that is to be a failure.
+        NotPromotedError: it is a rejection, and the settings make that a failure.
     """
-    sentence = f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}"
-    if not verdict.promoted:
-        resource = {"prefect.resource.id": f"nightshift.run.{run_id}", "prefect.resource.name": run_id}
-        emit_event("nightshift.rejected", resource, payload={"reason": verdict.reason})
-    if fail_when_rejected and not verdict.promoted:
-        raise NotPromotedError(sentence)
-    return sentence
+    if verdict.promoted:
+        return
+    resource = {"prefect.resource.id": f"nightshift.run.{run_id}", "prefect.resource.name": run_id}
+    emit_event("nightshift.rejected", resource, payload={"reason": verdict.reason})
+    if fail_when_rejected:
+        raise NotPromotedError(verdict_message(run_id, verdict))

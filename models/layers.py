@@ -15,10 +15,10 @@ class Whitening(nn.Conv2d):
     def fit(self, images: Tensor) -> None:
         """Set the filters to the principal directions of the images' patches, each scaled to variance one.
 
-        Half of the filters are directions, those of the largest variances; the other half are their negatives.
+        Half of the filters are the directions of the largest variances; the other half are their negatives.
 
         Args:
-            images: normalized training images, float32 (images, 3, height, width); some thousand are enough.
+            images: normalized training images, float32 (images, 3, height, width); a few thousand are enough.
         """
         patches = nn.functional.unfold(images, self.kernel_size, stride=self.stride).transpose(1, 2).flatten(0, 1)
         variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -27,7 +27,7 @@ class Whitening(nn.Conv2d):
 
 
 class DiracConv(nn.Conv2d):
-    """3x3 without bias; passes its input on unchanged in its first channels, the others begin as usual."""
+    """3x3 without bias. Initially its first channels pass the input on unchanged; the others begin as usual."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__(before, after, 3, padding=1, bias=False)
@@ -43,7 +43,7 @@ class FastNorm(nn.BatchNorm2d):
 
 
 class SmallHead(nn.Linear):
-    """Begins with small logits: where the paper divides them by the width, the weights are that much smaller."""
+    """Linear, with small initial logits: the paper divides them by the width, here the weights are smaller."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__(width, num_classes, bias=False)

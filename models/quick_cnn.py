@@ -1,4 +1,4 @@
-"""A small network made for two CPU cores: 225,000 parameters, 9 million multiplications an image."""
+"""A small network made for two CPU cores: 225,000 parameters, 9 million multiplications per image."""
 
 from itertools import pairwise
 
@@ -10,8 +10,8 @@ from models.layers import DiracConv, FastNorm, SmallHead, Whitening
 class QuickCNN(nn.Module):
     """A fixed 4x4 whitening layer with stride 2, three blocks of convolution, pooling, batch norm and GELU, linear.
 
-    Chosen by measurement: a stem that leaves 16 by 16 pixels is what makes it fast, for three quarters of a
-    step go into convolutions (docs/decisions/0005-quick.md). How it begins is SpeedNet's.
+    Chosen by measurement: a stem that leaves 16 by 16 pixels makes it fast, because three quarters of a step
+    go into convolutions (docs/decisions/0005-quick.md). It is initialized as SpeedNet is.
     """
 
     def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (32, 48, 96, 192)) -> None:

@@ -8,7 +8,7 @@ def resnet18(num_classes: int) -> nn.Module:
 
     The ImageNet stem would leave 8 by 8 pixels of a 32 by 32 image before the first residual block.
     """
-    from torchvision.models import resnet  # here, because it costs every start a second
+    from torchvision.models import resnet  # here, because it takes a second to import
 
     network: nn.Module = resnet.resnet18(num_classes=num_classes)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)

@@ -16,18 +16,20 @@
     │   ├── BucketNotFoundError
     │   ├── ObjectNotFoundError
     │   ├── PreconditionFailedError          a conditional write met another version (internal)
+    │   ├── DocumentDamagedError             a stored JSON object is not what nightshift wrote
+    │   ├── DocumentNewerError               a stored JSON object was written by a newer nightshift
     │   └── UnfencedStoreError               the store ignores conditional writes
     ├── DataUnavailableError                 no source of the data set answered
     ├── DataCorruptError                     the data is not what its digest says
     ├── CheckpointCorruptError               a stored payload is not what its record says
-    ├── NotPromotedError                     the gate's verdict, where the settings make it a failure
-    ├── ExportError                          an exported file does not do what the model does
+    ├── NotPromotedError                     the gate rejected a model, and the settings make that a failure
+    ├── ExportError                          an exported file does not predict what the model predicts
     ├── TrainingDivergedError                the loss is not a finite number
     ├── DiskError                            a local disk is full or cannot be written
     ├── LocalServiceError                    the embedded S3, the local Prefect server or worker does not start
-    ├── PrefectServerError                   the Prefect server does not answer, or refuses what it is asked
-    ├── RecoveryLimitError                   a run was started again by itself as often as is allowed
-    ├── RankFailedError                      one of a run's processes failed, again after every restart
+    ├── PrefectServerError                   the Prefect server does not answer, or refuses a request
+    ├── RecoveryLimitError                   a run was restarted automatically as often as is allowed
+    ├── RankFailedError                      one of a run's processes failed, and again after every restart
     └── Interrupted                 exit 3   stopped on purpose; the run can be resumed
         ├── TrainingInterrupted              SIGTERM or SIGINT; the last step is saved
         ├── RankLostError                    another of the run's processes is gone, or cannot be reached
@@ -39,13 +41,13 @@ The message of each says what was wrong, where, and what to do next.
 import errno
 
 DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What an OSError's errno is when there is no room: on the disk, in the quota, under the limit on a file's size."""
+"""The errno of an OSError when there is no room: on the disk, in the quota, or under the limit on a file's size."""
 
 
 class NightshiftError(Exception):
     """Base of all errors raised on purpose.
 
-    `exit_code` is what the command line ends with; `transient` says whether trying again can help.
+    `exit_code` is the command line's exit status; `transient` says whether trying again can help.
     """
 
     exit_code = 1
@@ -110,6 +112,14 @@ class ObjectNotFoundError(StorageError):
 
 class PreconditionFailedError(StorageError):
     pass
+
+
+class DocumentDamagedError(StorageError):
+    transient = False
+
+
+class DocumentNewerError(StorageError):
+    transient = False
 
 
 class UnfencedStoreError(StorageError):

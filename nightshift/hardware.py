@@ -1,38 +1,114 @@
-"""DOC."""
+"""What a run computes on, and how: device, precision, compilation, numerics. Resolved once and passed on."""
 
 import ctypes
 import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
 import torch
 from torch.utils import deterministic
 
 from nightshift import __version__
-from nightshift.config.train import TrainConfig
-from nightshift.errors import (
-    ConfigError,
-)
+from nightshift.config.train import HardwareConfig
+from nightshift.errors import ConfigError
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _COMPILATION_STEPS = 2000
-"""A training of so many steps takes minutes on a GPU, and a compilation half a one."""
+"""A run of this many steps takes minutes on a GPU; a compilation takes half a minute."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def pick_device(config: TrainConfig) -> torch.device:
+def find_device(choice: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
+    """The device that a config's `hardware.device` means on this machine.
+
+    Raises:
+        ConfigError: the config asks for a GPU, and there is none.
+    """
     available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
+    if choice == "cuda" and not available:
         raise ConfigError("device='cuda', but torch finds no GPU here. Allowed here are 'auto' and 'cpu'")
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    return torch.device("cuda" if available and choice != "cpu" else "cpu")
 
 
-def pick_precision(config: TrainConfig, device: torch.device) -> str:
-    """float32 or bfloat16. Where the hardware lacks bfloat16 it is emulated, many times slower than float32."""
-    if config.precision != "auto":
-        return config.precision
+@dataclass(frozen=True)
+class Hardware:
+    """What a config asks of the hardware, with every `auto` decided."""
+
+    device: torch.device
+    precision: Literal["float32", "bfloat16"]
+    compiled: bool
+    deterministic: bool
+
+    @classmethod
+    def resolve(cls, config: HardwareConfig, total_steps: int) -> Self:
+        """Decide for this machine and a run of `total_steps` steps.
+
+        Raises:
+            ConfigError: the config asks for a GPU, and there is none.
+        """
+        device = find_device(config.device)
+        # Compiled code is faster only on a GPU, and only many steps repay the compilation.
+        repaid = device.type == "cuda" and total_steps >= _COMPILATION_STEPS
+        return cls(
+            device=device,
+            precision=_native_precision(device) if config.precision == "auto" else config.precision,
+            compiled=repaid if config.compile == "auto" else config.compile == "on",
+            deterministic=config.deterministic,
+        )
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context for the forward pass and the loss."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    @contextmanager
+    def numerics(self) -> Iterator[None]:
+        """Make algorithms deterministic while training, if the config says so, then restore what was set before."""
+        if self.device.type == "cpu":
+            _keep_freed_memory()
+        before = torch.are_deterministic_algorithms_enabled()
+        fill_before = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        if self.deterministic and self.device.type == "cuda":
+            # cuBLAS reads it once, at its first use. Without it, deterministic mode refuses to multiply matrices.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(self.deterministic)
+        # Otherwise torch first fills each output with NaN, for models that read what they never wrote: 3 % slower.
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
+
+    def describe(self, world_size: int = 1) -> dict[str, str]:
+        """What decides the bits besides config and data, and the code's version; for the run record."""
+        return {
+            "device": _device_name(self.device),
+            "torch": torch.__version__,
+            "threads": str(torch.get_num_threads()),
+            "world_size": str(world_size),
+            "python": platform.python_version(),
+            "code": code_version(),
+            "precision": self.precision,
+            "compile": "on" if self.compiled else "off",
+        }
+
+
+def code_version() -> str:
+    """Nightshift's version, and the commit if it runs from a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return f"{__version__}+{commit}" if commit else __version__
+
+
+def _native_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the hardware has it. Elsewhere it is emulated, many times slower than float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -41,59 +117,16 @@ def pick_precision(config: TrainConfig, device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
-def pick_compile(config: TrainConfig, device: torch.device, total_steps: int) -> str:
-    """on or off. Compiled code is faster on a GPU only, and only many steps repay the compilation."""
-    if config.compile != "auto":
-        return config.compile
-    return "on" if device.type == "cuda" and total_steps >= _COMPILATION_STEPS else "off"
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed, for the next step needs it again, and the kernel hands it out page by page.
+    """Make glibc keep freed memory: the next step needs it again, and the kernel hands memory out page by page.
 
-    Tensors of more than 32 MiB, the most mallopt(3) accepts, still go back.
+    Tensors of more than 32 MiB, the limit that mallopt(3) accepts, are still given back to the kernel.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-@contextmanager
-def _numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Deterministic algorithms for the time of a training, then whatever was set before."""
-    before = torch.are_deterministic_algorithms_enabled()
-    fill_before = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if config.deterministic and device.type == "cuda":
-        # cuBLAS reads it once, when it is first used; without it deterministic mode refuses to multiply.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
-    # Else each output is first filled with NaN, at 3 % of the speed, for models that read what they never wrote.
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
-
-
-def describe_environment(device: torch.device, world_size: int = 1) -> dict[str, str]:
-    """What decides bits besides config and data, and which code it was."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}",
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-        "world_size": str(world_size),
-        "python": platform.python_version(),
-        "code": _code_version(),
-    }
-
-
-def _code_version() -> str:
-    """Nightshift's version, and the commit if it runs from a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return f"{__version__}+{commit}" if commit else __version__

@@ -1,4 +1,4 @@
-"""DOC."""
+"""Names that become part of object keys: which are valid, and how new ones are made."""
 
 import re
 import secrets
@@ -14,10 +14,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def parse_run_id(text: str) -> str:
-    """`text` if it can name a run, which makes it part of object keys.
+    """`text`, if it can name a run.
 
     Raises:
-        ConfigError: it has a character other than letters, digits, '.', '_' and '-', or '..' in it.
+        ConfigError: it is not 1 to 100 letters, digits, '.', '_' and '-', begins with neither a letter nor a
+            digit, or contains '..'.
     """
     if not _RUN_ID.fullmatch(text) or ".." in text:
         raise ConfigError(
@@ -28,14 +29,14 @@ def parse_run_id(text: str) -> str:
 
 
 def durable_run_id(run_id: str | None, label: str, scheduled: datetime, flow_run_id: str) -> str:
-    """The id of the run that a flow run trains, the same however often it is started.
+    """The id of the run that a flow run trains. It is the same however often the flow run is started.
 
     Args:
-        run_id: may have {date} in it, which stands for the day the flow run is scheduled for; none: one is made.
-        label: what a made one begins with.
+        run_id: may contain {date}, which stands for the day the flow run is scheduled for. None: an id is made.
+        label: what a made id begins with.
 
     Raises:
-        ConfigError: it is not a run id.
+        ConfigError: the result is not a valid run id.
     """
     made = f"{label}-{scheduled:%Y%m%d}-{flow_run_id[:8]}"
     return parse_run_id(run_id.replace("{date}", f"{scheduled:%Y-%m-%d}") if run_id else made)

@@ -1,4 +1,4 @@
-"""Names for processes that no other process will ever bear, and whether the named one still lives."""
+"""Names that no other process will ever have, and whether the process with such a name is still alive."""
 
 import os
 import secrets
@@ -8,7 +8,7 @@ from typing import Literal
 
 
 def identity(pid: int) -> str:
-    """This boot of this machine, this pid namespace, the pid, its start time in ticks; empty if it does not run."""
+    """A process' boot id, pid namespace, pid and start time in ticks, space-separated; empty if it is not running."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = Path("/proc/self/ns/pid").readlink()
@@ -19,13 +19,13 @@ def identity(pid: int) -> str:
     return "" if is_zombie else f"{boot} {namespace} {pid} {fields[19]}"
 
 
-def signature() -> str:
-    """Host, pid and random characters, for people to read; no two calls anywhere return the same."""
+def new_writer_id() -> str:
+    """A name to sign a write with: host, pid and random characters. No two calls anywhere return the same."""
     return f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
 
 
 def state_of(name: str) -> Literal["alive", "dead", "unknown"]:
-    """Whether the process with this identity lives; `unknown` for one of another machine or container."""
+    """Whether the process with this identity is alive; `unknown` on another machine or in another container."""
     ours, theirs = identity(os.getpid()).split(), name.split()
     if len(ours) != 4 or len(theirs) != 4 or ours[:2] != theirs[:2]:
         return "unknown"

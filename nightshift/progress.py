@@ -1,6 +1,6 @@
-"""What a run tells of itself while it runs.
+"""What a run reports while it runs.
 
-The core reports to `current()`, whoever that is: by default the log, in a terminal a live display.
+The core reports to `current()`: the log by default, a live display in a terminal.
 """
 
 import logging
@@ -16,7 +16,7 @@ _log = logging.getLogger("nightshift")
 
 @dataclass(frozen=True)
 class StepReport:
-    """The training so far: `loss` and `accuracy` are means over the epoch up to this step."""
+    """How far a run is. `loss` and `accuracy` are means over the epoch up to this step."""
 
     step: int
     total_steps: int
@@ -29,16 +29,16 @@ class StepReport:
 
 class Progress(Protocol):
     def transfer(self, what: str, size: int | None) -> AbstractContextManager[Callable[[int], object]]:
-        """Bytes are moved; yields what is to be called with the number just moved. `size` None: not known."""
+        """Show a transfer of `size` bytes (None: unknown). Yields a function to call with each count of bytes moved."""
 
     def trained(self, report: StepReport, epoch_ended: bool) -> None:
-        """Some steps are done; called a few times a second and at each end of an epoch."""
+        """Some steps are done. Called a few times a second, and at the end of each epoch."""
 
     def say(self, message: str) -> None:
         """Something worth knowing happened."""
 
     def warn(self, message: str) -> None:
-        """Something went wrong and was dealt with."""
+        """Something went wrong and was handled."""
 
 
 class LogProgress:
@@ -68,7 +68,7 @@ class LogProgress:
 
 
 class _Watched:
-    """Hands everything on, and keeps the newest report of the training."""
+    """Passes everything on, and keeps the newest step report."""
 
     def __init__(self, inner: Progress) -> None:
         self.newest: StepReport | None = None
@@ -81,9 +81,9 @@ class _Watched:
 
 @contextmanager
 def watched(show: Callable[[StepReport], object], seconds: float) -> Iterator[None]:
-    """Also show the newest report of the training every so many seconds, and the last one at the end.
+    """Also call `show` with the newest step report every `seconds` seconds, and with the last one at the end.
 
-    `show` is called in a thread of its own: however slow it is, and whatever it raises, the training goes on.
+    `show` runs in a thread of its own: training goes on however slow it is and whatever it raises.
     """
     progress, ended = _Watched(current()), threading.Event()
 
@@ -97,7 +97,7 @@ def watched(show: Callable[[StepReport], object], seconds: float) -> Iterator[No
                     show(shown)
                     failed = False
                 except Exception as error:
-                    if not failed:  # once an outage
+                    if not failed:  # one warning per outage
                         progress.warn(f"the live view could not be updated: {error}")
                     failed = True
 

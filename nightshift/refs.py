@@ -1,6 +1,6 @@
 """Small frozen values that cross task boundaries in place of tensors.
 
-Each names something that lies in the store; what is read from a stored result is validated again.
+Each names something in the store. A reference that is read from a stored result is validated again.
 """
 
 from typing import Any, Literal
@@ -15,7 +15,7 @@ class _Ref(BaseModel):
 
 
 class RawRef(_Ref):
-    """A data set that is at hand: packed already, or as raw arrays on this machine's disk."""
+    """A data set that is available: packed already, or as raw arrays on this machine's disk."""
 
     name: str
     digest: Sha256
@@ -45,7 +45,7 @@ class CheckpointRef(_Ref):
 
 
 class Evaluation(_Ref):
-    """What a model does on the test images, in short; the rest is stored under `key`."""
+    """How well a model does on the test images, in brief. The rest is stored under `key`."""
 
     accuracy: float
     loss: float
@@ -72,13 +72,13 @@ class PredictionsRef(_Ref):
     version: str
     predicted: int
     bad: list[str]
-    """The images, each with its reason."""
+    """The images that could not be read, each with its reason."""
 
 
 class Comparison(_Ref):
     """A candidate and the champion on the same test images, image by image.
 
-    `difference` is the candidate's accuracy less the champion's, `low` and `high` its 95 % interval, `p_value`
+    `difference` is the candidate's accuracy minus the champion's, `low` and `high` its 95 % interval, `p_value`
     that of McNemar's test.
     """
 
@@ -105,12 +105,12 @@ class ChampionRef(_Ref):
 
 
 class Verdict(_Ref):
-    """What the gate said of a candidate, and who is champion after it."""
+    """What the gate decided about a candidate, and which version is champion afterwards."""
 
     promoted: bool
     reason: str
     comparison: Comparison | None
-    """None if there was no champion, or the candidate was it already."""
+    """None if there was no champion, or if the candidate was the champion already."""
     champion: ChampionRef | None
 
 
@@ -128,11 +128,11 @@ class TrialResult(_Ref):
 
 
 class SweepResult(_Ref):
-    """How a sweep ended: each trial in the order in which it was asked."""
+    """How a sweep ended: its trials, in the order in which they were asked for."""
 
     sweep_id: RunId
     trials: list[TrialResult]
     best: ModelRef | None
     """None if no trial finished."""
     verdict: Verdict | None
-    """The gate's on the best; None if it was not asked."""
+    """The gate's verdict on the best; None if the gate was not asked."""

@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnparsableError
 
 from nightshift.errors import SettingsError
-from nightshift.explain import _explain, _near_miss
+from nightshift.explain import near_miss, problem_of
 
 _PREFIX = "NIGHTSHIFT_"
 
@@ -30,7 +30,7 @@ class S3Settings(BaseModel):
     )
     bucket: str | None = Field(None, min_length=3, max_length=63, description="The bucket, which must exist.")
     prefix: str = Field(
-        "", pattern=r"^([^/].*)?$", description="Put before every key, for a bucket with other tenants."
+        "", pattern=r"^([^/].*)?$", description="Put before every key, for a bucket shared with others."
     )
     region: str = Field("us-east-1", description="The bucket's region.")
     timeout_seconds: float = Field(60, gt=0, description="How long to wait for an answer before asking again.")
@@ -55,12 +55,12 @@ class NodesSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    count: str = Field("1", pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="How many there are, N or MIN:MAX.")
+    count: str = Field("1", pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="How many machines there are, N or MIN:MAX.")
     rendezvous: str | None = Field(
-        None, pattern=r"^[^:]+:\d+$", description="HOST:PORT, free on the machine that runs the flow, where all meet."
+        None, pattern=r"^[^:]+:\d+$", description="HOST:PORT where all meet, free on the machine that runs the flow."
     )
-    wait_seconds: int = Field(600, ge=1, description="How long to wait for the others to come, or to come back.")
-    max_restarts: int = Field(10, ge=0, description="How often the processes of a run are started again in place.")
+    wait_seconds: int = Field(600, ge=1, description="How long to wait for other machines to come, or to come back.")
+    max_restarts: int = Field(10, ge=0, description="How many times a run's processes are restarted in place.")
 
     @model_validator(mode="after")
     def _several_need_a_rendezvous(self) -> Self:
@@ -107,10 +107,12 @@ class Settings(BaseSettings):
 
     home: Path = Field(Path(".nightshift"), description="Local cache, embedded S3 and Prefect server.")
     s3: S3Settings = Field(S3Settings(), description="The bucket; none for the embedded server.")
-    # Its holder stops a sixth before its end: that must be more than the second to which a store tells the time.
-    lease_seconds: float = Field(60, ge=6, le=86_400, description="A run may be taken over after such a silence.")
+    # The holder stops a sixth of the lease before its end. That must exceed one second, the resolution of store clocks.
+    lease_seconds: float = Field(
+        60, ge=6, le=86_400, description="A run may be taken over after its trainer was silent for so long."
+    )
     save_retry_seconds: float = Field(
-        120, ge=0, description="How long a failing save is tried again before training goes on without it."
+        120, ge=0, description="How long a failing save is retried before training goes on without it."
     )
     nodes: NodesSettings = Field(NodesSettings(), description="The machines that train a run together.")
     gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
@@ -118,21 +120,21 @@ class Settings(BaseSettings):
     notify: str | None = Field(
         None,
         pattern=r"^[\w-]+/[\w-]+$",
-        description="A notification block of the Prefect server, TYPE/NAME, to be told of failed and rejected runs.",
+        description="A notification block of the Prefect server, TYPE/NAME, that reports failed and rejected runs.",
     )
-    max_recoveries: int = Field(20, ge=0, description="How often an interrupted run is started again by itself.")
+    max_recoveries: int = Field(20, ge=0, description="How many times an interrupted run is restarted automatically.")
 
     @classmethod
     def load(cls) -> Self:
         """Read the environment.
 
         Raises:
-            SettingsError: a variable does not parse or is none of ours.
+            SettingsError: a variable does not parse, or is not one of ours.
         """
         known = set(_variables(cls))
         for name in (*os.environ, *dotenv_values(".env")):
             if name.upper().startswith(_PREFIX) and name.upper() not in known:
-                raise SettingsError(f"{name} is not a setting of nightshift.{_near_miss(name, sorted(known))}")
+                raise SettingsError(f"{name} is not a setting of nightshift.{near_miss(name, sorted(known))}")
         try:
             settings = cls()
         except UnparsableError:
@@ -141,7 +143,7 @@ class Settings(BaseSettings):
             ) from None
         except ValidationError as error:
             problems = "; ".join(
-                f"{_PREFIX}{'__'.join(str(part) for part in detail['loc']).upper()}: {_explain(detail)}"
+                f"{_PREFIX}{'__'.join(str(part) for part in detail['loc']).upper()}: {problem_of(detail)}"
                 for detail in error.errors()
             )
             raise SettingsError(f"{problems}. Correct it in the environment or in .env.") from None

@@ -1,4 +1,4 @@
-"""A polite stop: SIGTERM and SIGINT as a flag the training loop reads at each step edge."""
+"""A polite stop: SIGTERM and SIGINT set a flag that the training loop reads at each step boundary."""
 
 import signal
 import threading
@@ -14,12 +14,12 @@ _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """While entered, the first SIGTERM or SIGINT sets `received`; a second one stops at once.
 
-    Python delivers signals to the main thread only. Entered in another thread this does nothing, and
-    whoever runs the loop there has to pass the request on by other means.
+    Python delivers signals to the main thread only. In another thread this does nothing, and whoever runs
+    the loop there must pass the request on by other means.
     """
 
     def __init__(self, pass_on: Callable[[], object] = lambda: None) -> None:
-        """`pass_on`: called at the first signal, to tell whoever else is to stop."""
+        """`pass_on`: called at the first signal, to stop others too."""
         self.received: signal.Signals | None = None
         self._pass_on = pass_on
         self._before: dict[signal.Signals, Any] = {}

@@ -8,13 +8,14 @@ from pathlib import Path
 from nightshift.local.s3 import embedded_s3
 from nightshift.settings import NodesSettings, Settings
 from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 
 
 @dataclass(frozen=True)
 class Workspace:
     """What every task needs. Holds no state of a run."""
 
-    store: S3
+    store: Store
     home: Path
     lease_seconds: float
     save_retry_seconds: float
@@ -26,17 +27,17 @@ def open_workspace(settings: Settings) -> Iterator[Workspace]:
     """The workspace these settings describe, on the embedded S3 unless they name another store.
 
     Raises:
-        StorageError: the store cannot be used; found out here, before any work.
+        StorageError: the store cannot be used. This is checked here, before any work.
         LocalServiceError: the embedded S3 does not start.
     """
     if settings.s3.embedded:
         with embedded_s3(settings.home, settings.s3.prefix) as store:
             yield _workspace(settings, store)
     else:
-        # Few attempts: a wrong endpoint is to be told in seconds.
+        # Few attempts, so that a wrong endpoint is reported within seconds.
         S3(settings.s3, attempts=2).check_access()
         yield _workspace(settings, S3(settings.s3))
 
 
-def _workspace(settings: Settings, store: S3) -> Workspace:
+def _workspace(settings: Settings, store: Store) -> Workspace:
     return Workspace(store, settings.home, settings.lease_seconds, settings.save_retry_seconds, settings.nodes)

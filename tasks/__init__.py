@@ -1,7 +1,7 @@
 """Prefect tasks: thin wrappers around one core function each, returning small references.
 
-They share two decisions. Retries are for what can pass, never for a mistake. And none is cached by Prefect:
-what was done is found again in the store, under the digest of its content, where it cannot be stale
+They share two decisions. Errors that can pass are retried, mistakes never. And Prefect caches no task:
+finished work is found in the store, under the digest of its content, where it cannot be stale
 (docs/decisions/0003-the-store-is-the-cache.md).
 """
 
@@ -29,7 +29,7 @@ def worth_another_try(task: Task[Any, Any], task_run: TaskRun, state: State[Any]
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """End the flow run Crashed, to be resumed: as a failure, an interruption would count against the model."""
+    """Let an interruption end the flow run Crashed, to be resumed. A failure would count against the model."""
     try:
         yield
     except Interrupted as stopped:
@@ -37,7 +37,7 @@ def interruptible() -> Iterator[None]:
 
 
 def progress_artifact(run_id: str) -> Callable[[StepReport], object]:
-    """A function that shows the training as a progress artifact of the task run."""
+    """A function that shows a step report as the progress artifact of the task run."""
     artifact: UUID | None = None
 
     def show(report: StepReport) -> None:

@@ -1,4 +1,4 @@
-"""Task: make sure that a data set is at hand."""
+"""Task: make sure that a data set is available."""
 
 from nightshift.data.datasets import fetch
 from nightshift.refs import RawRef

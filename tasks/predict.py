@@ -8,5 +8,5 @@ from tasks import step
 
 @step
 def predict(workspace: Workspace, name: str, version: str, images: list[str], out: str) -> PredictionsRef:
-    """Load the verified weights, predict every image that can be read, and write a line each to `out`."""
+    """Load the verified weights, predict every image that can be read, and write a line per image to `out`."""
     return prediction.predict(workspace.store, name, version, images, out)

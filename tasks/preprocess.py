@@ -8,5 +8,5 @@ from tasks import step
 
 @step
 def preprocess(workspace: Workspace, raw: RawRef) -> DatasetRef:
-    """Pack, check and store it, unless an object with this digest is there already."""
+    """Pack, check and store the data set, unless an object with this digest exists already."""
     return pack(workspace, raw)

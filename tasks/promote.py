@@ -9,5 +9,5 @@ from tasks import step
 
 @step
 def promote(workspace: Workspace, candidate: ModelRef, settings: GateSettings) -> Verdict:
-    """Compare it with the champion on the same images, and put it in its place if it passes."""
+    """Compare a candidate with the champion on the same images, and make it the champion if it passes."""
     return gate.promote(workspace.store, candidate, settings)

@@ -8,6 +8,6 @@ from tasks import interruptible, step
 
 @step
 def publish(workspace: Workspace, checkpoint: CheckpointRef, dataset: DatasetRef, evaluation: Evaluation) -> ModelRef:
-    """Export it, compare each file with the model on real images, and store all under `models/`."""
+    """Export the model, compare each file with it on real images, and store all under `models/`."""
     with interruptible():
         return publish_model(workspace, checkpoint, dataset, evaluation)

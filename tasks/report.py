@@ -17,7 +17,7 @@ def report(
     verdict: Verdict | None,
     price_per_hour: float | None,
 ) -> str:
-    """Store it as HTML, show it as an artifact, and return where it lies."""
+    """Store the report as HTML, show it as an artifact, and return its URL."""
     with interruptible():
         page = publish_report(workspace, checkpoint, evaluation, model, verdict, price_per_hour)
     create_markdown_artifact(page.markdown, key="report", description=f"Run {checkpoint.run_id}")

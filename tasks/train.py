@@ -18,6 +18,6 @@ def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: Datas
     name = f"{flow_run.get_flow_name()}/{deployment.get_name()}" if deployment.get_name() else None
     origin = Origin(flow_run_id=flow_run.get_id(), deployment=name, promote=promote)
     with interruptible(), progress.watched(progress_artifact(run_id), seconds=5):
-        if name:  # started again by mistake, it waits for the trainer that lives and returns its result
+        if name:  # if started again by mistake, it waits for the living trainer and returns its result
             wait_until_free(workspace.store, run_id)
         return train_run(workspace, run_id, config, dataset, origin)

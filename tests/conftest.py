@@ -1,15 +1,10 @@
 """One real S3 server, one real Prefect server and the real CIFAR-10 a process of the tests; a fresh prefix a test."""
 
-import json
 import os
 import secrets
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,10 @@ from filelock import FileLock
 
 # The batches of the tests are tiny: threads that wait for each other on shared cores would take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Prefect looks for what is due every second or two, instead of every 10, 30 and 5.
+os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "1")
+os.environ.setdefault("PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS", "2")
+os.environ.setdefault("PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY", "PT1S")
 
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
@@ -28,13 +27,34 @@ from nightshift.local.s3 import embedded_s3
 from nightshift.publishing.publish import publish_model as publish
 from nightshift.refs import DatasetRef, ModelRef
 from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.commands import Command, Finished
+
+LONGEST = (
+    "test_server.py",
+    "test_train_cifar.py",
+    "test_kills.py",
+    "test_nodes.py",
+    "test_launch.py",
+    "test_faults.py",
+)
+SLOW = {"deployments/server", "faults", "flows", "parallel"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits the most comes first, so that the other process works meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_server.py")
+    """What takes longest comes first, so that both processes end together; what `make test-fast` leaves out is marked.
+
+    That is all that needs a Prefect server, many processes that train, or programs from outside.
+    """
+    ranks = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    for item in items:
+        room = item.path.parent.relative_to(Path(__file__).parent).as_posix()
+        if room in SLOW or "prefect_api" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +80,17 @@ def workspace(home: Path, server: S3, prefix: str) -> Iterator[Workspace]:
     """A workspace of its own in the session's store."""
     with embedded_s3(home, prefix) as store:
         yield Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
+
+
+@pytest.fixture(params=["server", "memory"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """An empty store: what a test promises of it, the S3 server and the one in memory both keep."""
+    from tests.stores import memory_store
+
+    if request.param == "memory":
+        return memory_store()
+    here: Workspace = request.getfixturevalue("workspace")
+    return here.store
 
 
 @pytest.fixture(scope="session")
@@ -99,50 +130,6 @@ def eventually(condition: Callable[[], bool], timeout: float = 30) -> None:
         time.sleep(0.05)
 
 
-@dataclass
-class Finished:
-    """How a command ended."""
-
-    exit_code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Command:
-    """`nightshift …` as a process of its own, as a user starts it."""
-
-    def __init__(self, arguments: tuple[str, ...], environment: Mapping[str, str], cwd: Path) -> None:
-        program = str(Path(sys.executable).with_name("nightshift"))
-        self.process = subprocess.Popen(
-            [program, *arguments],
-            env={**os.environ, **environment},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def wait_for_line(self, text: str) -> None:
-        """Read standard error until a line with `text` is there."""
-        assert self.process.stderr
-        for line in self.process.stderr:
-            if text in line:
-                return
-        pytest.fail(f"ended without printing {text!r}")
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def finish(self, timeout: float = 240) -> Finished:
-        out, err = self.process.communicate(timeout=timeout)
-        return Finished(self.process.returncode, out, err)
-
-
 @pytest.fixture
 def start(home: Path, server: S3, prefix: str, tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Start `nightshift` on the session's servers with this test's prefix; extra environment as keywords."""
@@ -155,9 +142,7 @@ def start(home: Path, server: S3, prefix: str, tmp_path: Path) -> Iterator[Calla
 
     yield start_command
     for command in started:
-        if command.process.poll() is None:
-            command.process.kill()
-            command.finish()
+        command.kill()
 
 
 @pytest.fixture

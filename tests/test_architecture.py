@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +50,7 @@ def test_storage_and_settings_import_where_there_is_no_torch() -> None:
 
 @pytest.mark.parametrize(
     ("forbidden", "module"),
-    [("prefect", "flows.train_cifar"), ("torch", "models"), ("torch", "nightshift.training.state")],
+    [("prefect", "flows.train_cifar"), ("torch", "models.quick_cnn"), ("torch", "nightshift.training.state")],
 )
 def test_what_is_kept_out_of_those_is_really_not_to_be_had_there(forbidden: str, module: str) -> None:
     done = run_python(REFUSE.format(forbidden=forbidden) + f"import {module}")
@@ -84,6 +85,44 @@ def test_imports_run_one_way_through_the_house() -> None:
     lint = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pre_commit_runs_what_make_check_runs() -> None:
+    (recipe,) = re.findall(r"^check:.*\n((?:\t.*\n?)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    checked = [line.strip().removeprefix("@") for line in recipe.splitlines()]
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"
+    assert [hook["entry"] for hook in local["hooks"]] == checked
+    # Each looks at the whole project, as `make check` does: a change can break a file that it does not touch.
+    assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in local["hooks"])
+
+
+def test_the_readme_shows_the_directories_there_are() -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## The tree\n")[2].partition("\n## ")[0]
+    shown, parent = [], ""
+    for indent, name in re.findall(r"^( *)([\w-]+)/ +\w", section, re.MULTILINE):
+        parent = parent if indent else name
+        shown.append(f"{parent}/{name}" if indent else name)
+    written = {".py", ".md", ".yaml", ".json"}
+    there = {path.parent.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/*") if path.suffix in written}
+    # A folder of tests is named after the package it tests, and a page's templates lie beside the page.
+    expected = [
+        str(folder)
+        for folder in there
+        if len(folder.parts) == 1 or (len(folder.parts) == 2 and folder.parts[0] != "tests")
+    ]
+    assert sorted(shown) == sorted(expected)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/operations.md", "docs/storage.md"])
+def test_a_page_names_only_files_and_make_targets_there_are(page: str) -> None:
+    text = (ROOT / page).read_text()
+    files = re.findall(r"`((?:nightshift|flows|tasks|models|tests|deployments|benchmarks|docs)/[\w./-]+)`", text)
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    there = [ROOT / file for file in files] + [(ROOT / page).parent / file for file in linked]
+    assert [str(path) for path in there if not path.exists()] == []
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)?)(?=`|\n```)", text)) <= targets
 
 
 def test_every_task_fits_on_less_than_thirty_lines() -> None:

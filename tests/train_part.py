@@ -1,10 +1,8 @@
 """What a process of its own does in the tests of exact resume: train a run until a step, or to its end."""
 
 import hashlib
-import multiprocessing
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,6 @@ from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
-
-
-def forkserver() -> ForkServerContext:
-    """For processes forked from one that has torch imported already."""
-    context = multiprocessing.get_context("forkserver")
-    # Only what is installed is found there. The first optimizer imports torch._dynamo, which takes seconds.
-    heavy = ["torch._dynamo", "torch.export", "torchmetrics.functional.classification", "scipy.stats"]
-    context.set_forkserver_preload(
-        ["nightshift.local.s3", "nightshift.publishing.export", "nightshift.judging.plots", *heavy]
-    )
-    return context
 
 
 @dataclass(frozen=True)

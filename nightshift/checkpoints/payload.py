@@ -1,4 +1,4 @@
-"""DOC."""
+"""A checkpoint's payload: what is stored, and how it is read back without trusting it."""
 
 import hashlib
 import io
@@ -12,13 +12,13 @@ from torch import Tensor
 from nightshift.errors import CheckpointCorruptError, ObjectNotFoundError
 from nightshift.records.run import Checkpoint
 from nightshift.refs import CheckpointRef
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 
 Payload = dict[str, Any]
 
 
-def read_payload(store: S3, checkpoint: Checkpoint | CheckpointRef) -> Payload:
-    """A checkpoint's payload on the CPU, after its size and sha256 were found right.
+def read_payload(store: Store, checkpoint: Checkpoint | CheckpointRef) -> Payload:
+    """A checkpoint's payload on the CPU, after its size and sha256 were checked.
 
     Nothing stored can execute: only tensors and plain values are accepted.
 
@@ -29,7 +29,7 @@ def read_payload(store: S3, checkpoint: Checkpoint | CheckpointRef) -> Payload:
     try:
         body = _verified_body(store, checkpoint)
     except CheckpointCorruptError:
-        body = _verified_body(store, checkpoint)  # once more: it may have been damaged on the way only
+        body = _verified_body(store, checkpoint)  # once more: it may only have been damaged on the way
     try:
         payload: Payload = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -39,18 +39,18 @@ def read_payload(store: S3, checkpoint: Checkpoint | CheckpointRef) -> Payload:
     return payload
 
 
-def read_weights(store: S3, checkpoint: Checkpoint | CheckpointRef) -> dict[str, Tensor]:
+def read_weights(store: Store, checkpoint: Checkpoint | CheckpointRef) -> dict[str, Tensor]:
     """The state_dict that is tested and published: the moving average of the weights, if the run keeps one.
 
     Raises:
-        CheckpointCorruptError, StorageError: as `read`.
+        CheckpointCorruptError, StorageError: as `read_payload`.
     """
     payload = read_payload(store, checkpoint)
     weights: dict[str, Tensor] = payload["average"] or payload["model"]
     return weights
 
 
-def _verified_body(store: S3, checkpoint: Checkpoint | CheckpointRef) -> bytes:
+def _verified_body(store: Store, checkpoint: Checkpoint | CheckpointRef) -> bytes:
     try:
         body = store.download_bytes(checkpoint.key)
     except ObjectNotFoundError as error:

@@ -1,4 +1,4 @@
-"""DOC."""
+"""Restoring a run from its newest whole checkpoint."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from nightshift.records.run import Checkpoint, RunRecord
 
 
 def restore_newest(run: Run) -> tuple[Checkpoint, Payload] | None:
-    """The newest committed checkpoint that is whole and its payload, or None if the run has to begin anew.
+    """The newest committed checkpoint that is whole, and its payload; None if the run has to start over.
 
-    Each one skipped is warned of by name and dropped from the record: what comes after the restored step is
-    written again. Beginning anew costs time but not correctness: the same bits come out.
+    A warning names each skipped checkpoint, and the record drops it: what comes after the restored step is
+    written again. Starting over costs time but not correctness: the same bits come out.
 
     Raises:
         LeaseLostError: another trainer has taken the run over.

@@ -1,19 +1,21 @@
-"""DOC."""
+"""Which checkpoints of a run are kept."""
 
-from nightshift.config.train import TrainConfig
+from nightshift.config.train import SavingConfig
 from nightshift.records.run import Checkpoint
 
 
-def retained(checkpoints: list[Checkpoint], config: TrainConfig) -> list[Checkpoint]:
-    """Those that are kept, of all of a run's in the order they were written; the newest always is.
+def retained(checkpoints: list[Checkpoint], config: SavingConfig) -> list[Checkpoint]:
+    """The checkpoints to keep, from all of a run's in the order they were written. The newest is always kept.
 
-    They are the last `keep_last`, the best by the training loss of its last whole epoch, and the first after
+    These are the last `keep_last`, the best by the training loss of its last whole epoch, and the first after
     every `keep_every_epochs`-th epoch.
     """
     keys = {checkpoint.key for checkpoint in checkpoints[-config.keep_last :]}
-    scored = [checkpoint for checkpoint in checkpoints if "epoch_loss" in checkpoint.metrics]
+    scored = [
+        (loss, checkpoint.key) for checkpoint in checkpoints if (loss := checkpoint.metrics.epoch_loss) is not None
+    ]
     if config.keep_best and scored:
-        keys.add(min(scored, key=lambda checkpoint: checkpoint.metrics["epoch_loss"]).key)
+        keys.add(min(scored, key=lambda pair: pair[0])[1])
     if config.keep_every_epochs:
         reached = 0
         for checkpoint in checkpoints:

@@ -1,4 +1,4 @@
-"""DOC."""
+"""Reading every checkpoint of a run back."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ from nightshift.checkpoints.payload import read_payload
 from nightshift.checkpoints.restore import UnusableCheckpoint
 from nightshift.errors import CheckpointCorruptError, StorageError, StorageUnreachableError
 from nightshift.records.run import Checkpoint, RunRecord
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 
 
-def verify_checkpoints(store: S3, record: RunRecord) -> Iterator[tuple[Checkpoint, UnusableCheckpoint | None]]:
+def verify_checkpoints(store: Store, record: RunRecord) -> Iterator[tuple[Checkpoint, UnusableCheckpoint | None]]:
     """Read every checkpoint of a run back, one after the other, and say which are bad.
 
     Raises:

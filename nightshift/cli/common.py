@@ -1,6 +1,7 @@
-"""What the commands share: the application, its errors as sentences, and how results are printed."""
+"""What the commands share: the application, its options, its errors as sentences, and how results are printed."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,23 +9,42 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from nightshift.errors import DISK_IS_FULL, DiskError, Interrupted, NightshiftError
+from nightshift import __version__
+from nightshift.errors import DISK_IS_FULL, ConfigError, DiskError, Interrupted, NightshiftError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from nightshift.workspace import Workspace
 
-app = typer.Typer(
-    help="Retrain image classifiers every night, and survive the night.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's log and all warnings.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
+
+
+def _valid_run_id(text: str) -> str:
+    from nightshift.ids import parse_run_id
+
+    return parse_run_id(text)
+
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.", callback=_valid_run_id)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nightshift {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Retrain image classifiers every night, and survive the night."""
 
 
 def main() -> None:
@@ -50,11 +70,12 @@ def _end_with(error: BaseException) -> NoReturn:
         raise error
     if "--json" in sys.argv:
         print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
-    tell(error)
+    print_error(error)
     sys.exit(error.exit_code)
 
 
-def tell(error: NightshiftError) -> None:
+def print_error(error: NightshiftError) -> None:
+    """One line on standard error: what kind of ending it is, and the message."""
     from rich.markup import escape
 
     colour, word = ("yellow", "Interrupted") if isinstance(error, Interrupted) else ("red", "Error")
@@ -64,11 +85,29 @@ def tell(error: NightshiftError) -> None:
 
 @contextmanager
 def configured_workspace() -> Iterator["Workspace"]:
+    """The workspace that the environment's settings describe."""
     from nightshift.settings import Settings
     from nightshift.workspace import open_workspace
 
     with open_workspace(Settings.load()) as workspace:
         yield workspace
+
+
+def use_server() -> None:
+    """Choose the Prefect server, which Prefect reads from the environment when it is imported.
+
+    Raises:
+        ConfigError: the user has chosen none, and none runs on this machine.
+    """
+    from nightshift.local.prefect import server_url
+    from nightshift.settings import Settings
+
+    url = server_url(Settings.load().home)
+    if not url:
+        raise ConfigError(
+            "no Prefect server: set PREFECT_API_URL to yours, or start one on this machine with `nightshift up`"
+        )
+    os.environ["PREFECT_API_URL"] = url
 
 
 def console() -> "Console":

@@ -1,4 +1,4 @@
-"""Is everything there that a run needs? Each check says what it found, or what to do."""
+"""The checks of `nightshift doctor`: is everything there that a run needs? Each says what it found, or what to do."""
 
 import shutil
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from nightshift.cli.common import AsJson, RunArgument, app, configured_workspace
 
 if TYPE_CHECKING:
     from nightshift.refs import ChampionRef
-    from nightshift.storage.s3 import S3
+    from nightshift.storage.store import Store
 
 Name = Annotated[str, typer.Option("--name", help="Name of the model, which is its data set's.")]
 
@@ -89,7 +89,7 @@ def predict(
     from nightshift.publishing import prediction
 
     if out is not None:
-        prediction.output_format(out)  # a mistake in it is told before anything is done
+        prediction.output_format(out)  # raises for a mistake, before anything is done
     rows = io.StringIO()
     with configured_workspace() as workspace:
         store = workspace.store
@@ -112,8 +112,8 @@ def predict(
     screen = error_console()
     for item in bad:
         screen.print(f"[yellow]![/] {escape(item.image)}: {escape(str(item.error))}", highlight=False, soft_wrap=True)
-    told = f"· {good} predicted by {classifier.version}, {len(bad)} not readable{f', in {out}' if out else ''}"
-    screen.print(told, highlight=False, markup=False, soft_wrap=True)
+    summary = f"· {good} predicted by {classifier.version}, {len(bad)} not readable{f', in {out}' if out else ''}"
+    screen.print(summary, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="Models")
@@ -145,10 +145,10 @@ def report(
         error_console().print("There is no browser here: open the file by hand.")
 
 
-def _show(store: "S3", champion: "ChampionRef", as_json: bool) -> None:
+def _show(store: "Store", champion: "ChampionRef", as_json: bool) -> None:
     from nightshift.records.champions import read_history
 
-    history = read_history(store, champion.name)[0].transitions
+    history = read_history(store, champion.name).transitions
     if as_json:
         print_json({**champion.model_dump(), "history": [entry.model_dump(mode="json") for entry in history]})
         return

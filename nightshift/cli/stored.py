@@ -1,4 +1,4 @@
-"""The commands that look at what is stored and where: `runs`, `show`, `verify`, `gc`, `recipes`, `doctor`."""
+"""The commands that show what there is: `runs`, `show`, `verify`, `gc`, `recipes`, `doctor`."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +36,13 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
     if as_json:
-        print_json({**record.model_dump(mode="json"), **record.summary()})
+        print_json(
+            {
+                **record.model_dump(mode="json"),
+                **record.summary(),
+                "config": record.train_config().model_dump(mode="json"),
+            }
+        )
         return
     from nightshift.cli.terminal import checkpoints_table, curve_table, facts_table, percent, status_text
 
@@ -50,7 +56,9 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
                 "owner": f"{record.lease.owner}, lease until {record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC",
                 "test accuracy": percent(record.test_accuracy),
                 "training": f"{record.train_seconds:,.1f} s",
-                "config": "  ".join(f"{name}={value}" for name, value in record.config.items() if value is not None),
+                "config": "  ".join(
+                    f"{name}={value}" for name, value in record.train_config().flat().items() if value is not None
+                ),
                 "data set": f"{record.dataset.name} {record.dataset.digest[:12]}",
                 "environment": "  ".join(f"{name}={value}" for name, value in record.environment.items()),
                 "weights_sha256": (record.result and record.result.weights_sha256) or "–",
@@ -140,7 +148,12 @@ def recipes(as_json: AsJson = False) -> None:
     from nightshift.config.recipes import get_recipe, recipe_names
 
     rows = [
-        {"name": name, "model": recipe.config.model, "epochs": recipe.config.epochs, "detail": recipe.detail}
+        {
+            "name": name,
+            "model": recipe.config.model.name,
+            "epochs": recipe.config.schedule.epochs,
+            "detail": recipe.detail,
+        }
         for name, recipe in ((name, get_recipe(name)) for name in recipe_names())
     ]
     if as_json:

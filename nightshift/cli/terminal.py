@@ -143,7 +143,7 @@ def facts_table(facts: dict[str, Any]) -> Table:
 
 
 def lines_table(lines: list[dict[str, Any]]) -> Table:
-    """Lines that all have the same columns; shares of 1 as they are."""
+    """A row a line; all lines have the same columns, and their values are printed as they are."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in lines[0]:
         table.add_column(name, overflow="fold")
@@ -198,7 +198,5 @@ def curve_table(record: RunRecord) -> Table:
     for name in ("epoch", "step", "loss", "training accuracy"):
         table.add_column(name, justify="right")
     for point in record.curve:
-        table.add_row(
-            f"{point['epoch']:.0f}", f"{point['step']:,.0f}", f"{point['loss']:.4f}", percent(point["accuracy"])
-        )
+        table.add_row(f"{point.epoch}", f"{point.step:,}", f"{point.loss:.4f}", percent(point.accuracy))
     return table

@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nightshift.config.train import TrainConfig
+from nightshift.config.train import (
+    AugmentConfig,
+    DataConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from nightshift.errors import ConfigError
 
 
@@ -20,70 +30,50 @@ _RECIPES = {
     "quick": Recipe(
         TrainConfig(
             recipe="quick",
-            model="quick_cnn",
-            epochs=6,
-            batch_size=256,
-            optimizer="muon",
-            lr=0.05,
-            momentum=0.6,
-            weight_decay=5e-4,
-            schedule="linear",
-            ema_decay=0.9,
-            label_smoothing=0.1,
-            flip="alternating",
-            translate=2,
-            drop_last=True,
-            precision="auto",
+            model=ModelConfig(name="quick_cnn"),
+            data=DataConfig(batch_size=256, drop_last=True),
+            optimizer=OptimizerConfig(name="muon", lr=0.05, momentum=0.6, weight_decay=5e-4, ema_decay=0.9),
+            schedule=ScheduleConfig(name="linear", epochs=6),
+            augment=AugmentConfig(flip="alternating", translate=2),
+            loss=LossConfig(label_smoothing=0.1),
+            hardware=HardwareConfig(precision="auto"),
         ),
         "A small network for two CPU cores: over 80 % in a minute or two.",
     ),
     "tutorial": Recipe(
         TrainConfig(
             recipe="tutorial",
-            model="simple_cnn",
-            epochs=10,
-            batch_size=32,
-            optimizer="adam",
-            lr=1e-3,
-            normalization="half",
+            model=ModelConfig(name="simple_cnn"),
+            data=DataConfig(batch_size=32, normalization="half"),
+            optimizer=OptimizerConfig(name="adam", lr=1e-3),
+            schedule=ScheduleConfig(epochs=10),
         ),
         "The PyTorch tutorial's network and loop, unchanged: about 71 %.",
     ),
     "resnet18": Recipe(
         TrainConfig(
             recipe="resnet18",
-            model="resnet18",
-            epochs=30,
-            batch_size=128,
-            optimizer="sgd",
-            lr=0.1,
-            weight_decay=5e-4,
-            schedule="one_cycle",
-            label_smoothing=0.1,
-            flip="random",
-            translate=4,
-            drop_last=True,
-            precision="auto",
+            model=ModelConfig(name="resnet18"),
+            data=DataConfig(batch_size=128, drop_last=True),
+            optimizer=OptimizerConfig(name="sgd", lr=0.1, weight_decay=5e-4),
+            schedule=ScheduleConfig(name="one_cycle", epochs=30),
+            augment=AugmentConfig(flip="random", translate=4),
+            loss=LossConfig(label_smoothing=0.1),
+            hardware=HardwareConfig(precision="auto"),
         ),
         "torchvision's ResNet-18 with a stem for 32x32 images. For a GPU.",
     ),
     "speedrun": Recipe(
         TrainConfig(
             recipe="speedrun",
-            model="speednet",
-            epochs=8,
-            batch_size=2000,
-            optimizer="muon",
-            lr=0.24,
-            momentum=0.6,
-            weight_decay=0.004,
-            schedule="linear",
-            label_smoothing=0.2,
-            flip="alternating",
-            translate=2,
-            tta="crops",
-            drop_last=True,
-            precision="auto",
+            model=ModelConfig(name="speednet"),
+            data=DataConfig(batch_size=2000, drop_last=True),
+            optimizer=OptimizerConfig(name="muon", lr=0.24, momentum=0.6, weight_decay=0.004),
+            schedule=ScheduleConfig(name="linear", epochs=8),
+            augment=AugmentConfig(flip="alternating", translate=2),
+            loss=LossConfig(label_smoothing=0.2),
+            evaluation=EvaluationConfig(tta="crops"),
+            hardware=HardwareConfig(precision="auto"),
         ),
         "The published ideas for training fast: 94 % in 8 epochs. For a GPU.",
     ),
@@ -106,9 +96,9 @@ def get_recipe(name: str) -> Recipe:
 
 
 def overrides_of(config: TrainConfig) -> dict[str, Any]:
-    """The fields in which a config differs from its recipe's: what `make_config` makes it of again."""
-    base = get_recipe(config.recipe).config.model_dump()
-    return {name: value for name, value in config.model_dump().items() if base[name] != value}
+    """The fields in which a config differs from its recipe's, by dotted name: `make_config` makes it of them again."""
+    base = get_recipe(config.recipe).config.flat()
+    return {name: value for name, value in config.flat().items() if base[name] != value}
 
 
 def make_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:

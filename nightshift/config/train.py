@@ -1,98 +1,248 @@
-"""DOC."""
+"""TrainConfig: everything that decides which bits a run ends with, and how often it is saved on the way."""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from nightshift.errors import ConfigError
-from nightshift.explain import _explain, _near_miss
+from nightshift.explain import near_miss, problem_of
+
+FORMAT = 2
+"""Format 1 had all fields on one level, and no number."""
 
 
-class TrainConfig(BaseModel):
-    """Everything that decides which bits a run ends with, and how often it is saved on the way."""
+@dataclass(frozen=True)
+class _Effect:
+    """Whether a field decides which bits a run ends with."""
+
+    on_bits: bool
+
+
+Value = TypeVar("Value")
+Decisive = Annotated[Value, _Effect(on_bits=True)]
+"""A stored run resumes only with the same value. A new field's default has to do what was done before it existed."""
+Free = Annotated[Value, _Effect(on_bits=False)]
+"""May change when a run is resumed."""
+
+
+class Section(BaseModel):
+    """Some fields that belong together. One with a field `name` may be given as that name alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    recipe: str = Field(description="The recipe this started from.")
-    model: str = Field(description="The architecture: one of `models.known_models()`.")
-    dataset: str = Field("cifar10", description="The data set: one of `datasets.SPECS`.")
-    max_train_images: int | None = Field(None, ge=1, description="Train on the first so many images only.")
-    epochs: int = Field(ge=1, le=10_000, description="Passes over the training images.")
-    batch_size: int = Field(ge=1, le=65_536, description="Images a step, over all ranks together.")
-    drop_last: bool = Field(False, description="Leave out an epoch's last, smaller batch.")
-    optimizer: Literal["sgd", "adam", "adamw", "muon"] = Field(
-        description="sgd is SGD with Nesterov momentum; muon is Muon for filters, and SGD for all else."
-    )
-    lr: float = Field(gt=0, le=100, description="The highest learning rate of the schedule.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's and Muon's momentum; Adam's first beta.")
-    weight_decay: float = Field(
-        0.0, ge=0, le=10, description="L2 in SGD and Adam, decoupled in AdamW; in Muon for all but filters."
-    )
-    schedule: Literal["constant", "triangular", "one_cycle", "cosine", "linear"] = Field(
-        "constant", description="The learning rate as a function of the step."
-    )
-    ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="Test and publish a moving average of the weights, which keeps this share a step."
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
-    flip: Literal["off", "random", "alternating"] = Field(
-        "off", description="Mirror training images: each with probability one half, or every second epoch."
-    )
-    translate: int = Field(0, ge=0, le=16, description="Shift by up to so many pixels, edges reflected.")
-    normalization: Literal["dataset", "half"] = Field(
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) and "name" in cls.model_fields else value
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    name: Decisive[str] = Field(description="The architecture: one of `models.names`.")
+
+
+class DataConfig(Section):
+    """The training images, and how they come to the network."""
+
+    dataset: Decisive[str] = Field("cifar10", description="The data set: one of `data.specs.SPECS`.")
+    max_train_images: Decisive[int | None] = Field(None, ge=1, description="Train on the first so many images only.")
+    batch_size: Decisive[int] = Field(ge=1, le=65_536, description="Images a step, over all ranks together.")
+    drop_last: Decisive[bool] = Field(False, description="Leave out an epoch's last, smaller batch.")
+    normalization: Decisive[Literal["dataset", "half"]] = Field(
         "dataset", description="By the data set's own mean and deviation, or by 0.5 and 0.5."
     )
-    tta: Literal["off", "flip", "crops"] = Field(
+
+
+class OptimizerConfig(Section):
+    """How gradients become weights."""
+
+    name: Decisive[Literal["sgd", "adam", "adamw", "muon"]] = Field(
+        description="sgd is SGD with Nesterov momentum; muon is Muon for filters, and SGD for all else."
+    )
+    lr: Decisive[float] = Field(gt=0, le=100, description="The highest learning rate of the schedule.")
+    momentum: Decisive[float] = Field(0.9, ge=0, lt=1, description="SGD's and Muon's momentum; Adam's first beta.")
+    weight_decay: Decisive[float] = Field(
+        0.0, ge=0, le=10, description="L2 in SGD and Adam, decoupled in AdamW; in Muon for all but filters."
+    )
+    ema_decay: Decisive[float] = Field(
+        0.0, ge=0, lt=1, description="Test and publish a moving average of the weights, which keeps this share a step."
+    )
+
+
+class ScheduleConfig(Section):
+    """How long to train, and the learning rate on the way."""
+
+    name: Decisive[Literal["constant", "triangular", "one_cycle", "cosine", "linear"]] = Field(
+        "constant", description="The learning rate as a function of the step."
+    )
+    epochs: Decisive[int] = Field(ge=1, le=10_000, description="Passes over the training images.")
+
+
+class AugmentConfig(Section):
+    """How a training image differs each time it is seen."""
+
+    flip: Decisive[Literal["off", "random", "alternating"]] = Field(
+        "off", description="Mirror training images: each with probability one half, or every second epoch."
+    )
+    translate: Decisive[int] = Field(0, ge=0, le=16, description="Shift by up to so many pixels, edges reflected.")
+
+
+class LossConfig(Section):
+    """What training makes small: the cross-entropy."""
+
+    label_smoothing: Decisive[float] = Field(
+        0.0, ge=0, lt=1, description="Share of the target spread over all classes."
+    )
+
+
+class EvaluationConfig(Section):
+    """How the trained model is tested."""
+
+    tta: Free[Literal["off", "flip", "crops"]] = Field(
         "off", description="Test on the mean of each image and its mirror; crops: also of both shifted by a pixel."
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="Of the initial weights, the order and the augmentation.")
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="Save at every so many steps.")
-    checkpoint_every_seconds: float | None = Field(30.0, gt=0, description="Save at the step edge after so long.")
-    keep_last: int = Field(3, ge=1, description="How many of a run's newest checkpoints are kept.")
-    keep_best: bool = Field(True, description="Keep also the one after the epoch of the lowest training loss.")
-    keep_every_epochs: int | None = Field(None, ge=1, description="Keep also the first after every so many epochs.")
-    deterministic: bool = Field(True, description="Refuse operations whose result varies from run to run.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
-    precision: Literal["float32", "bfloat16", "auto"] = Field(
-        "float32", description="bfloat16: autocast in forward; auto: where the hardware has it."
+
+
+class SavingConfig(Section):
+    """When checkpoints are written, and which are kept."""
+
+    checkpoint_every_steps: Free[int | None] = Field(None, ge=1, description="Save at every so many steps.")
+    checkpoint_every_seconds: Free[float | None] = Field(
+        30.0, gt=0, description="Save at the step boundary after so many seconds."
     )
-    compile: Literal["off", "on", "auto"] = Field(
-        "off", description="torch.compile the model; auto: on a GPU, where a training is long enough to repay it."
+    keep_last: Free[int] = Field(3, ge=1, description="How many of a run's newest checkpoints are kept.")
+    keep_best: Free[bool] = Field(True, description="Keep also the one after the epoch of the lowest training loss.")
+    keep_every_epochs: Free[int | None] = Field(
+        None, ge=1, description="Keep also the first after every so many epochs."
     )
-    tensorboard: bool = Field(False, description="Write TensorBoard event files under NIGHTSHIFT_HOME.")
-    nproc_per_node: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+
+
+class HardwareConfig(Section):
+    """What computes, and how exactly. A device decides bits too, but a run may move: the record says where it ran."""
+
+    device: Free[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: a GPU if there is one.")
+    nproc_per_node: Free[Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]] = Field(
         1, description="Processes a machine that share each batch; auto: one a GPU."
     )
+    precision: Decisive[Literal["float32", "bfloat16", "auto"]] = Field(
+        "float32", description="bfloat16: autocast in forward; auto: where the hardware has it."
+    )
+    compile: Decisive[Literal["off", "on", "auto"]] = Field(
+        "off", description="torch.compile the model; auto: on a GPU, where a training is long enough to repay it."
+    )
+    deterministic: Decisive[bool] = Field(True, description="Refuse operations whose result varies from run to run.")
+
+
+class TrackingConfig(Section):
+    """Who else is to see the course of a training."""
+
+    tensorboard: Free[bool] = Field(False, description="Write TensorBoard event files under NIGHTSHIFT_HOME.")
+
+
+class TrainConfig(Section):
+    """Everything that decides which bits a run ends with, and how often it is saved on the way."""
+
+    format: Free[Literal[2]] = 2
+    recipe: Free[str] = Field(description="The recipe this started from.")
+    seed: Decisive[int] = Field(
+        0, ge=0, lt=2**31, description="Of the initial weights, the order and the augmentation."
+    )
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    saving: SavingConfig = SavingConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Validate values of any origin.
+        """Validate values of any origin, a stored config of any format up to the newest among them.
 
         Raises:
             ConfigError: naming each bad field, its value and what is allowed.
         """
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(_of_newest_format(values))
         except ValidationError as error:
-            problems = [_config_problem(detail, sorted(cls.model_fields)) for detail in error.errors()]
-            raise ConfigError("\n".join(problems)) from None
+            known = dict(fields(cls))
+            raise ConfigError("\n".join(_problem(detail, known) for detail in error.errors())) from None
 
     def override(self, overrides: Mapping[str, Any]) -> Self:
         """This config with some fields replaced; text is parsed as the field's type.
 
+        Args:
+            overrides: by dotted name (`optimizer.lr`), or by its last part where only one field has it (`lr`). A
+                section's name stands for the field `name` in it (`optimizer`), or for several fields as a mapping.
+
         Raises:
-            ConfigError: as `parse`.
+            ConfigError: as `parse`, and if a name is that of no field, or of several.
         """
-        texts = {name: None if value in ("none", "null", "None") else value for name, value in overrides.items()}
-        return self.parse({**self.model_dump(), **texts})
+        values, problems = self.model_dump(), []
+        for name, value in _flattened(overrides):
+            try:
+                *sections, last = self.path_of(name).split(".")
+            except ConfigError as error:
+                problems.append(str(error))
+                continue
+            place = values
+            for section in sections:
+                place = place[section]
+            place[last] = None if value in ("none", "null", "None") else value
+        try:
+            config = self.parse(values)
+        except ConfigError as error:
+            problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return config
+
+    @classmethod
+    def path_of(cls, name: str) -> str:
+        """The dotted name of the field that `name` means.
+
+        Raises:
+            ConfigError: it is the name of no field, or of several; the message lists them.
+        """
+        known = [path for path, _ in fields(cls)]
+        if name in known:
+            return name
+        found = [path for path in known if path == f"{name}.name"] or [
+            path for path in known if path.endswith(f".{name}")
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ConfigError(f"{name!r} is the name of several fields: say {' or '.join(found)}")
+        short = [path.removesuffix(".name").rpartition(".")[2] for path in known] + known
+        raise ConfigError(f"there is no field {name!r}.{near_miss(name, short)} The fields are: {', '.join(known)}")
+
+    @classmethod
+    def field(cls, name: str) -> FieldInfo:
+        """The field that `name` means; raises ConfigError as `path_of`."""
+        return dict(fields(cls))[cls.path_of(name)]
+
+    def value_of(self, name: str) -> Any:
+        """The value of the field that `name` means; raises ConfigError as `path_of`."""
+        return self.flat()[self.path_of(name)]
+
+    def flat(self) -> dict[str, Any]:
+        """Every field's value by its dotted name."""
+        return {path: _at(self, path) for path, _ in fields(type(self))}
 
     def decisive(self) -> dict[str, Any]:
-        """The fields that decide the result, without those that only say how often or where."""
-        return self.model_dump(exclude=set(_WITHOUT_EFFECT_ON_BITS))
+        """The fields that decide the result, by dotted name, without those that only say how often or where."""
+        return {path: _at(self, path) for path, field in fields(type(self)) if is_decisive(field)}
 
     @property
     def digest(self) -> str:
@@ -100,25 +250,79 @@ class TrainConfig(BaseModel):
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
 
-# A device decides bits too, but a run may move; it is in the record's environment, and a change is warned of.
-_WITHOUT_EFFECT_ON_BITS = (
-    "recipe",
-    "checkpoint_every_steps",
-    "checkpoint_every_seconds",
-    "keep_last",
-    "keep_best",
-    "keep_every_epochs",
-    "tta",
-    "tensorboard",
-    "device",
-    "nproc_per_node",
-)
+def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every field of a config by its dotted name; not the number of the format, which is no choice."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        elif name != "format":
+            yield prefix + name, field
 
 
-def _config_problem(detail: ErrorDetails, fields: list[str]) -> str:
-    name = str(detail["loc"][0])
+def is_decisive(field: FieldInfo) -> bool:
+    """Whether a field decides which bits a run ends with."""
+    (effect,) = (mark for mark in field.metadata if isinstance(mark, _Effect))
+    return effect.on_bits
+
+
+_SECTIONS_OF_FORMAT_1 = {
+    "": ("recipe", "seed"),
+    "data": ("dataset", "max_train_images", "batch_size", "drop_last", "normalization"),
+    "optimizer": ("lr", "momentum", "weight_decay", "ema_decay"),
+    "schedule": ("epochs",),
+    "augment": ("flip", "translate"),
+    "loss": ("label_smoothing",),
+    "evaluation": ("tta",),
+    "saving": ("checkpoint_every_steps", "checkpoint_every_seconds", "keep_last", "keep_best", "keep_every_epochs"),
+    "hardware": ("device", "nproc_per_node", "precision", "compile", "deterministic"),
+    "tracking": ("tensorboard",),
+}
+_NAMES_OF_FORMAT_1 = ("model", "optimizer", "schedule")
+
+
+def _of_newest_format(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config as today's format has it, whatever format it was written in."""
+    number = values.get("format", FORMAT if isinstance(values.get("model"), Mapping | Section) else 1)
+    if isinstance(number, int) and number > FORMAT:
+        raise ConfigError(
+            f"the config was written by a newer nightshift (format {number}; this one reads up to {FORMAT}): "
+            "update nightshift"
+        )
+    if number != 1:
+        return values
+    nested: dict[str, Any] = {}
+    flat = dict(values)
+    flat.pop("format", None)
+    for section, names in _SECTIONS_OF_FORMAT_1.items():
+        place = nested.setdefault(section, {}) if section else nested
+        place.update({name: flat.pop(name) for name in names if name in flat})
+    for name in _NAMES_OF_FORMAT_1:
+        if name in flat:
+            nested.setdefault(name, {})["name"] = flat.pop(name)
+    return nested | flat  # what is left is no field, and is named in the error
+
+
+def _flattened(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in overrides.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _at(section: Section, path: str) -> Any:
+    value: Any = section
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _problem(detail: ErrorDetails, known: Mapping[str, FieldInfo]) -> str:
+    parts = [str(part) for part in detail["loc"]]
+    # The place of a problem in a union ends with the member of the union.
+    path = next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in known), ".".join(parts))
     if detail["type"] == "extra_forbidden":
-        return f"there is no field {name!r}.{_near_miss(name, fields)} The fields are: {', '.join(fields)}"
+        return f"there is no field {path!r}.{near_miss(path, known)} The fields are: {', '.join(known)}"
     if detail["type"] == "missing":
-        return f"{name} is missing"
-    return f"{name}={detail['input']!r} is not valid: {_explain(detail)}"
+        return f"{path} is missing"
+    return f"{path.removesuffix('.name')}={detail['input']!r} is not valid: {problem_of(detail)}"

@@ -1,7 +1,7 @@
 """The training batches: order and augmentation as pure functions of (seed, epoch, step).
 
-A resumed run asks for step k and gets what an uninterrupted one got at step k, without re-reading
-anything before it and without a generator that had to be carried along.
+A resumed run asks for step k and gets what an uninterrupted run got at step k. It re-reads nothing before
+that step, and no generator has to be saved.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from nightshift.data.datasets import Dataset
 
 @dataclass(frozen=True)
 class Plan:
-    """How the steps of a run fall into epochs. Steps count from 0."""
+    """How the steps of a run divide into epochs. Steps count from 0."""
 
     images: int
     batch_size: int
@@ -49,8 +49,8 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
-    images = min(len(dataset.train_images), config.max_train_images or len(dataset.train_images))
-    return Plan(images, min(config.batch_size, images), config.epochs, config.drop_last)
+    images = min(len(dataset.train_images), config.data.max_train_images or len(dataset.train_images))
+    return Plan(images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last)
 
 
 def batch_indices(plan: Plan, seed: int, step: int) -> Tensor:
@@ -65,10 +65,10 @@ def training_batch(
     """The images and labels of one step, augmented but not yet normalized.
 
     Args:
-        share: which images of the batch are wanted, where several processes share it; by default all.
+        share: which images of the batch to return, where several ranks share it; by default all.
 
     Returns:
-        uint8 images (share, 32, 32, 3) and int64 labels (share,), where the data set lies.
+        uint8 images (share, 32, 32, 3) and int64 labels (share,), on the device of the data set.
     """
     indices = batch_indices(plan, config.seed, step)
     images = _gather(dataset.train_images, indices, config, plan, step, share)
@@ -88,7 +88,7 @@ def normalizer(dataset: Dataset, normalization: str) -> tuple[Tensor, Tensor]:
 
 
 def scale_and_shift(means: Sequence[float], deviations: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """`normalizer` of these statistics, one a channel, on the scale 0 to 255."""
+    """`normalizer` for these statistics, one per channel, on the scale 0 to 255."""
     mean, std = torch.tensor(means), torch.tensor(deviations)
     return (1 / std)[:, None, None], (-mean / std)[:, None, None]
 
@@ -111,7 +111,7 @@ def _first_flips(images: int, seed: int) -> Tensor:
 
 
 def _generator(seed: int, purpose: str, number: int) -> Generator:
-    """Hashed, because generators seeded with neighbouring numbers would not be independent."""
+    """The seed is hashed, because generators seeded with neighbouring numbers would not be independent."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -119,18 +119,18 @@ def _generator(seed: int, purpose: str, number: int) -> Generator:
 def _gather(images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: slice) -> Tensor:
     """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from.
 
-    What is drawn is drawn on the CPU and for the whole batch, so that it is the same on every device and for any number
-    of ranks; it is small.
+    Random numbers are drawn on the CPU and for the whole batch, so that they are the same on every device and for any
+    number of ranks. They are few.
     """
     whole, batch, size, device = len(indices), len(indices[share]), images.shape[1], images.device
     generator = _generator(config.seed, "augment", step)
     rows = cols = torch.arange(size, device=device).expand(batch, size)
-    if config.flip != "off":
+    if config.augment.flip != "off":
         mirrored = _mirrored(indices, config, plan, step, generator)[share].to(device)
         cols = torch.where(mirrored[:, None], size - 1 - cols, cols)
-    if config.translate:
-        span = 2 * config.translate + 1
-        shifts = torch.randint(span, (2, whole, 1), generator=generator)[:, share].to(device) - config.translate
+    if config.augment.translate:
+        span = 2 * config.augment.translate + 1
+        shifts = torch.randint(span, (2, whole, 1), generator=generator)[:, share].to(device) - config.augment.translate
         rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
     indices = indices[share].to(device)
     if rows is cols:
@@ -145,13 +145,13 @@ def _mirrored(indices: Tensor, config: TrainConfig, plan: Plan, step: int, gener
     Alternating (Jordan, arXiv 2404.00498, section 3.6): chance decides in the first epoch, and from then on each image
     is mirrored in every second epoch, so that two successive epochs show all images both ways.
     """
-    if config.flip == "random":
+    if config.augment.flip == "random":
         return torch.rand(len(indices), generator=generator) < 0.5
     epoch, _ = plan.position(step)
     return _first_flips(plan.images, config.seed)[indices] ^ (epoch % 2 == 1)
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:
-    """Positions outside 0 … size - 1 mirrored back, the edge pixel itself not repeated."""
+    """Mirror positions outside 0 … size - 1 back inside, without repeating the outermost pixel."""
     positions = positions.abs()
     return torch.where(positions >= size, 2 * (size - 1) - positions, positions)

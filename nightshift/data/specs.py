@@ -1,17 +1,16 @@
-"""DOC."""
+"""The data sets that are known by content: their classes, and what their arrays' sha256 must be."""
 
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+from nightshift.errors import ConfigError, DataCorruptError
 
-from nightshift.errors import (
-    ConfigError,
-    DataCorruptError,
-)
+if TYPE_CHECKING:
+    import numpy as np
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, "np.ndarray"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Spec:
     name: str
     classes: tuple[str, ...]
     sha256: dict[str, str]
-    """For each of `train_images`, `train_labels`, `test_images`, `test_labels`: of its bytes."""
+    """The sha256 of the bytes of each array: `train_images`, `train_labels`, `test_images`, `test_labels`."""
 
     @property
     def digest(self) -> str:
@@ -58,11 +57,13 @@ SPECS = {
 
 
 def get_spec(name: str) -> Spec:
-    """Raises ConfigError, which lists the known data sets, for any other name."""
+    """The data set of this name. Raises ConfigError, which lists the known data sets, if there is none."""
     if name not in SPECS:
         raise ConfigError(f"there is no data set {name!r}. The data sets are: {', '.join(sorted(SPECS))}")
     return SPECS[name]
 
 
-def _sha256(array: np.ndarray) -> str:
+def _sha256(array: "np.ndarray") -> str:
+    import numpy as np  # here, because a name is looked up in SPECS before anything heavy is imported
+
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

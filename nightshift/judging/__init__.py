@@ -1,0 +1,6 @@
+"""Whether a model is good, and whether it goes live.
+
+`evaluation` measures a run's model on the test images, `gate` compares a published version with the champion on the
+same images and promotes it if it passes, and `report` puts all of it on one page, with the figures of `plots`. Nothing
+goes live on a comparison with a version that was no longer the champion.
+"""

@@ -15,12 +15,12 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, open_dataset
 from nightshift.errors import ObjectNotFoundError, StorageError
-from nightshift.hardware import pick_device
+from nightshift.hardware import find_device
 from nightshift.ids import Sha256
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 
 BATCH = 1000
@@ -43,7 +43,7 @@ class ClassMetrics(_Part):
 
 
 class Bin(_Part):
-    """The images whose highest probability falls into one of equally wide bins."""
+    """The images whose highest probability falls into one bin, of several of equal width."""
 
     images: int
     confidence: float
@@ -51,7 +51,7 @@ class Bin(_Part):
 
 
 class Mistake(_Part):
-    """A test image that was taken for something else, and with which probability."""
+    """A misclassified test image, and the probability of the predicted class."""
 
     image: int
     label: str
@@ -63,17 +63,17 @@ class Metrics(_Part):
     """Everything measured on the test images; stored as `reports/<run_id>/evaluation.json`."""
 
     checkpoint: Sha256
-    """sha256 of the payload that was measured; with `tta` and `dataset_digest` it decides all the rest."""
+    """sha256 of the payload that was measured; with `tta` and `dataset_digest` it determines the rest."""
     tta: str
     dataset_digest: Sha256
     weights_sha256: Sha256
     predictions: str
-    """Key of what was predicted for each image."""
+    """Key of the stored predictions, one for each image."""
     predictions_sha256: Sha256
     images: int
     accuracy: float
     interval: tuple[float, float]
-    """Of the accuracy, 95 %, by Wilson (1927)."""
+    """95 % interval of the accuracy, by Wilson (1927)."""
     top5: float
     loss: float
     """Mean cross-entropy, in nats."""
@@ -82,9 +82,9 @@ class Metrics(_Part):
     reliability: list[Bin]
     classes: list[ClassMetrics]
     confusion: list[list[int]]
-    """How many images of the row's class were taken for the column's."""
+    """How many images of the row's class were classified as the column's."""
     mistakes: list[Mistake]
-    """The ten most confident."""
+    """The ten most confident mistakes."""
 
 
 def evaluate(workspace: Workspace, checkpoint: CheckpointRef, dataset_ref: DatasetRef) -> Evaluation:
@@ -99,23 +99,27 @@ def evaluate(workspace: Workspace, checkpoint: CheckpointRef, dataset_ref: Datas
         key = report_key(run.run_id, "evaluation.json")
         metrics = read_metrics(workspace.store, run.run_id)
         config = run.record.train_config()
-        decided_by = {"checkpoint": checkpoint.sha256, "tta": config.tta, "dataset_digest": dataset_ref.digest}
+        decided_by = {
+            "checkpoint": checkpoint.sha256,
+            "tta": config.evaluation.tta,
+            "dataset_digest": dataset_ref.digest,
+        }
         if not metrics or metrics.model_dump(include=set(decided_by)) != decided_by:
             metrics = _evaluate(workspace, config, checkpoint, dataset_ref, decided_by)
             workspace.store.put(key, metrics.model_dump_json(indent=1).encode())
     return Evaluation(**metrics.model_dump(include={"accuracy", "loss", "images", "weights_sha256"}), key=key)
 
 
-def read_metrics(store: S3, run_id: str) -> Metrics | None:
-    """What was measured of a run, or None if nothing was."""
+def read_metrics(store: Store, run_id: str) -> Metrics | None:
+    """The stored metrics of a run, or None if there are none."""
     try:
         return Metrics.model_validate_json(store.get(report_key(run_id, "evaluation.json"))[0])
-    except (ObjectNotFoundError, ValueError):  # a damaged one is made again
+    except (ObjectNotFoundError, ValueError):  # damaged metrics are measured again
         return None
 
 
-def read_predictions(store: S3, metrics: Metrics) -> bytes:
-    """What was predicted, as `gate.PREDICTIONS` is published.
+def read_predictions(store: Store, metrics: Metrics) -> bytes:
+    """The stored predictions, as they are published under the name `gate.PREDICTIONS`.
 
     Raises:
         StorageError: it cannot be read, or is not what was stored.
@@ -130,7 +134,7 @@ def load_model(
     config: TrainConfig, weights: dict[str, Tensor], classes: int, device: torch.device | None = None
 ) -> nn.Module:
     """The trained network, ready to predict: batch norm uses what it has learned, dropout drops nothing."""
-    model = build_model(config.model, classes)
+    model = build_model(config.model.name, classes)
     model.load_state_dict(weights)
     return model.to(device or torch.device("cpu"), memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
 
@@ -139,8 +143,9 @@ def load_model(
 def predict(model: nn.Module, inputs: Tensor, tta: str = "off") -> Tensor:
     """Logits (batch, classes), float32 on the CPU, of normalized images (batch, 3, 32, 32).
 
-    With tta "flip" they are the mean of those of the image and of its mirror; with "crops", half that, and half the
-    same of the image shifted by a pixel, to the upper left and to the lower right (Jordan, arXiv 2404.00498).
+    With tta "flip" they are the mean over the image and its mirror image. With "crops" they are half that mean, plus
+    half the same mean over the image shifted by a pixel, both to the upper left and to the lower right (Jordan, arXiv
+    2404.00498).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -158,8 +163,8 @@ def _mirrored_mean(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What `Metrics` has of logits (N, classes), float32, and labels (N,), int64."""
-    # Here, because they cost every start more than a second.
+    """The fields of `Metrics` that follow from logits (N, classes), float32, and labels (N,), int64."""
+    # Here, because they take more than a second to import.
     from scipy.stats import binned_statistic, binomtest
     from torchmetrics.functional import classification as tm
 
@@ -229,7 +234,7 @@ def _evaluate(
     weights = read_weights(workspace.store, checkpoint)
     dataset = open_dataset(workspace, dataset_ref)
     logits = predict_test_images(
-        load_model(config, weights, len(dataset.classes), pick_device(config)), dataset, config
+        load_model(config, weights, len(dataset.classes), find_device(config.hardware.device)), dataset, config
     )
     labels = dataset.test_labels
     body = save_safetensors({"predicted": logits.argmax(1).to(torch.uint8), "labels": labels.clone()})
@@ -245,11 +250,11 @@ def _evaluate(
 
 
 def predict_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) -> Tensor:
-    """Logits (N, classes) of all test images, as the recipe says they are predicted."""
-    scale, shift = batches.normalizer(dataset, config.normalization)
+    """Logits (N, classes), float32, of all test images, predicted as the config says."""
+    scale, shift = batches.normalizer(dataset, config.data.normalization)
     return torch.cat(
         [
-            predict(model, batches.to_input(images, scale, shift), config.tta)
+            predict(model, batches.to_input(images, scale, shift), config.evaluation.tta)
             for images in torch.split(dataset.test_images, BATCH)
         ]
     )

@@ -1,32 +1,31 @@
 """The champion gate: is the candidate better than what is live, on the same test images?
 
-Two models that see the same images are compared image by image (paired), for most images are classified alike by
-both and tell nothing: a difference of half a point can be found that two separate intervals would hide.
+Two models that see the same images are compared image by image (paired). Both classify most images alike, and those
+say nothing of the difference: so half a point can be found that two separate intervals would hide.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 
 from nightshift.records import champions
 from nightshift.records.champions import History, Transition
-from nightshift.records.versions import read_card, read_file
+from nightshift.records.versions import ModelCard, read_card, read_file
 from nightshift.refs import Comparison, ModelRef, Verdict
 from nightshift.settings import GateSettings
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 
 SIGNIFICANCE = 0.05
 PREDICTIONS = "predictions.safetensors"
-"""Of a version: `predicted` and `labels`, uint8 (N,), of the test images in the data set's order."""
+"""A file of each version: `predicted` and `labels`, uint8 (N,), of the test images in the data set's order."""
 
 
-def promote(store: S3, candidate: ModelRef, settings: GateSettings) -> Verdict:
+def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdict:
     """Compare a published version with the champion, and make it the champion if it passes.
 
-    What is compared with is what is replaced: if another candidate was promoted meanwhile, the comparison is made
-    again, with that one. A run that passed before is not promoted a second time.
+    The champion that is compared with is the one that is replaced: if another candidate was promoted meanwhile, the
+    comparison is made again, with that one. A run that passed before is not promoted a second time.
 
     Raises:
         StorageError: the store fails.
@@ -51,17 +50,17 @@ def promote(store: S3, candidate: ModelRef, settings: GateSettings) -> Verdict:
 
     history = champions.change_champion(store, candidate.name, decision, decide)
     made = history.find(decision)
-    if made:  # now, or before by this run
+    if made:  # by this call or by an earlier one
         return Verdict(promoted=True, reason=made.reason, comparison=made.comparison, champion=history.champion)
     return verdict
 
 
 def compare(candidate: np.ndarray, champion: np.ndarray, name: str) -> Comparison:
-    """Two classifiers on the same images.
+    """Compare two classifiers on the same images.
 
-    McNemar's test (McNemar 1947) in its exact form, the binomial test on the images only one of them has right; the
-    interval of the difference of paired proportions of Bonett and Price (2012), which also holds where the two
-    hardly differ.
+    The test is McNemar's (1947) in its exact form, a binomial test on the images that only one of them has right. The
+    interval is that of Bonett and Price (2012) for the difference of paired proportions, which also holds where the
+    two hardly differ.
 
     Args:
         candidate, champion: bool (N,), whether each image was classified correctly.
@@ -87,9 +86,9 @@ def compare(candidate: np.ndarray, champion: np.ndarray, name: str) -> Compariso
     )
 
 
-def _judge(store: S3, card: dict[str, Any], history: History, settings: GateSettings) -> Verdict:
-    accuracy, champion, comparison = card["test_accuracy"], history.champion, None
-    if champion and champion.version == card["version"]:
+def _judge(store: Store, card: ModelCard, history: History, settings: GateSettings) -> Verdict:
+    accuracy, champion, comparison = card.test_accuracy, history.champion, None
+    if champion and champion.version == card.version:
         promoted, reason = True, "it is the champion already"
     elif accuracy < settings.min_accuracy:
         promoted, reason = False, f"{accuracy:.2%} is below min_accuracy ({settings.min_accuracy:.2%})"
@@ -97,11 +96,11 @@ def _judge(store: S3, card: dict[str, Any], history: History, settings: GateSett
         promoted, reason = True, f"{accuracy:.2%}, and there was no champion"
     else:
         theirs = read_card(store, champion.name, champion.version)
-        if theirs["dataset_digest"] != card["dataset_digest"]:
+        if theirs.dataset_digest != card.dataset_digest:
             promoted, reason = (
                 False,
                 f"champion {champion.version} was tested on other images, so the two cannot be compared. "
-                f"To promote it all the same: nightshift promote {card['version']}",
+                f"To promote it all the same: nightshift promote {card.version}",
             )
         else:
             comparison = compare(_correct(store, card), _correct(store, theirs), champion.version)
@@ -110,19 +109,19 @@ def _judge(store: S3, card: dict[str, Any], history: History, settings: GateSett
 
 
 def _weigh(found: Comparison, settings: GateSettings) -> tuple[bool, str]:
-    told = (
+    reason = (
         f"{100 * found.difference:+.2f} points against champion {found.champion} (95 % interval {100 * found.low:+.2f} "
         f"to {100 * found.high:+.2f}, p = {found.p_value:.2g})"
     )
     # Counted in images: -0.005 and (120 - 170) / 10000 need not be the same floating-point number.
     if found.only_champion - found.only_candidate > settings.max_regression * found.images + 1e-6:
-        return False, f"{told}: worse than max_regression ({100 * settings.max_regression:.2f} points) allows"
+        return False, f"{reason}: worse than max_regression ({100 * settings.max_regression:.2f} points) allows"
     if settings.require_significance and not (found.difference > 0 and found.p_value < SIGNIFICANCE):
-        return False, f"{told}: not significantly better, which require_significance asks for"
-    return True, told
+        return False, f"{reason}: not significantly better, which require_significance asks for"
+    return True, reason
 
 
-def _correct(store: S3, card: dict[str, Any]) -> np.ndarray:
+def _correct(store: Store, card: ModelCard) -> np.ndarray:
     """Whether a version classified each test image correctly, bool (N,)."""
     stored = load_safetensors(read_file(store, card, PREDICTIONS))
     return np.asarray(stored["predicted"] == stored["labels"])

@@ -1,6 +1,7 @@
-"""The report's figures, as SVG: legible on a telephone, and told apart by people who do not see all colours.
+"""The report's figures, as SVG: legible on a phone, and for people who do not see all colours.
 
-Colours are those of Okabe and Ito (2008); the matrix has matplotlib's cividis. Nothing is told by colour alone.
+Colours are those of Okabe and Ito (2008); the confusion matrix has matplotlib's cividis. Nothing is shown by colour
+alone.
 """
 
 import io
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from nightshift.judging.evaluation import Bin, Mistake
 from nightshift.records.run import RunRecord
-from nightshift.tracking.metrics import Line
+from nightshift.tracking.metrics import CheckpointLine, Line, TrainingLine
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6b7280"
 _STYLE: Any = {
@@ -26,53 +27,56 @@ _STYLE: Any = {
     "grid.color": "#e5e7eb",
     "axes.axisbelow": True,
     "lines.linewidth": 2,
-    "svg.hashsalt": "nightshift",  # the same figure is the same file
+    "svg.hashsalt": "nightshift",  # the same figure gives the same file
 }
 
 
 def learning_curves(record: RunRecord, lines: Sequence[Line], test_accuracy: float | None) -> dict[str, str]:
-    """Loss, accuracy and learning rate over the epochs, from the epochs' ends and the lines in between."""
-    trained = [line for line in lines if line["kind"] == "training"]
-    per_epoch = record.total_steps / record.config["epochs"]
-    ends = [point["step"] / per_epoch for point in record.curve]
-    between = [line["step"] / per_epoch for line in trained]
+    """Loss, accuracy and learning rate over the epochs, at the ends of epochs and in between."""
+    trained = [line for line in lines if isinstance(line, TrainingLine)]
+    per_epoch = record.total_steps / record.train_config().schedule.epochs
+    ends = [point.step / per_epoch for point in record.curve]
+    between = [line.step / per_epoch for line in trained]
     figures = {}
     for name, scale, unit in (("loss", 1, "training loss"), ("accuracy", 100, "accuracy (%)")):
         figure, axes = _figure("epoch", unit)
-        axes.plot(between, [scale * line[name] for line in trained], ".", color=_GREY, label="epoch so far", zorder=1)
-        axes.plot(ends, [scale * point[name] for point in record.curve], "o-", color=_BLUE, label="whole epoch")
+        so_far = [scale * getattr(line, name) for line in trained]
+        axes.plot(between, so_far, ".", color=_GREY, label="epoch so far", zorder=1)
+        whole = [scale * getattr(point, name) for point in record.curve]
+        axes.plot(ends, whole, "o-", color=_BLUE, label="whole epoch")
         if name == "accuracy" and test_accuracy is not None:
             axes.axhline(100 * test_accuracy, color=_VERMILION, linestyle="--", label="test images, at the end")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
         figures[name] = _svg(figure)
     figure, axes = _figure("epoch", "learning rate")
-    axes.plot(between, [line["learning_rate"] for line in trained], "o-", color=_GREEN, markersize=4)
+    axes.plot(between, [line.learning_rate for line in trained], "o-", color=_GREEN, markersize=4)
     axes.set_ylim(bottom=0)
     return figures | {"learning-rate": _svg(figure)}
 
 
 def night(record: RunRecord, lines: Sequence[Line]) -> dict[str, str]:
-    """Throughput, and how long checkpoints stopped it, over the time since the start; with what happened to the run."""
+    """Throughput, and the stalls of checkpoints, over the time since the start, with the run's events."""
     start = record.events[0].at
 
-    def minutes(at: str | datetime) -> float:
-        return ((datetime.fromisoformat(at) if isinstance(at, str) else at) - start).total_seconds() / 60
+    def minutes(at: datetime) -> float:
+        return (at - start).total_seconds() / 60
 
+    rates = [(line.at, line.images_per_second) for line in lines if isinstance(line, TrainingLine)]
+    stalls = [(line.at, 1000 * line.stall_seconds) for line in lines if isinstance(line, CheckpointLine)]
     figures = {}
-    for name, kind, value, scale, unit, mark in (
-        ("throughput", "training", "images_per_second", 1, "images per second", "."),
-        ("stalls", "checkpoint", "stall_seconds", 1000, "training stood still (ms)", "s"),
+    for name, chosen, unit, mark in (
+        ("throughput", rates, "images per second", "."),
+        ("stalls", stalls, "training stood still (ms)", "s"),
     ):
         figure, axes = _figure("minutes since the start", unit)
-        chosen = [line for line in lines if line["kind"] == kind]
-        x, y = [minutes(line["at"]) for line in chosen], [scale * line[value] for line in chosen]
+        x, y = [minutes(at) for at, _ in chosen], [value for _, value in chosen]
         if name == "stalls":
             axes.vlines(x, 0, y, color=_BLUE)
         axes.plot(x, y, mark, color=_BLUE, label="checkpoint" if name == "stalls" else "measured")
         _mark_events(axes, record, minutes)
         axes.set_ylim(0, 1.1 * max(y, default=0) or 1)
-        axes.set_xlim(0, 1.02 * max((minutes(line["at"]) for line in lines), default=1))
+        axes.set_xlim(0, 1.02 * max((minutes(line.at) for line in lines), default=1))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=10)
         figures[name] = _svg(figure)
@@ -80,7 +84,7 @@ def night(record: RunRecord, lines: Sequence[Line]) -> dict[str, str]:
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """How many images of each class (rows) were taken for which (columns)."""
+    """How many images of each class (rows) were classified as which (columns)."""
     counts = np.asarray(matrix)
     figure, axes = _figure("predicted", "true", size=(6.4, 6.0))
     axes.grid(visible=False)
@@ -94,7 +98,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
 
 
 def reliability(bins: Sequence[Bin]) -> str:
-    """Accuracy over confidence: on the diagonal, 80 % sure is right 80 times of 100."""
+    """Accuracy over confidence. On the diagonal, a confidence of 80 % is right 80 times in 100."""
     figure, axes = _figure("confidence (%)", "of these correct (%)")
     axes.plot([0, 100], [0, 100], "--", color=_GREY, label="perfectly calibrated")
     axes.plot(
@@ -109,7 +113,7 @@ def reliability(bins: Sequence[Bin]) -> str:
 
 
 def nights(labels: Sequence[str], accuracies: Sequence[float], promoted: Sequence[bool]) -> str:
-    """Test accuracy of the runs before and of this one, oldest first."""
+    """Test accuracy of earlier runs and of this one, oldest first."""
     figure, axes = _figure("", "test accuracy (%)")
     x, y = np.arange(len(labels)), 100 * np.asarray(accuracies)
     axes.plot(x, y, "-", color=_GREY, linewidth=1)
@@ -126,7 +130,7 @@ def nights(labels: Sequence[str], accuracies: Sequence[float], promoted: Sequenc
 
 
 def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
-    """The images, uint8 (N, 32, 32, 3), of mistakes, each with what it is and what it was taken for."""
+    """Misclassified images, uint8 (N, 32, 32, 3), each with its class and the predicted one."""
     columns = min(5, len(found))
     rows = -(-len(found) // columns)
     with mpl.rc_context(_STYLE):
@@ -140,7 +144,7 @@ def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
 
 
 def _mark_events(axes: Axes, record: RunRecord, minutes: Any) -> None:
-    """Shade the time nobody trained, and say what happened when."""
+    """Shade the time in which nobody trained, and mark what happened when."""
     stopped, labelled = None, set()
     for event in record.events:
         if event.what in ("interrupted", "failed"):

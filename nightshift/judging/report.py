@@ -1,9 +1,11 @@
-"""The morning's page: is it better, and is it live? One HTML file that needs no network, and the same as Markdown."""
+"""The morning's page says whether the model is better, and whether it is live.
+
+It is one HTML file that needs no network, and the same as Markdown.
+"""
 
 import base64
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -16,7 +18,7 @@ from nightshift.records.lease import attached
 from nightshift.records.run import Result, RunRecord, list_records
 from nightshift.records.versions import read_card
 from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
-from nightshift.tracking.metrics import Line, read_lines
+from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
 from nightshift.workspace import Workspace
 
 _NIGHTS = 14
@@ -24,18 +26,18 @@ _NIGHTS = 14
 
 @dataclass(frozen=True)
 class Report:
-    """A run on one page. `plots`: SVG texts by name, which the HTML holds too."""
+    """A run on one page. `plots` maps names to SVG texts, which the HTML contains too."""
 
     html: str
     markdown: str
     plots: dict[str, str]
     url: str
-    """Where it lies, if it is stored."""
+    """The address of the HTML, where it is stored."""
 
 
 @dataclass(frozen=True)
 class Night:
-    """A finished run of the same model, other than a trial."""
+    """A finished run of the same model; trials of sweeps are left out."""
 
     run_id: str
     at: datetime
@@ -51,7 +53,7 @@ def publish_report(
     verdict: Verdict | None,
     price_per_hour: float | None,
 ) -> Report:
-    """Store a run's report under `reports/<run_id>/`, and mark the run finished: there is nothing left to do.
+    """Store a run's report under `reports/<run_id>/`, and mark the run finished, as nothing is left to do.
 
     Raises:
         LeaseLostError: another trainer has taken the run over since.
@@ -81,13 +83,13 @@ def publish_report(
 def build_report(
     workspace: Workspace, record: RunRecord, verdict: Verdict | None, price_per_hour: float | None
 ) -> Report:
-    """The report of a run as it stands: one that was not evaluated yet has no results in it.
+    """The report of a run as it stands. If the run was not evaluated yet, there are no results in it.
 
     Args:
-        price_per_hour: of training, in whatever currency; None leaves the cost out.
+        price_per_hour: what an hour of training costs, in any currency; None leaves the cost out.
 
     Raises:
-        StorageError, DataUnavailableError: what it is made of cannot be read.
+        StorageError, DataUnavailableError: something it needs cannot be read.
     """
     store = workspace.store
     url = store.url(report_key(record.run_id, "report.html"))
@@ -95,9 +97,11 @@ def build_report(
     champion = evaluation.read_metrics(store, _compared_with(workspace, record, verdict) or record.run_id)
     nights = _nights(workspace, record, verdict, found)
     plots = _plots(workspace, record, found, lines, nights)
-    images = record.step * record.config["batch_size"]
+    config = record.train_config()
+    images = record.step * config.data.batch_size
     context = {
         "record": record,
+        "config": config,
         "verdict": verdict,
         "metrics": found,
         "champion": champion if verdict and verdict.comparison else None,
@@ -106,7 +110,7 @@ def build_report(
         "images_per_second": images / record.train_seconds if record.train_seconds else None,
         "cost": price_per_hour and price_per_hour * record.train_seconds / 3600,
         "price_per_hour": price_per_hour,
-        "stalls": [line["stall_seconds"] for line in lines if line["kind"] == "checkpoint"],
+        "stalls": [line.stall_seconds for line in lines if isinstance(line, CheckpointLine)],
         "url": url,
     }
     sources = {
@@ -121,11 +125,10 @@ def build_report(
 
 
 def _compared_with(workspace: Workspace, record: RunRecord, verdict: Verdict | None) -> str | None:
-    """The run of the champion this one was compared with."""
+    """The run of the champion with which this one was compared."""
     if not verdict or not verdict.comparison:
         return None
-    card: dict[str, Any] = read_card(workspace.store, record.dataset.name, verdict.comparison.champion)
-    return str(card["run_id"])
+    return read_card(workspace.store, record.dataset.name, verdict.comparison.champion).run_id
 
 
 def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, found: Metrics | None) -> list[Night]:
@@ -154,7 +157,7 @@ def _plots(
     lines: list[Line],
     nights: list[Night],
 ) -> dict[str, str]:
-    from nightshift.judging import plots  # here, because matplotlib costs every start half a second
+    from nightshift.judging import plots  # here, because matplotlib takes half a second to import
 
     figures = plots.learning_curves(record, lines, found.accuracy if found else None) | plots.night(record, lines)
     if nights:
@@ -173,7 +176,7 @@ def _plots(
 
 
 def _environment() -> Environment:
-    # Markdown is escaped too: a run's message must not become markup in Prefect's page.
+    # Markdown is escaped too: a run's message must not become markup on Prefect's page.
     environment = Environment(
         loader=PackageLoader("nightshift.judging"),
         autoescape=True,

@@ -1,6 +1,6 @@
 """A Prefect server of our own for those who have none: started by a command, shared, stopped after use.
 
-It is a process of its own; nothing here imports Prefect.
+It runs in a process of its own. Nothing here imports Prefect.
 """
 
 import json
@@ -25,7 +25,7 @@ POOL = "gpu-process"
 """The work pool whose workers train."""
 
 WAITING_POOL = "cpu-process"
-"""The work pool of the flows that train nothing and wait for those that do. Its workers have no limit."""
+"""The work pool of the flows that train nothing and wait for those that do. Its workers run any number of flows."""
 
 
 def configured_api_url() -> str | None:
@@ -49,10 +49,11 @@ def server_url(home: Path) -> str | None:
 
 @contextmanager
 def local_prefect(home: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The server that lives under `home`, started if need be and not yet waited for.
+    """The server whose files are under `home`. It is started if it is not running, and not waited for.
 
     Yields:
-        Its API's URL, and what is to be called before the first use; that raises LocalServiceError.
+        Its API's URL, and a function to call before the first use: it waits until the server answers, and raises
+        LocalServiceError if it does not.
     """
     directory = home / "prefect"
     with using(directory, lambda: _plan(directory)) as facts:
@@ -70,7 +71,7 @@ def _plan(directory: Path) -> Server:
             "PREFECT_HOME": str(directory),
             "PREFECT_API_URL": api_url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            # In memory, where they are by default, a restart loses them, and a run dies when it renews its own.
+            # By default leases are in memory. A restart would lose them, and a run would die when it renews its own.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "DO_NOT_TRACK": "1",
         },
@@ -82,7 +83,7 @@ def online_workers(api_url: str, pool: str = POOL) -> list[str]:
     """The names of a pool's workers that have reported lately.
 
     Raises:
-        OSError: the server does not answer, or wants other credentials.
+        OSError: the server does not answer, or refuses the credentials.
     """
     headers = {"Content-Type": "application/json"}
     if login := os.environ.get("PREFECT_API_AUTH_STRING"):
@@ -100,7 +101,7 @@ def online_workers(api_url: str, pool: str = POOL) -> list[str]:
 
 
 def _port(directory: Path) -> int:
-    """That of last time if it is still free, so that the URL stays what people have written down."""
+    """Last time's port if it is still free, so that a URL that people have noted stays right."""
     path = directory / "port"
     for wanted in (int(path.read_text()) if path.exists() else 0, 0):
         with closing(socket.socket()) as probe, suppress(OSError):

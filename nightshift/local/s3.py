@@ -1,6 +1,6 @@
 """The embedded S3 server: SeaweedFS's `weed mini` on loopback, with its data under NIGHTSHIFT_HOME.
 
-The same protocol as in production, so that there is one storage path, on a laptop as on a GPU worker.
+It speaks the protocol that is used in production, so a laptop and a GPU worker have the same storage path.
 """
 
 import json
@@ -26,7 +26,7 @@ _PORTS = ("s3", "filer", "volume", "master", "admin")
 
 @contextmanager
 def embedded_s3(home: Path, prefix: str = "") -> Iterator[S3]:
-    """The server that lives under `home`, started if need be, stopped some seconds after its last user.
+    """The server whose data is under `home`: started if it is not running, stopped some seconds after its last user.
 
     Raises:
         LocalServiceError: it does not start.
@@ -41,7 +41,7 @@ def embedded_s3(home: Path, prefix: str = "") -> Iterator[S3]:
 
 
 def _answers(store: S3) -> bool:
-    """Whether it reads what it wrote: it lists objects some seconds before it finds their content."""
+    """Whether it can read what it wrote: after a start it lists objects some seconds before it finds their content."""
     key = f"probe/{secrets.token_hex(8)}"
     try:
         store.put(key, b"ready")
@@ -61,7 +61,7 @@ def embedded_credentials(directory: Path) -> Credentials:
         draft = directory / f"credentials.{os.getpid()}"
         with open(os.open(draft, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
             json.dump(pair, file)
-        with suppress(FileExistsError):  # another process was first: then its pair counts
+        with suppress(FileExistsError):  # another process was first, and its pair counts
             path.hardlink_to(draft)
         draft.unlink()
     return Credentials(**json.loads(path.read_text()))
@@ -101,7 +101,7 @@ def _weed() -> str:
 
 
 def _ports(directory: Path) -> dict[str, int]:
-    """The ports of last time if they are still free: weed names parts of its data after them."""
+    """Last time's ports if they are still free: weed names parts of its data after them."""
     path = directory / "ports.json"
     ports: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
     if not ports or not all(_free(port) for port in ports.values()):

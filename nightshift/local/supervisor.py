@@ -1,14 +1,14 @@
 """Local servers that live as long as somebody uses them.
 
 A server (the embedded S3, a Prefect server) is the child of a small supervisor process, which starts it
-again if it dies and stops it when its last user is gone. Who uses it is known to the kernel: every user
-holds a shared lock on one file, and a lock goes with its process, however that ends. A server that is kept
-stays without users too, until it is released.
+again if it dies and stops it when its last user is gone. The kernel knows who uses it: every user holds a
+shared lock on one file, and the lock ends with its process, however that ends. A server that is kept stays
+even without users, until it is released.
 
-    DIR/users.lock        shared: a process that uses the server
-    DIR/start.lock        exclusive: a process that is just starting it
-    DIR/supervisor.lock   exclusive: the supervisor, for as long as it lives
-    DIR/kept              there: the server stays without users
+    DIR/users.lock        held shared by each process that uses the server
+    DIR/start.lock        held exclusively by a process that is starting it
+    DIR/supervisor.lock   held exclusively by the supervisor, as long as it lives
+    DIR/kept              exists while the server stays without users
     DIR/server.json       what a user needs to know to connect
     DIR/server.log        what the server prints
 """
@@ -32,13 +32,13 @@ from nightshift.errors import LocalServiceError
 
 LINGER_SECONDS = 10.0
 _MAX_RESTARTS = 5
-"""So often in a row it may die before it has lived for _STABLE_SECONDS; then something is wrong that does not pass."""
+"""How often in a row a server may die within _STABLE_SECONDS. After that, something is wrong that does not pass."""
 _STABLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Server:
-    """How to start a server: its command line, what its environment has besides ours, and what its users need."""
+    """How to start a server: its command line, its environment besides ours, and the facts that its users need."""
 
     command: Sequence[str]
     environment: Mapping[str, str] = field(repr=False)
@@ -49,7 +49,7 @@ class Server:
 
 @contextmanager
 def using(directory: Path, plan: Callable[[], Server]) -> Iterator[Mapping[str, Any]]:
-    """Use the server that lives in `directory`, starting it if it does not run; yields its facts at once.
+    """Use the server in `directory`, and start it if it is not running. Yields its facts without waiting for it.
 
     Args:
         plan: called only if a server has to be started.
@@ -65,12 +65,12 @@ def using(directory: Path, plan: Callable[[], Server]) -> Iterator[Mapping[str, 
 
 
 def keep(directory: Path) -> None:
-    """Let the server that we are using stay when its last user is gone."""
+    """Keep the server that we are using, even after its last user is gone."""
     (directory / "kept").touch()
 
 
 def release(directory: Path) -> bool:
-    """Undo `keep`, and wait until the server has stopped, unless somebody uses it; whether it was kept."""
+    """Undo `keep`, and wait until the server has stopped, unless somebody uses it. Returns whether it was kept."""
     kept = directory / "kept"
     if not kept.exists():
         return False
@@ -81,7 +81,7 @@ def release(directory: Path) -> bool:
 
 
 def kept_facts(directory: Path) -> Mapping[str, Any]:
-    """What users of the server need to know, if it is kept and runs; otherwise nothing."""
+    """The facts of the server, if it is kept and runs; otherwise an empty mapping."""
     if not (directory / "kept").exists() or not _supervised(directory):
         return {}
     facts: Mapping[str, Any] = json.loads((directory / "server.json").read_text())
@@ -92,7 +92,7 @@ def wait_until(ready: Callable[[], bool], directory: Path, timeout: float) -> No
     """Wait until the server in `directory` answers, for `timeout` seconds at most.
 
     Raises:
-        LocalServiceError: it does not; the message has the end of its log.
+        LocalServiceError: it does not answer. The message has the end of its log.
     """
     deadline = time.monotonic() + timeout
     while not ready():
@@ -105,20 +105,20 @@ def wait_until(ready: Callable[[], bool], directory: Path, timeout: float) -> No
 
 
 def _supervised(directory: Path) -> bool:
-    """Whether a supervisor lives, which is to say whether its lock is held."""
+    """Whether a supervisor is alive, that is, whether its lock is held."""
     with open(directory / "supervisor.lock", "a") as file:
-        return not _try_lock(file, fcntl.LOCK_SH)  # shared, so that two who ask do not see each other
+        return not _try_lock(file, fcntl.LOCK_SH)  # shared, so that two processes that ask do not see each other
 
 
 def _is_used(directory: Path) -> bool:
-    """Whether shared locks are held on the users' file; an exclusive one is the supervisor's, which is stopping."""
+    """Whether shared locks are held on the users' file; an exclusive one is held by a supervisor that is stopping."""
     with open(directory / "users.lock", "a") as users:
         return not _try_lock(users, fcntl.LOCK_EX) and _try_lock(users, fcntl.LOCK_SH)
 
 
 def _start(directory: Path, server: Server) -> None:
     (directory / "server.json").write_text(json.dumps(dict(server.facts)))
-    # The lock is taken here and inherited, so that there is no moment at which the supervisor runs without it.
+    # The lock is taken here and inherited, so that the supervisor never runs without it.
     with open(directory / "supervisor.lock", "a") as lock, open(directory / "supervisor.log", "a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
         subprocess.run(
@@ -137,7 +137,7 @@ def _start(directory: Path, server: Server) -> None:
 
 
 def _kill_leftover(directory: Path) -> None:
-    """End a server whose supervisor was killed: nobody would ever stop it, and it holds the data directory."""
+    """Kill a server whose supervisor was killed: nobody would ever stop it, and it holds the data directory."""
     pid_file = directory / "server.pid"
     name = pid_file.read_text() if pid_file.exists() else ""
     if processes.state_of(name) == "alive":
@@ -199,13 +199,13 @@ def _supervise(directory: Path, own_lock: int, stop_seconds: float, command: Seq
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
-            # Still with the users' lock: who comes now waits for it, and then finds no supervisor and starts one.
+            # The users' lock is still held: a new user waits for it, then finds no supervisor and starts one.
             os.close(own_lock)
 
 
 def _spawn(directory: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
     with open(directory / "server.log", "w") as log:
-        # In its own directory, where the names of its sockets are short: a longer path than 107 bytes is refused.
+        # In its own directory, so that its sockets have short names: a path of more than 107 bytes is refused.
         server = subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     (directory / "server.pid").write_text(processes.identity(server.pid))
     return server
@@ -213,5 +213,5 @@ def _spawn(directory: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 if __name__ == "__main__":
     if os.fork():
-        os._exit(0)  # so that the supervisor is nobody's child, whom somebody would have to wait for
+        os._exit(0)  # so that the supervisor is nobody's child, and nobody has to wait for it
     _supervise(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

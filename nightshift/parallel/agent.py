@@ -1,13 +1,13 @@
-"""The ranks of a run, started, watched and started again by torch's elastic agent.
+"""The ranks of a run, which torch's elastic agent starts, watches and restarts.
 
-    flow ── launch.train ── agent ─┬─ rank 0 ── train_as_rank
+    flow ── train_run ───── agent ─┬─ rank 0 ── train_as_rank
                                    └─ rank 1 ── train_as_rank
     nightshift join ─────── agent ─┬─ rank 2 ── …
                                    └─ rank 3 ── …
 
-On each machine an agent starts `nproc_per_node` ranks. The agents meet at a rendezvous, which numbers the ranks anew
-whenever one was lost or a machine has come; each time all begin again from the last checkpoint. The machine that runs
-the flow hosts the rendezvous and knows what is to be trained; the others join it.
+On each machine an agent starts `nproc_per_node` ranks. The agents meet at a rendezvous, which renumbers the ranks
+whenever one is lost or a machine comes; each time all ranks restart from the last checkpoint. The machine that runs the
+flow hosts the rendezvous and knows what to train; the others join it.
 """
 
 import logging
@@ -42,59 +42,60 @@ from nightshift.errors import (
     SettingsError,
     TrainingInterrupted,
 )
-from nightshift.parallel.channel import _Lines
-from nightshift.parallel.worker import Ending, Job, _Place, _rank
+from nightshift.parallel.channel import LauncherChannel
+from nightshift.parallel.worker import Ending, RankSetup, run_rank
 from nightshift.settings import NodesSettings
 from nightshift.signals import StopSignals
+from nightshift.training.run import Job
 from nightshift.workspace import Workspace
 
 _EXIT_SECONDS = 30
-"""So long an agent waits for the others when its ranks have ended."""
+"""How long an agent waits for the other agents after its ranks have ended."""
 
-# What they say of a lost rank in twenty lines, _Agent tells in one.
+# They report a lost rank in twenty lines; _Agent needs one.
 for _name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
-    """Start `count` ranks here, and start them again, until the training ends one way or another.
+    """Start `count` ranks here, and restart them until the run ends one way or another.
 
     Args:
-        job: what to train; None to join those who know.
+        job: what to train; None to join a machine that knows.
 
     Raises:
-        RankFailedError: a rank failed, after every restart.
-        RankLostError: the machines do not meet.
-        TrainingInterrupted: stopped while there were no ranks that could have saved.
+        RankFailedError: a rank failed, and again after every restart.
+        RankLostError: the machines do not meet, or the others have ended without this one.
+        TrainingInterrupted: stopped while no rank was training that could have saved.
     """
-    logs, lines = workspace.home / "ranks" / secrets.token_hex(4), _Lines()
+    logs, channel = workspace.home / "ranks" / secrets.token_hex(4), LauncherChannel()
     again = f"nightshift resume {job.run_id}" if job else "nightshift join"
 
     def check_somebody_trains() -> None:
-        if signals.received and not lines.are_there:
+        if signals.received and not channel.has_ranks:
             raise TrainingInterrupted(f"stopped while no rank was training. What was last saved stands: {again}")
 
     def stop() -> None:
-        lines.order("stop")
+        channel.order("stop")
         check_somebody_trains()
 
     with (
         _environment(workspace.nodes.alone),
-        lines,
+        channel,
         StopSignals(stop) as signals,
         _rendezvous(workspace.nodes, is_host=job is not None) as (handler, host, port),
     ):
-        place = _Place(workspace, lines.address, lines.key, host, port, torch.get_num_threads() // count)
+        setup = RankSetup(workspace, channel.address, channel.key, host, port, torch.get_num_threads() // count)
         spec = WorkerSpec(
             role="rank",
             local_world_size=count,
-            entrypoint=_rank,
-            args=(place, job.model_dump_json() if job else None),
+            entrypoint=run_rank,
+            args=(setup, job.model_dump_json() if job else None),
             rdzv_handler=handler,
             max_restarts=workspace.nodes.max_restarts,
             monitor_interval=0.1,
         )
-        result = _Agent(spec, lines, logs, check_somebody_trains).run()
+        result = _Agent(spec, channel, logs, check_somebody_trains).run()
     if result is None:
         raise RankLostError(f"the others have ended without this machine. To go on: {again}")
     if result.is_failed():
@@ -109,10 +110,10 @@ def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
 
 @contextmanager
 def _rendezvous(nodes: NodesSettings, is_host: bool) -> Iterator[tuple[RendezvousHandler, str, int]]:
-    """Where the agents meet, and its host and port.
+    """The rendezvous at which the agents meet, and its host and port.
 
     Raises:
-        RankLostError: nobody is there, or not enough come in time.
+        RankLostError: nobody is there, or too few machines come in time.
     """
     host, _, port = ("127.0.0.1:0" if nodes.alone else str(nodes.rendezvous)).rpartition(":")
     address = _address_towards(host)
@@ -140,7 +141,7 @@ def _rendezvous(nodes: NodesSettings, is_host: bool) -> Iterator[tuple[Rendezvou
 
 
 def _wait_for_host(host: str, port: int, seconds: float) -> None:
-    """Until somebody listens there; torch's own waiting would not be interrupted by a signal."""
+    """Wait until somebody listens there. A signal would not interrupt torch's own waiting."""
     progress.current().say(f"waiting for the run at {host}:{port}")
     for attempt in Retrying(
         retry=retry_if_exception_type(OSError), stop=stop_after_delay(seconds), wait=wait_fixed(1), reraise=True
@@ -150,17 +151,19 @@ def _wait_for_host(host: str, port: int, seconds: float) -> None:
 
 
 class _Agent(LocalElasticAgent):
-    """As torch has it, but it tells what happened, and lets ranks that are well save before it stops them."""
+    """Torch's agent, which also says what happened, and lets healthy ranks save before it stops them."""
 
-    def __init__(self, spec: WorkerSpec, lines: "_Lines", logs: Path, before_start: Callable[[], None]) -> None:
-        """`before_start`: called before the ranks are started, or started again, which may mean a long wait."""
+    def __init__(
+        self, spec: WorkerSpec, channel: LauncherChannel, logs: Path, before_start: Callable[[], None]
+    ) -> None:
+        """`before_start`: called before each start of the ranks, which may mean a long wait."""
         super().__init__(
             spec,
             DefaultLogsSpecs(str(logs), redirects=Std.ERR, tee=Std.ERR),
             exit_barrier_timeout=_EXIT_SECONDS,
             log_line_prefix_template="[rank ${rank}] ",
         )
-        self._lines, self._before_start = lines, before_start
+        self._channel, self._before_start = channel, before_start
 
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
         self._before_start()
@@ -173,34 +176,34 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._lines.order("restart")
-        self._lines.wait_until_all_left()
+        self._channel.order("restart")
+        self._channel.wait_until_all_left()
         super()._stop_workers(worker_group)
-        self._lines.withdraw("restart")
+        self._channel.withdraw("restart")
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        at_once = isinstance(sys.exception(), KeyboardInterrupt)  # of a second signal
+        at_once = isinstance(sys.exception(), KeyboardInterrupt)  # raised by a second signal
         super()._shutdown(signal.SIGKILL if at_once else death_sig, timeout)
 
 
 def _reason(failure: ProcessFailure) -> str:
-    """What is known of a failure, such as `Signal 9 (SIGKILL) received by PID 123`."""
-    message: Any = failure.message  # declared as text, but of an exception it is what torch has stored of it
-    told = str(message["message"] if isinstance(message, dict) else message)
-    return (told.strip().splitlines() or ["no reason is known"])[-1]
+    """What is known about a failure, such as `Signal 9 (SIGKILL) received by PID 123`."""
+    message: Any = failure.message  # declared as str, but for an exception it is what torch stored about it
+    reason = str(message["message"] if isinstance(message, dict) else message)
+    return (reason.strip().splitlines() or ["no reason is known"])[-1]
 
 
 @contextmanager
 def _environment(alone: bool) -> Iterator[None]:
-    """What torch's agent and the ranks read from the environment, for the time of a training."""
+    """Set what torch's agent and the ranks read from the environment, as long as the run trains."""
     ours = {
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # SIGTERM and SIGINT are for the launcher
-        # Else a machine goes on looking for rank 0 where it was before a machine was lost (torch 2.15).
+        # Otherwise a machine keeps looking for rank 0 where it was before a machine was lost (torch 2.15).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if alone and "GLOO_SOCKET_IFNAME" not in os.environ:
         ours["GLOO_SOCKET_IFNAME"] = "lo"  # a host name need not resolve
-    # It would warn of what `Ranks.parallel` asks for on purpose.
+    # Otherwise torch warns of what `Ranks.parallel` asks for on purpose.
     ours["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
@@ -215,7 +218,7 @@ def _environment(alone: bool) -> Iterator[None]:
 
 
 def _address_towards(host: str) -> str:
-    """This machine's address on the network in which `host` is; no packet is sent.
+    """This machine's address on the network of `host`. No packet is sent.
 
     Raises:
         SettingsError: `host` cannot be resolved here.

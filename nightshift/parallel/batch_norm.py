@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # one that gradients flow through
+from torch.distributed.nn.functional import all_reduce  # the one that gradients flow through
 
 
 class _BatchNorm(nn.BatchNorm2d):
@@ -16,10 +16,10 @@ class _BatchNorm(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        x_float = x.float()  # once, so that its gradient is summed before it is rounded
+        x_float = x.float()  # converted once, so that its gradient is summed before it is rounded
         variances, means = torch.var_mean(x_float, (0, 2, 3), correction=0)
         count = means.new_tensor([x.numel() / x.shape[1]])
-        # Each rank fills its row of zeros; their sum then holds all rows, and gradients flow back to each.
+        # Each rank fills one row of zeros. The sum over ranks has all rows, and gradients flow back to each rank.
         rows = torch.zeros(dist.get_world_size(), 2 * len(means) + 1)
         rows = rows.index_add(0, torch.tensor([dist.get_rank()]), torch.cat([means, variances, count])[None])
         rows = all_reduce(rows)  # type: ignore[no-untyped-call]
@@ -39,6 +39,7 @@ class _BatchNorm(nn.BatchNorm2d):
 
 
 def synchronized_on_cpu(module: nn.Module) -> nn.Module:
+    """The module with each batch norm replaced by one over all ranks, with the same parameters and buffers."""
     if isinstance(module, nn.BatchNorm2d):
         norm = _BatchNorm(module.num_features, module.eps, module.momentum)
         norm.weight, norm.bias = module.weight, module.bias

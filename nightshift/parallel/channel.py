@@ -1,4 +1,4 @@
-"""DOC."""
+"""The channel between a launcher and its ranks: progress goes one way, orders go the other."""
 
 import os
 import secrets
@@ -14,18 +14,18 @@ from nightshift.progress import LogProgress, StepReport
 
 Order = Literal["stop", "restart"]
 _SAVING_SECONDS = 20
-"""So long ranks that are well may take to save before they are stopped."""
+"""How long healthy ranks may take to save before they are stopped."""
 
 
-class _Lines:
-    """Where the launcher hears of its ranks and gives them orders: a line to each, which breaks when either dies."""
+class LauncherChannel:
+    """The launcher's end: a connection to each rank, which breaks when either dies."""
 
     def __init__(self) -> None:
         self.key = secrets.token_bytes(32)
         self._listener = Listener(family="AF_UNIX", authkey=self.key)
         self.address = str(self._listener.address)
         self._orders: set[Order] = set()
-        self._lines: list[Connection] = []
+        self._connections: list[Connection] = []
         self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -36,59 +36,61 @@ class _Lines:
         self._listener.close()
 
     @property
-    def are_there(self) -> bool:
-        return bool(self._lines)
+    def has_ranks(self) -> bool:
+        return bool(self._connections)
 
     def order(self, what: Order) -> None:
-        """Tell every rank, also those to come."""
+        """Give an order to every rank, including ranks that connect later."""
         with self._changed:
             self._orders.add(what)
-            for line in self._lines:
-                with suppress(OSError):  # of a rank that died just then
-                    line.send(what)
+            for connection in self._connections:
+                with suppress(OSError):  # the rank has just died
+                    connection.send(what)
 
     def withdraw(self, what: Order) -> None:
         self._orders.discard(what)
 
     def wait_until_all_left(self) -> None:
-        """Or until they have had time enough to save."""
+        """Wait until all ranks have left, or have had enough time to save."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._lines, _SAVING_SECONDS)
+            self._changed.wait_for(lambda: not self._connections, _SAVING_SECONDS)
 
     def _accept(self) -> None:
         while True:
             try:
-                line = self._listener.accept()
+                connection = self._listener.accept()
             except (EOFError, AuthenticationError):
-                continue  # of a rank that died just then
+                continue  # the rank has just died
             except OSError:
                 return  # closed
-            threading.Thread(target=copy_context().run, args=(self._listen, line), name="rank", daemon=True).start()
+            threading.Thread(
+                target=copy_context().run, args=(self._listen, connection), name="rank", daemon=True
+            ).start()
 
-    def _listen(self, line: Connection) -> None:
+    def _listen(self, connection: Connection) -> None:
         with self._changed, suppress(OSError):
-            self._lines.append(line)
+            self._connections.append(connection)
             for order in self._orders:
-                line.send(order)
+                connection.send(order)
         try:
             while True:
-                what, message = line.recv()
+                what, message = connection.recv()
                 getattr(progress.current(), what)(*message)
         except (OSError, EOFError):
             pass  # the rank has left
         finally:
             with self._changed:
-                self._lines.remove(line)
+                self._connections.remove(connection)
                 self._changed.notify_all()
 
 
-class _Line(LogProgress):
-    """A rank's end of the line: its progress goes to the launcher, whose orders come."""
+class RankChannel(LogProgress):
+    """A rank's end: it sends progress to the launcher, and receives the launcher's orders."""
 
     def __init__(self, address: str, key: bytes, is_quiet: bool) -> None:
-        """`is_quiet`: report only what went wrong; the others tell the same."""
+        """`is_quiet`: send warnings only, because another rank reports the same progress."""
         self.orders: set[Order] = set()
-        self._line = Client(address, authkey=key)
+        self._connection = Client(address, authkey=key)
         self._is_quiet, self._has_left = is_quiet, False
         self._lock = threading.Lock()
 
@@ -98,26 +100,26 @@ class _Line(LogProgress):
 
     def __exit__(self, *error: object) -> None:
         self._has_left = True
-        self._line.close()
+        self._connection.close()
 
     def trained(self, report: StepReport, epoch_ended: bool) -> None:
-        self._tell("trained", report, epoch_ended)
+        self._report("trained", report, epoch_ended)
 
     def say(self, message: str) -> None:
-        self._tell("say", message)
+        self._report("say", message)
 
     def warn(self, message: str) -> None:
-        self._tell("warn", message, aloud=True)
+        self._report("warn", message, aloud=True)
 
-    def _tell(self, what: str, *message: object, aloud: bool = False) -> None:
+    def _report(self, what: str, *message: object, aloud: bool = False) -> None:
         if aloud or not self._is_quiet:
-            with self._lock, suppress(OSError):  # of a launcher that died just then
-                self._line.send((what, message))
+            with self._lock, suppress(OSError):  # the launcher has just died
+                self._connection.send((what, message))
 
     def _listen(self) -> None:
         try:
             while True:
-                self.orders.add(self._line.recv())
+                self.orders.add(self._connection.recv())
         except (OSError, EOFError):
             if not self._has_left:
                 os._exit(1)  # the launcher is dead: nobody would stop this process, or start it again

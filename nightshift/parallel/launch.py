@@ -1,4 +1,4 @@
-"""Training a run in one process, or in several on one machine or more."""
+"""Train a run in one process, or in several on one or more machines."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -9,7 +9,7 @@ from nightshift.errors import RankFailedError, StorageError, TrainingInterrupted
 from nightshift.records import recovery
 from nightshift.records.run import Origin
 from nightshift.refs import CheckpointRef, DatasetRef
-from nightshift.training.run import finished_checkpoint, train_alone
+from nightshift.training.run import Job, check_before_training, train_alone
 from nightshift.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 def train_run(
     workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef, origin: Origin | None = None
 ) -> CheckpointRef:
-    """`train_alone`, in as many processes as the config says, on as many machines as the workspace does.
+    """Train a run to its end, in as many processes as the config says, on as many machines as the workspace says.
 
     Raises:
-        RankFailedError: one of them failed, again after every restart; otherwise what `train_alone` raises.
+        RankFailedError: one of them failed, and again after every restart.
+        Otherwise as `train_alone`.
     """
-    here = processes_here(config.nproc_per_node)
+    here = processes_here(config.hardware.nproc_per_node)
     if here == 1 and workspace.nodes.alone:
         return train_alone(workspace, run_id, config, dataset, origin)
-    finished = finished_checkpoint(workspace, run_id, config, dataset)
+    job = Job(run_id=run_id, config=config, dataset=dataset, origin=origin or Origin())
+    finished = check_before_training(workspace, job)
     if finished:
         return finished
-    from nightshift.parallel.agent import run_ranks
-    from nightshift.parallel.worker import Job  # here, because torch's agent costs every start some time
+    from nightshift.parallel.agent import run_ranks  # here, because torch's agent takes time to import
 
-    job = Job(run_id=run_id, config=config, dataset=dataset, origin=origin or Origin())
     try:
         return run_ranks(workspace, here, job).result()
     except RankFailedError as error:
@@ -42,7 +42,7 @@ def train_run(
     except StorageError as error:
         if workspace.nodes.alone:
             raise
-        # Trying again at once, as one machine would, it would be alone at the rendezvous.
+        # A retry at once, as on one machine, would be alone at the rendezvous.
         raise TrainingInterrupted(f"{error}. To go on, on all machines: nightshift resume {run_id}") from error
 
 
@@ -50,7 +50,7 @@ def join(workspace: Workspace, nproc_per_node: int | Literal["auto"]) -> "Ending
     """Lend this machine to the run that is trained at the rendezvous, until it ends.
 
     Raises:
-        RankLostError: the machine that hosts the rendezvous is gone, or does not come.
+        RankLostError: the machine that hosts the rendezvous is gone, or never came.
     """
     from nightshift.parallel.agent import run_ranks
 
@@ -58,4 +58,5 @@ def join(workspace: Workspace, nproc_per_node: int | Literal["auto"]) -> "Ending
 
 
 def processes_here(nproc_per_node: int | Literal["auto"]) -> int:
+    """How many ranks this machine gets; auto: one per GPU."""
     return max(torch.cuda.device_count(), 1) if nproc_per_node == "auto" else nproc_per_node

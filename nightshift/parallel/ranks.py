@@ -1,8 +1,8 @@
-"""The ranks that train one run together: what each takes of a batch, and how they agree.
+"""The ranks that train one run together: which share of a batch each takes, and how they agree.
 
-Each rank holds a copy of the whole state and computes its share of every batch; gradients and the statistics of batch
-norm are averaged over all ranks. So a run takes the same steps on the same batches however many ranks it has, up to
-the rounding of sums that are added in another order.
+Each rank holds a copy of the whole state and computes its share of every batch. Gradients and the statistics of batch
+norm are averaged over all ranks. So a run takes the same steps on the same batches however many ranks it has, except
+that sums are added in another order and round differently.
 """
 
 import io
@@ -30,7 +30,7 @@ class JoinedRanks(Ranks):
     """This process as one of several; the methods are those of `Ranks`."""
 
     control: dist.ProcessGroup | None = None
-    """The group they agree in. Always gloo: on a GPU no step has to wait for it."""
+    """The process group in which they agree. It is always gloo, so that no step on a GPU has to wait for it."""
 
     def any(self, *asked: bool) -> list[bool]:
         flags = torch.tensor(asked or (False,), dtype=torch.uint8)
@@ -79,16 +79,16 @@ class JoinedRanks(Ranks):
         return DistributedDataParallel(
             model,
             device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,
-            forward_sync_buffers=False,  # they are equal, for all ranks compute them of the same sums
-            # Layers that are fixed half-way need no gradient from then on. And without it the gradients change their
-            # places in the buckets after the first step, hence the order in which they are added: a resumed run of
-            # three ranks or more would end with other bits.
+            forward_sync_buffers=False,  # they are equal, because all ranks compute them from the same sums
+            # Layers that are fixed part-way through need no gradient from then on. And without this, gradients change
+            # their buckets after the first step, and so the order in which they are added: a resumed run of three or
+            # more ranks would end with other bits.
             find_unused_parameters=True,
         )
 
     @contextmanager
     def loss_explained(self) -> Iterator[None]:
-        """Raises RankLostError for a RuntimeError: that is what a collective fails with when a rank is gone."""
+        """Raise RankLostError for a RuntimeError, with which a collective fails when a rank is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -100,7 +100,7 @@ class JoinedRanks(Ranks):
 
 @contextmanager
 def joined(timeout: timedelta) -> Iterator[JoinedRanks]:
-    """The ranks that torch's elastic agent has started together, as this process' environment says.
+    """The ranks that torch's elastic agent has started together, according to this process' environment.
 
     Args:
         timeout: how long to wait for a rank that does not answer; one that is dead is noticed at once.

@@ -1,4 +1,4 @@
-"""DOC."""
+"""A rank's life in its own process: how it learns what to train, and how all ranks learn how the run ended."""
 
 import os
 import secrets
@@ -13,36 +13,25 @@ from pydantic import BaseModel
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from nightshift import errors, processes, progress
-from nightshift.config.train import TrainConfig
 from nightshift.errors import (
     Interrupted,
     NightshiftError,
     RankLostError,
 )
 from nightshift.ids import RunId
-from nightshift.parallel.channel import _Line
+from nightshift.parallel.channel import RankChannel
 from nightshift.parallel.ranks import JoinedRanks, joined
-from nightshift.records.run import Origin
-from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.refs import CheckpointRef
 from nightshift.signals import StopSignals
 from nightshift.training.loop import RankOrders
-from nightshift.training.run import train_as_rank
+from nightshift.training.run import Job, train_as_rank
 from nightshift.workspace import Workspace
 
 _ENDED = "ended"
 
 
-class Job(BaseModel):
-    """What the ranks are to train; those of a machine that has joined are told by the others."""
-
-    run_id: RunId
-    config: TrainConfig
-    dataset: DatasetRef
-    origin: Origin
-
-
 class Ending(BaseModel):
-    """How a training ended, for every rank and every machine alike: a checkpoint, or an error."""
+    """How training ended, the same for every rank and every machine: with a checkpoint, or an error."""
 
     run_id: RunId
     checkpoint: CheckpointRef | None = None
@@ -64,8 +53,8 @@ class Ending(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What a rank is given to find its way."""
+class RankSetup:
+    """What a rank's process needs to start: where its launcher and the rendezvous are, how many threads it may use."""
 
     workspace: Workspace
     address: str
@@ -75,30 +64,34 @@ class _Place:
     threads: int
 
 
-def _rank(place: _Place, job_text: str | None) -> str:
-    """A rank's life, from its start by the agent to how the training ended, as JSON."""
-    os.setsid()  # a Ctrl-C in the terminal is for the launcher, who passes it on
+def run_rank(setup: RankSetup, job_text: str | None) -> str:
+    """A rank's life, from its start by the agent to the `Ending` of the run, which it returns as JSON.
+
+    Args:
+        job_text: the `Job` as JSON; None on a machine that has joined.
+    """
+    os.setsid()  # a Ctrl-C in the terminal is for the launcher, which passes it on
     os.dup2(2, 1)  # standard output is the command's own
-    torch.set_num_threads(max(place.threads, 1))
+    torch.set_num_threads(max(setup.threads, 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # A rank 0 that waits for a lost one's lease is waited for.
-    timeout = timedelta(seconds=max(300, 2 * place.workspace.lease_seconds))
+    # The others wait for rank 0, which may wait until the lease of a lost rank 0 expires.
+    timeout = timedelta(seconds=max(300, 2 * setup.workspace.lease_seconds))
     with (
-        _Line(place.address, place.key, is_quiet=os.environ["RANK"] != "0") as line,
-        progress.shown_by(line),
+        RankChannel(setup.address, setup.key, is_quiet=os.environ["RANK"] != "0") as channel,
+        progress.shown_by(channel),
         joined(timeout) as ranks,
         StopSignals() as signals,
     ):
-        job, board = _introduced(ranks, place, job_text)
+        job, board = _agree_on_job(ranks, setup, job_text)
         orders = RankOrders(
-            lambda step: signals.received is not None or "stop" in line.orders,
-            lambda: "restart" in line.orders,
+            lambda step: signals.received is not None or "stop" in channel.orders,
+            lambda: "restart" in channel.orders,
             processes.identity(os.getppid()),
         )
         ending = None
         try:
-            last = train_as_rank(ranks, place.workspace, job.run_id, job.config, job.dataset, orders, job.origin)
+            last = train_as_rank(ranks, setup.workspace, job, orders)
             if ranks.leads:
                 ending = Ending(run_id=job.run_id, checkpoint=last)
         except RankLostError:
@@ -107,12 +100,12 @@ def _rank(place: _Place, job_text: str | None) -> str:
         except NightshiftError as error:
             ending = Ending(run_id=job.run_id, error=type(error).__name__, message=str(error))
         if ending:
-            board.compare_set(_ENDED, "", ending.model_dump_json())  # of several, the first counts
+            board.compare_set(_ENDED, "", ending.model_dump_json())  # if several ranks report one, the first counts
         return board.get(_ENDED).decode()  # waits until there is one
 
 
-def _introduced(ranks: JoinedRanks, place: _Place, job_text: str | None) -> tuple[Job, Store]:
-    """What is to be trained, and where the ranks of this start leave word of how it ended."""
+def _agree_on_job(ranks: JoinedRanks, setup: RankSetup, job_text: str | None) -> tuple[Job, Store]:
+    """The job, from a machine that knows it, and the store in which the ranks of this start leave their ending."""
     ours = [job_text, secrets.token_hex(8)]
     theirs: list[Any] = [ours]
     if ranks.world_size > 1:
@@ -120,12 +113,12 @@ def _introduced(ranks: JoinedRanks, place: _Place, job_text: str | None) -> tupl
         dist.all_gather_object(theirs, ours, ranks.control)
     jobs = [text for text, _ in theirs if text]
     if not jobs:
-        raise RankLostError("none of the machines that have met knows what is to be trained")
-    board = TCPStore(place.host, place.port, is_master=False, timeout=timedelta(days=1))
+        raise RankLostError("none of the machines that have met knows what to train")
+    board = TCPStore(setup.host, setup.port, is_master=False, timeout=timedelta(days=1))
     return Job.model_validate_json(jobs[0]), PrefixStore(theirs[0][1], board)
 
 
 def _has_ended(board: Store) -> bool:
-    with suppress(RuntimeError):  # it went with the machine that hosts it
+    with suppress(RuntimeError):  # the machine that hosted it is gone
         return bool(board.check([_ENDED]))
     return False

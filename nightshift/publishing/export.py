@@ -1,7 +1,7 @@
-"""The formats a trained model is given away in. Each is read back and compared on real images before anyone gets it.
+"""The formats in which a model is exported. Each file is read back and compared on real images before anyone gets it.
 
 Full-module pickles (`torch.save(model)`) are not among them: they run code when they are loaded, and break when
-the code moves, as the tutorial warns of too.
+the code moves. The tutorial warns of that too.
 """
 
 import importlib
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from nightshift.errors import ConfigError, ExportError
 
 _TOLERANCE = 1e-5
-"""By which probabilities may differ where other kernels do the arithmetic."""
+"""How much probabilities may differ where other kernels do the arithmetic."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a model becomes a file, and what the file makes of images.
+    """How a model is written to a file, and how the file is run on images.
 
     `run` takes the file's bytes, a freshly built network and normalized images (batch, 3, 32, 32); it returns
     logits (batch, classes).
@@ -39,16 +39,16 @@ class Format:
 
 
 def export(model: nn.Module, fresh: nn.Module, inputs: Tensor, name: str) -> bytes:
-    """The model in one of FORMATS, after what was written was read back and compared.
+    """The model in one of FORMATS: written, read back and compared.
 
     Args:
         model: on the CPU, in inference mode.
-        fresh: the same architecture with any weights; those formats that hold only weights are read into it.
+        fresh: the same architecture with any weights. Formats that hold only weights are read into it.
         inputs: normalized images, float32 (batch, 3, 32, 32).
 
     Raises:
         ConfigError: there is no such format, or what it needs is not installed.
-        ExportError: it cannot be written, or the file does not do what the model does.
+        ExportError: it cannot be written, or the file does not predict what the model predicts.
     """
     if name not in FORMATS:
         raise ConfigError(f"there is no format {name!r}. The formats are: {', '.join(FORMATS)}")
@@ -100,7 +100,7 @@ def _write_pt2(model: nn.Module, inputs: Tensor) -> bytes:
 def _run_pt2(body: bytes, fresh: nn.Module, inputs: Tensor) -> Tensor:
     program = torch.export.load(io.BytesIO(body)).module()
     with torch.inference_mode():
-        program(inputs[:1])  # another batch size: it has to be dynamic
+        program(inputs[:1])  # another batch size, which must be dynamic
         return program(inputs)  # type: ignore[no-any-return]
 
 
@@ -133,7 +133,7 @@ def _run_onnx(body: bytes, fresh: nn.Module, inputs: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters tell their own developers a lot."""
+    """Silence the exporters, which log a lot for their own developers."""
     loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.export", "torch.onnx", "onnxscript"))}
     try:
         for logger in loggers:

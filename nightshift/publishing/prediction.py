@@ -1,4 +1,4 @@
-"""What a published model sees in images: files, folders, or an s3:// prefix, in batches of bounded memory."""
+"""Predictions of a published model for images in files, folders or an s3:// prefix, in bounded memory."""
 
 import csv
 import io
@@ -16,18 +16,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.errors import ConfigError, NoImagesError, StorageError
+from nightshift.hardware import find_device
 from nightshift.judging import evaluation
 from nightshift.records import champions
 from nightshift.records.versions import read_card, read_file
 from nightshift.refs import PredictionsRef
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 
 _BATCH = 256
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-"""What counts as an image in a folder or under a prefix; a file that is named itself may have any name."""
+"""What counts as an image in a folder or under a prefix. A file that is named itself may have any suffix."""
 OutputFormat = Literal["csv", "jsonl"]
 
 
@@ -50,7 +50,7 @@ class _Source:
 class Classifier:
     """A published version, loaded from its verified weights."""
 
-    def __init__(self, store: S3, name: str, version: str) -> None:
+    def __init__(self, store: Store, name: str, version: str) -> None:
         """`version`: a version's name, or `champion`.
 
         Raises:
@@ -60,24 +60,24 @@ class Classifier:
         if version == "champion":
             version = champions.read_champion(store, name).version
         card = read_card(store, name, version)
-        config = TrainConfig.parse(card["config"])
+        config = card.train_config()
         weights = load_safetensors(read_file(store, card, "weights.safetensors"))
-        self.version, self.classes, self._tta = version, tuple(card["classes"]), config.tta
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.version, self.classes, self._tta = version, card.classes, config.evaluation.tta
+        device = find_device()
         self._model: nn.Module = evaluation.load_model(config, weights, len(self.classes), device)
-        self._scale, self._shift = batches.scale_and_shift(card["mean"], card["std"])
+        self._scale, self._shift = batches.scale_and_shift(card.mean, card.std)
 
     def probabilities(self, images: Tensor) -> Tensor:
         """uint8 images (batch, 32, 32, 3) → probabilities (batch, classes), float32 on the CPU."""
         inputs = batches.to_input(images, self._scale, self._shift)
         return evaluation.predict(self._model, inputs, self._tta).softmax(1)
 
-    def predict(self, store: S3, places: Iterable[str]) -> Iterator[Prediction]:
-        """Each image at these places, in their order; a bad one is told and does not stop the others.
+    def predict(self, store: Store, places: Iterable[str]) -> Iterator[Prediction]:
+        """Predict each image at these places, in their order. A bad one is reported and does not stop the others.
 
         Args:
-            store: gives the connection for places that begin with s3://.
-            places: files, folders (searched to the bottom), s3://BUCKET/PREFIX.
+            store: its connection reads the places that begin with s3://.
+            places: files, folders (searched recursively), s3://BUCKET/PREFIX.
 
         Raises:
             StorageError: the store fails.
@@ -96,13 +96,13 @@ class Classifier:
 
 
 def write(predictions: Iterable[Prediction], file: IO[str], kind: OutputFormat) -> tuple[int, list[Prediction]]:
-    """Write a line an image, as CSV with a header or as JSON Lines.
+    """Write a line per image, as CSV with a header or as JSON Lines.
 
     Returns:
         How many were predicted, and those that could not be read.
 
     Raises:
-        NoImagesError: none could be read; all of them are written.
+        NoImagesError: none could be read. Their lines are written all the same.
     """
     fields = list(Prediction.__dataclass_fields__)
     table = csv.DictWriter(file, fields, lineterminator="\n")
@@ -124,12 +124,12 @@ def write(predictions: Iterable[Prediction], file: IO[str], kind: OutputFormat) 
     return good, bad
 
 
-def write_to(store: S3, out: str, predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
-    """`write` into a file or, with s3://BUCKET/KEY, into a bucket; its suffix says in which form.
+def write_to(store: Store, out: str, predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
+    """`write` to a file or, with s3://BUCKET/KEY, to an object. Its suffix decides the format.
 
     Raises:
-        ConfigError: `out` is neither .csv nor .jsonl.
-        NoImagesError, StorageError: as `write` and `S3.upload`.
+        ConfigError: `out` ends neither in .csv nor in .jsonl.
+        NoImagesError, StorageError: as `write` and `Store.upload`.
     """
     kind = output_format(out)
     if not out.startswith("s3://"):
@@ -144,23 +144,23 @@ def write_to(store: S3, out: str, predictions: Iterable[Prediction]) -> tuple[in
     return written
 
 
-def predict(store: S3, name: str, version: str, places: Iterable[str], out: str) -> PredictionsRef:
-    """Write what a published model sees in images to `out`.
+def predict(store: Store, name: str, version: str, places: Iterable[str], out: str) -> PredictionsRef:
+    """Write a published model's predictions for images to `out`.
 
     Raises:
         ConfigError, ModelNotFoundError, NoImagesError, StorageError: as `Classifier` and `write_to`.
     """
     classifier = Classifier(store, name, version)
     good, bad = write_to(store, out, classifier.predict(store, places))
-    told = [f"{prediction.image}: {prediction.error}" for prediction in bad]
-    return PredictionsRef(out=out, version=classifier.version, predicted=good, bad=told)
+    unread = [f"{prediction.image}: {prediction.error}" for prediction in bad]
+    return PredictionsRef(out=out, version=classifier.version, predicted=good, bad=unread)
 
 
 def output_format(path: str) -> OutputFormat:
-    """By the suffix of a file's name.
+    """The format that the suffix of a file's name asks for.
 
     Raises:
-        ConfigError: it is neither .csv nor .jsonl.
+        ConfigError: the suffix is neither .csv nor .jsonl.
     """
     if path.endswith(".csv"):
         return "csv"
@@ -169,7 +169,7 @@ def output_format(path: str) -> OutputFormat:
     raise ConfigError(f"{path!r}: predictions are written as .csv or .jsonl")
 
 
-def _sources(store: S3, places: Iterable[str]) -> Iterator[_Source]:
+def _sources(store: Store, places: Iterable[str]) -> Iterator[_Source]:
     def none() -> bytes:
         raise NoImagesError(f"there is no image here ({', '.join(sorted(SUFFIXES))})")
 
@@ -187,7 +187,7 @@ def _on_disk(place: Path) -> Iterator[_Source]:
             yield _Source(str(path), path.read_bytes)
 
 
-def _in_bucket(store: S3, url: str) -> Iterator[_Source]:
+def _in_bucket(store: Store, url: str) -> Iterator[_Source]:
     bucket, prefix = store.at(url)
     for stored in bucket.list(prefix):
         if stored.key == prefix or Path(stored.key).suffix.lower() in SUFFIXES:
@@ -195,11 +195,11 @@ def _in_bucket(store: S3, url: str) -> Iterator[_Source]:
 
 
 def _decode(source: _Source, size: int = 32) -> np.ndarray | str:
-    """uint8 (size, size, 3), upright, RGB; or why not."""
+    """The image as uint8 (size, size, 3), upright, RGB; or the reason why it cannot be read."""
     try:
         with Image.open(io.BytesIO(source.read())) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # PIL would cut 16 bits of grey off at 255
+            if upright.mode.startswith("I;16"):  # PIL would clip 16-bit grey at 255
                 upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
             rgb = upright.convert("RGB")
             return np.asarray(rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC))

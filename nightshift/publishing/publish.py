@@ -1,4 +1,4 @@
-"""DOC."""
+"""From an evaluated checkpoint to a published version, and to files for others."""
 
 from collections.abc import Callable
 
@@ -15,12 +15,12 @@ from nightshift.judging import evaluation, gate
 from nightshift.publishing.export import export
 from nightshift.records.lease import attached
 from nightshift.records.run import RunRecord
-from nightshift.records.versions import publish_version, read_card, version_key
+from nightshift.records.versions import ModelCard, card_key, publish_version, read_card
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
 from nightshift.workspace import Workspace
 
 _IMAGES = 256
-"""So many test images are compared on."""
+"""How many test images an exported file is compared on."""
 PUBLISHED = {"weights.pth": "state_dict", "weights.safetensors": "safetensors", "model.pt2": "pt2"}
 
 
@@ -40,33 +40,25 @@ def export_run(workspace: Workspace, record: RunRecord, name: str) -> bytes:
 def publish_model(
     workspace: Workspace, checkpoint: CheckpointRef, dataset_ref: DatasetRef, evaluated: Evaluation
 ) -> ModelRef:
-    """Publish a run's evaluated checkpoint as a version of its model, unless it is published.
+    """Publish a run's evaluated checkpoint as a version of its model, unless it is published already.
 
     Raises:
         LeaseLostError: another trainer has taken the run over since.
-        ConfigError: a version of this name is published, with other weights.
-        ExportError: a file does not do what the model does; nothing is published.
+        ConfigError: a version of this name is published with other weights.
+        ExportError: a file does not predict what the model predicts; nothing is published.
         StorageError, CheckpointCorruptError: the weights cannot be read or stored.
     """
     name, version = dataset_ref.name, checkpoint.run_id
-    key = version_key(name, version)
     with attached(workspace.store, checkpoint, workspace.lease_seconds) as run:
-        if not workspace.store.head(key + "card.json"):
+        if not workspace.store.head(card_key(name, version)):
             _publish(workspace, run.record, checkpoint, open_dataset(workspace, dataset_ref))
     card = read_card(workspace.store, name, version)
-    if card["weights_sha256"] != evaluated.weights_sha256:
+    if card.weights_sha256 != evaluated.weights_sha256:
         raise ConfigError(
-            f"{key} is published with other weights, by an earlier run of the same name. "
+            f"{card.ref().key} is published with other weights, by an earlier run of the same name. "
             "What is published never changes: train under another run id"
         )
-    return ModelRef(
-        name=name,
-        version=version,
-        run_id=version,
-        key=key,
-        test_accuracy=card["test_accuracy"],
-        weights_sha256=card["weights_sha256"],
-    )
+    return card.ref()
 
 
 def _publish(workspace: Workspace, record: RunRecord, checkpoint: CheckpointRef, dataset: Dataset) -> None:
@@ -77,30 +69,32 @@ def _publish(workspace: Workspace, record: RunRecord, checkpoint: CheckpointRef,
     exported = _exporter(weights, config, dataset)
     files = {file_name: exported(kind) for file_name, kind in PUBLISHED.items()}
     files[gate.PREDICTIONS] = evaluation.read_predictions(store, metrics)
-    mean, std = batches.pixel_statistics(dataset, config.normalization)
-    card = {
-        "run_id": record.run_id,
-        "architecture": config.model,
-        "classes": dataset.classes,
-        "input": "float32 (batch, 3, 32, 32), RGB, (pixel - mean) / std with pixel 0…255",
-        "output": "logits, float32 (batch, classes)",
-        "mean": mean,
-        "std": std,
-        "tta": config.tta,
-        "test_accuracy": metrics.accuracy,
-        "test_loss": metrics.loss,
-        "weights_sha256": metrics.weights_sha256,
-        "config": record.config,
-        "dataset_digest": dataset.digest,
-        "environment": record.environment,
-        "trained_at": record.checkpoints[-1].written_at.isoformat(),
-    }
-    publish_version(store, dataset.name, record.run_id, files, card)
+    mean, std = batches.pixel_statistics(dataset, config.data.normalization)
+    card = ModelCard(
+        name=dataset.name,
+        version=record.run_id,
+        run_id=record.run_id,
+        architecture=config.model.name,
+        classes=dataset.classes,
+        input="float32 (batch, 3, 32, 32), RGB, (pixel - mean) / std with pixel 0…255",
+        output="logits, float32 (batch, classes)",
+        mean=mean,
+        std=std,
+        tta=config.evaluation.tta,
+        test_accuracy=metrics.accuracy,
+        test_loss=metrics.loss,
+        weights_sha256=metrics.weights_sha256,
+        config=record.config,
+        dataset_digest=dataset.digest,
+        environment=record.environment,
+        trained_at=record.checkpoints[-1].written_at,
+    )
+    publish_version(store, card, files)
 
 
 def _exporter(weights: dict[str, Tensor], config: TrainConfig, dataset: Dataset) -> Callable[[str], bytes]:
-    """`export` of these weights, compared on the first test images."""
+    """`export` for these weights. Files are compared on the first test images."""
     model = evaluation.load_model(config, weights, len(dataset.classes))
-    fresh = build_model(config.model, len(dataset.classes)).to(memory_format=torch.channels_last)
-    inputs = batches.to_input(dataset.test_images[:_IMAGES], *batches.normalizer(dataset, config.normalization))
+    fresh = build_model(config.model.name, len(dataset.classes)).to(memory_format=torch.channels_last)
+    inputs = batches.to_input(dataset.test_images[:_IMAGES], *batches.normalizer(dataset, config.data.normalization))
     return lambda name: export(model, fresh, inputs, name)

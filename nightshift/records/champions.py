@@ -1,30 +1,26 @@
-"""Published versions of a model, and which of them is the champion.
+"""Which published version of a model is the champion.
 
-A version is immutable files under `models/<name>/<version>/`. It is named after its run, so that publishing
-twice writes the same files again. `card.json` is written last: a version without it is not published.
-
-The champion is the last entry of a history in `models/<name>/champion.json`, which is only ever appended to,
-by compare-and-swap. It names nothing that is not published.
+It is the last entry of a history in `models/<name>/champion.json`, which is only ever appended to, by
+compare-and-swap. The history names nothing that is not published.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, Field
 
 from nightshift import processes
-from nightshift.errors import ModelNotFoundError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from nightshift.errors import ModelNotFoundError, ObjectNotFoundError
 from nightshift.ids import RunId
-from nightshift.records.versions import MODELS, read_card
+from nightshift.records.versions import MODELS, ModelCard, read_card
 from nightshift.refs import ChampionRef, Comparison
-from nightshift.storage.documents import sealed, unsealed
-from nightshift.storage.s3 import S3
+from nightshift.storage import documents
+from nightshift.storage.documents import Document, Part
+from nightshift.storage.store import Store
 
 
-class Transition(BaseModel):
-    """Someone became champion: when, how, in whose place and why."""
-
-    model_config = ConfigDict(frozen=True)
+class Transition(Part):
+    """A version became champion: when, how, in whose place and why."""
 
     id: str
     """A decision that is repeated has the same one: it is found in the history and not made again."""
@@ -39,10 +35,11 @@ class Transition(BaseModel):
     comparison: Comparison | None = None
 
 
-class History(BaseModel):
+class History(Document):
     """All transitions of a model, oldest first; the last one says who is champion."""
 
-    model_config = ConfigDict(frozen=True)
+    title: ClassVar[str] = "history of champions"
+    if_damaged: ClassVar[str] = "Bring an older version of the object back if the bucket keeps them"
 
     format: Literal[1] = 1
     name: str
@@ -53,7 +50,7 @@ class History(BaseModel):
         return self._ref(self.transitions[-1]) if self.transitions else None
 
     def find(self, decision: str) -> Transition | None:
-        """The transition with this id."""
+        """The transition that this decision made."""
         return next((transition for transition in self.transitions if transition.id == decision), None)
 
     def before(self, version: str) -> str | None:
@@ -61,14 +58,14 @@ class History(BaseModel):
         promotions = [entry for entry in self.transitions if entry.version == version and entry.what != "rolled back"]
         return promotions[-1].previous if promotions else None
 
-    def next(self, card: Mapping[str, Any], **fields: Any) -> Transition:
-        """The transition that makes the version with this card the champion."""
+    def next(self, card: ModelCard, **fields: Any) -> Transition:
+        """The transition that makes the version with this card the champion; `fields`: the others of Transition."""
         return Transition(
-            version=card["version"],
-            run_id=card["run_id"],
-            test_accuracy=card["test_accuracy"],
+            version=card.version,
+            run_id=card.run_id,
+            test_accuracy=card.test_accuracy,
             previous=self.champion.version if self.champion else None,
-            by=processes.signature(),
+            by=processes.new_writer_id(),
             **fields,
         )
 
@@ -77,37 +74,29 @@ class History(BaseModel):
         return ChampionRef(name=self.name, **fields)
 
 
-def read_history(store: S3, name: str) -> tuple[History, str | None]:
-    """A model's history, empty if there never was a champion, and its ETag.
+def read_history(store: Store, name: str) -> History:
+    """A model's history, empty if there never was a champion.
 
     Raises:
-        StorageError: it cannot be read, or is damaged.
+        StorageError: it cannot be read, is damaged, or is of a newer nightshift.
     """
-    key = _champion_key(name)
     try:
-        body, etag = store.get(key)
+        return documents.read(store, _champion_key(name), History)[0]
     except ObjectNotFoundError:
-        return History(name=name), None
-    try:
-        return History.model_validate(unsealed(body)), etag
-    except (ValueError, AttributeError) as error:  # of which ValidationError and JSONDecodeError are kinds
-        raise StorageError(
-            f"{store.url(key)} is damaged, or not of this version of nightshift: {error}. Bring an older version of "
-            "the object back if the bucket keeps them"
-        ) from error
+        return History(name=name)
 
 
-def read_champion(store: S3, name: str) -> ChampionRef:
+def read_champion(store: Store, name: str) -> ChampionRef:
     """The champion.
 
     Raises:
         ModelNotFoundError: there is none yet.
     """
-    return _champion_of(read_history(store, name)[0])
+    return _champion_of(read_history(store, name))
 
 
-def change_champion(store: S3, name: str, decision: str, decide: Callable[[History], Transition | None]) -> History:
-    """Append what `decide` makes of the history, unless this decision is in it already; the history after it.
+def change_champion(store: Store, name: str, decision: str, decide: Callable[[History], Transition | None]) -> History:
+    """Append what `decide` makes of the history, unless this decision is in it already; return the history after it.
 
     `decide` is asked again whenever somebody else has changed the history meanwhile: nothing is ever decided on
     one that is out of date. That also makes a lost response harmless, for the decision is found then.
@@ -115,21 +104,18 @@ def change_champion(store: S3, name: str, decision: str, decide: Callable[[Histo
     Raises:
         StorageError: it may or may not have been written; the same decision made again finds out.
     """
-    while True:
-        history, etag = read_history(store, name)
+
+    def append(found: History | None) -> History | None:
+        history = found or History(name=name)
         if history.find(decision) or not (transition := decide(history)):
-            return history
-        after = history.model_copy(update={"transitions": [*history.transitions, transition]})
-        condition: dict[str, Any] = {"if_match": etag} if etag else {"if_absent": True}
-        try:
-            store.put(_champion_key(name), sealed(after.model_dump(mode="json")), **condition)
-        except PreconditionFailedError:
-            continue
-        return after
+            return found
+        return history.changed(transitions=[*history.transitions, transition])
+
+    return documents.change(store, _champion_key(name), History, append) or History(name=name)
 
 
-def promote_by_hand(store: S3, name: str, version: str) -> ChampionRef:
-    """Make a published version the champion, whatever the gate would say; nothing happens if it is that already.
+def promote_by_hand(store: Store, name: str, version: str) -> ChampionRef:
+    """Make a published version the champion, whatever the gate would say. Nothing happens if it is that already.
 
     Raises:
         ModelNotFoundError: no such version is published.
@@ -138,14 +124,14 @@ def promote_by_hand(store: S3, name: str, version: str) -> ChampionRef:
     return _change_by_hand(store, name, "promoted by hand", lambda history: card)
 
 
-def roll_back(store: S3, name: str, version: str | None = None) -> ChampionRef:
-    """Make an earlier champion it again: the named one, or the one before the present.
+def roll_back(store: Store, name: str, version: str | None = None) -> ChampionRef:
+    """Make an earlier champion the champion again: the named one, or the one before the present one.
 
     Raises:
         ModelNotFoundError: there is none, or the named one never was champion; the message lists those that were.
     """
 
-    def earlier(history: History) -> dict[str, Any]:
+    def earlier(history: History) -> ModelCard:
         champion = _champion_of(history)
         earlier = version or history.before(champion.version)
         known = list(dict.fromkeys(entry.version for entry in history.transitions))
@@ -158,12 +144,12 @@ def roll_back(store: S3, name: str, version: str | None = None) -> ChampionRef:
     return _change_by_hand(store, name, "rolled back", earlier)
 
 
-def _change_by_hand(store: S3, name: str, what: str, choose: Callable[[History], Mapping[str, Any]]) -> ChampionRef:
-    decision = processes.signature()
+def _change_by_hand(store: Store, name: str, what: str, choose: Callable[[History], ModelCard]) -> ChampionRef:
+    decision = processes.new_writer_id()
 
     def decide(history: History) -> Transition | None:
         card = choose(history)
-        if history.champion and history.champion.version == card["version"]:
+        if history.champion and history.champion.version == card.version:
             return None
         return history.next(card, id=decision, at=store.now(), what=what, reason="as told on the command line")
 

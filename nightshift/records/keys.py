@@ -1,4 +1,4 @@
-"""DOC."""
+"""Where in the bucket a run keeps its things. docs/storage.md has them all."""
 
 from nightshift.ids import parse_run_id
 
@@ -8,10 +8,12 @@ REPORTS = "reports/"
 
 
 def record_key(run_id: str) -> str:
+    """The key of a run's record; raises ConfigError if the run id is not valid."""
     return f"{RECORDS}{parse_run_id(run_id)}.json"
 
 
 def payload_key(run_id: str, step: int, token: int) -> str:
+    """The key of the payload that the holder of a fencing token writes at a step; nobody else writes it."""
     return f"{PAYLOADS}{run_id}/{step}-{token}.pt"
 
 

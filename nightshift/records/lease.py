@@ -1,12 +1,12 @@
 """Holding a run: its lease, its fencing token, and every write of its record by compare-and-swap.
 
-A record names the holder of the run's lease by a fencing token; each new holder raises it by one. A write by
-a holder whose token is no longer the record's fails, so a trainer that was thought dead can never damage its
-successor (Kleppmann, "How to do distributed locking", 2016). Time is the server's, never the worker's.
+A record names the holder of the run's lease by a fencing token, which each new holder raises by one. A write by a
+holder whose token is no longer the record's fails, so a trainer that was thought dead can never damage its successor
+(Kleppmann, "How to do distributed locking", 2016). Time is the store's, never the worker's.
 
-Changes are functions of the record that may be applied twice without harm. That is what makes a lost
-response harmless: after a failed condition the record is read again and the change is made again, on
-whatever stands there, as long as the token is still ours.
+Changes are functions of the record that may be applied twice without harm. That makes a lost response harmless: after
+a failed condition the record is read again and the change is made again, on whatever stands there, as long as the
+token is still ours.
 """
 
 import contextvars
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -35,17 +34,17 @@ from nightshift.errors import (
 )
 from nightshift.records.run import Lease, Origin, Result, RunRecord, Status, read_record, write_record
 from nightshift.refs import CheckpointRef, DatasetRef
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 
 _POLL_SECONDS = 2.0
 
-# Owners of this process' own leases. One that is no longer here was left by a training that has ended.
+# The owners of this process' own leases. A lease whose owner is no longer here was left by a training that has ended.
 _held: set[str] = set()
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What somebody wants to train: what a new record is made of, and what a stored one has to agree with."""
+    """What somebody wants to train. A new record is made of it, and a stored one has to agree with it."""
 
     run_id: str
     config: TrainConfig
@@ -54,19 +53,19 @@ class RunSpec:
     total_steps: int
     origin: Origin = field(default_factory=Origin)
     process: str = field(default_factory=lambda: processes.identity(os.getpid()))
-    """Who answers for the training: this process, or the one that has started it as one of several."""
+    """The process that answers for the training: this one, or the one that has started it as one of several."""
 
 
 class Run:
     """A run this process holds the lease of. Safe to use from several threads."""
 
-    def __init__(self, store: S3, record: RunRecord, etag: str, lease_seconds: float, asked_at: float) -> None:
-        """`asked_at`: `time.monotonic()` of before the request that took the lease."""
+    def __init__(self, store: Store, record: RunRecord, etag: str, lease_seconds: float, asked_at: float) -> None:
+        """`asked_at`: `time.monotonic()` from before the request that took the lease."""
         self.store = store
         self.record = record
         self._etag = etag
         self._lease_seconds = lease_seconds
-        # On this machine's clock, which others need not share, and from before the request was sent.
+        # By this machine's clock, which others need not share, and counted from before the request was sent.
         self._valid_until = asked_at + lease_seconds
         self._lock = threading.RLock()
         self._lost: LeaseLostError | None = None
@@ -97,7 +96,7 @@ class Run:
                 renewed = self.record.changed(lease=lease, sequence=self.record.sequence + 1, updated_at=now)
                 changed = change(renewed)
                 try:
-                    self._etag = write_record(self.store, changed, if_match=self._etag)
+                    self._etag = write_record(self.store, changed, self._etag)
                 except PreconditionFailedError:
                     self._catch_up()
                     continue
@@ -106,8 +105,12 @@ class Run:
                 return changed
 
     def _catch_up(self) -> None:
-        """Read what stands there: our own write whose response was lost, a recoverer's note, or another trainer's."""
-        record, etag = read_record(self.store, self.run_id)
+        """Read what stands there: our own write whose response was lost, a recoverer's note, or another's lease."""
+        try:
+            record, etag = read_record(self.store, self.run_id)
+        except RunNotFoundError as error:
+            self._lost = LeaseLostError(f"the record of run {self.run_id} was deleted: this process stops")
+            raise self._lost from error
         if (record.lease.token, record.lease.owner) != (self.token, self.record.lease.owner):
             self._lost = LeaseLostError(
                 f"run {self.run_id} was taken over by {record.lease.owner} (token {record.lease.token}, ours was "
@@ -137,7 +140,7 @@ class Run:
             yield
         finally:
             self._stop_renewing.set()
-            thread.join(1)  # one that hangs in a request is left behind: writes take turns, and carry the token
+            thread.join(1)  # a thread that hangs in a request is left behind: writes take turns, and carry the token
 
     def _renew(self) -> None:
         while not self._stop_renewing.wait(self._lease_seconds / 3):
@@ -152,7 +155,7 @@ class Run:
                 self._renewal_failure = error
 
     def end(self, status: Status, detail: str = "", result: Result | None = None) -> None:
-        """Record how the run stopped and give the lease back; nothing is written under it after."""
+        """Record how the run stopped and give the lease back. Nothing is written under it afterwards."""
         now = self.store.now()
 
         def give_back(record: RunRecord) -> RunRecord:
@@ -166,11 +169,11 @@ class Run:
 
 
 @contextmanager
-def hold(store: S3, spec: RunSpec, lease_seconds: float, patience: float = 0) -> Iterator[Run]:
-    """Create the run or take it up again, and hold its lease; how it stops goes into its record.
+def hold(store: Store, spec: RunSpec, lease_seconds: float, patience: float = 0) -> Iterator[Run]:
+    """Create the run or take it up again, and hold its lease; write into its record how it stops.
 
-    A run left without an error stays `running`: evaluation and publication are still to come. One that was
-    stopped by what can pass by itself is `interrupted`, not `failed`.
+    A run that is left without an error stays `running`: evaluation and publication are still to come. A run that is
+    stopped by something that can pass by itself is `interrupted`, any other is `failed`.
 
     Args:
         patience: how many seconds to wait for a lease that may be one of a trainer that was lost.
@@ -203,7 +206,7 @@ def hold(store: S3, spec: RunSpec, lease_seconds: float, patience: float = 0) ->
 
 
 @contextmanager
-def attached(store: S3, checkpoint: CheckpointRef, lease_seconds: float) -> Iterator[Run]:
+def attached(store: Store, checkpoint: CheckpointRef, lease_seconds: float) -> Iterator[Run]:
     """Go on holding the run a checkpoint belongs to, under the token it was handed on with.
 
     Raises:
@@ -226,7 +229,7 @@ def attached(store: S3, checkpoint: CheckpointRef, lease_seconds: float) -> Iter
 def check_matches(record: RunRecord, config: TrainConfig, dataset: DatasetRef) -> None:
     """Raise ResumeMismatchError, listing the fields that differ, unless both would end with the same bits."""
     ours = {**config.decisive(), "dataset digest": dataset.digest}
-    theirs = {**record.config, "dataset digest": record.dataset.digest}
+    theirs = {**record.train_config().decisive(), "dataset digest": record.dataset.digest}
     differing = [
         f"  {name}: stored {theirs.get(name)!r}, now {value!r}"
         for name, value in ours.items()
@@ -240,9 +243,10 @@ def check_matches(record: RunRecord, config: TrainConfig, dataset: DatasetRef) -
 
 
 def is_live(lease: Lease, now: datetime, process: str | None = None) -> bool:
-    """Whether somebody may still be training: not expired, and its owner is not known to be gone.
+    """Whether somebody may still be training: the lease has not expired, and its owner is not known to be gone.
 
-    Gone is a process of this machine that is dead, or `process`, by default this one, if it no longer trains the run.
+    An owner is gone if it is a process of this machine that is dead, or if it is `process`, by default this one, and
+    no longer trains the run.
     """
     if lease.expires_at <= now:
         return False
@@ -251,8 +255,8 @@ def is_live(lease: Lease, now: datetime, process: str | None = None) -> bool:
     return processes.state_of(lease.process) != "dead"
 
 
-def wait_until_free(store: S3, run_id: str) -> None:
-    """Wait for whoever trains the run: until it is over, or their lease has run out."""
+def wait_until_free(store: Store, run_id: str) -> None:
+    """Wait until nobody trains the run: it is over, or its trainer's lease has run out."""
     waiting = False
     with suppress(RunNotFoundError):
         while (record := read_record(store, run_id)[0]).status == "running" and is_live(record.lease, store.now()):
@@ -262,9 +266,9 @@ def wait_until_free(store: S3, run_id: str) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def acquire(store: S3, spec: RunSpec, lease_seconds: float) -> Run:
+def acquire(store: Store, spec: RunSpec, lease_seconds: float) -> Run:
     """Take the lease, without renewing it: a new run's, or that of one nobody trains any more."""
-    owner, asked_at = processes.signature(), time.monotonic()
+    owner, asked_at = processes.new_writer_id(), time.monotonic()
     _held.add(owner)
     try:
         while True:
@@ -275,7 +279,7 @@ def acquire(store: S3, spec: RunSpec, lease_seconds: float) -> Run:
                 token=1,
                 expires_at=now + timedelta(seconds=lease_seconds),
             )
-            condition: dict[str, Any] = {"if_absent": True}
+            etag: str | None = None
             try:
                 found, etag = read_record(store, spec.run_id)
             except RunNotFoundError:
@@ -283,9 +287,9 @@ def acquire(store: S3, spec: RunSpec, lease_seconds: float) -> Run:
             else:
                 if found.lease.owner == owner:  # our own write, whose response was lost
                     return Run(store, found, etag, lease_seconds, asked_at)
-                record, condition = _taken_over(found, spec, lease, now), {"if_match": etag}
+                record = _taken_over(found, spec, lease, now)
             try:
-                return Run(store, record, write_record(store, record, **condition), lease_seconds, asked_at)
+                return Run(store, record, write_record(store, record, etag), lease_seconds, asked_at)
             except PreconditionFailedError:
                 continue
     except BaseException:
@@ -325,6 +329,7 @@ def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) ->
         sequence=found.sequence + 1,
         status="running",
         config=spec.config.model_dump(),
+        config_digest=spec.config.digest,
         environment=spec.environment,
         origin=spec.origin.changed(deployment=spec.origin.deployment or found.origin.deployment),
         lease=lease.changed(token=found.lease.token + 1),

@@ -1,7 +1,7 @@
-"""Finding the runs that were interrupted, and taking each up once however many look for them.
+"""The runs that were interrupted are found, and each is started again once however many look for them.
 
-Who starts a run again first writes that down in its record, by compare-and-swap: of two that want to, one
-fails. Starting one too many would still do no harm, since the lease lets only one train.
+Whoever starts a run again first writes that down in its record, by compare-and-swap: of two that want to, one fails.
+A start too many would still do no harm, since the lease lets only one train.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,19 +15,19 @@ from nightshift.errors import PreconditionFailedError, RunNotFoundError
 from nightshift.records.keys import RECORDS
 from nightshift.records.lease import is_live
 from nightshift.records.run import RunRecord, read_record, read_records, write_record
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 
 FIRST_PAUSE = timedelta(minutes=2)
-"""Between two starts of a run that makes no progress; it doubles each time."""
+"""The pause between two starts of a run that makes no progress; it doubles each time."""
 LONGEST_PAUSE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The runs that changed lately and are not over."""
+    """The runs that were written to lately and are not over."""
 
     live: list[str]
-    """Their trainers hold a live lease."""
+    """Run ids; a trainer holds the lease of each."""
     interrupted: list["InterruptedRun"]
 
 
@@ -40,7 +40,7 @@ class InterruptedRun:
 
     @property
     def due(self) -> datetime:
-        """Not before this moment is it to be started again."""
+        """The earliest moment at which it is to be started again."""
         recoveries = self.record.recoveries
         stuck = sum(event.step == self.record.step for event in recoveries)
         if not stuck:
@@ -49,8 +49,8 @@ class InterruptedRun:
         return recoveries[-1].at + min(FIRST_PAUSE * (1 << doublings), LONGEST_PAUSE)
 
 
-def find(store: S3, within: timedelta) -> Found:
-    """Look at the runs written to `within` this time: one listing, and only these records are read.
+def find(store: Store, within: timedelta) -> Found:
+    """The runs that were written to `within` this time and are not over: one listing, and only their records are read.
 
     Raises:
         StorageError: the store cannot be listed.
@@ -66,8 +66,11 @@ def find(store: S3, within: timedelta) -> Found:
     return found
 
 
-def claims(store: S3, interrupted: Iterable[InterruptedRun], max_recoveries: int) -> Iterator[RunRecord]:
-    """Those that are due, each written down as started again by us: whoever asks for the next one has started it.
+def claim_due(store: Store, interrupted: Iterable[InterruptedRun], max_recoveries: int) -> Iterator[RunRecord]:
+    """The runs that are due, each after it was written down as started again by us.
+
+    Whoever takes a record from here starts that run before taking the next. A run that was started again
+    `max_recoveries` times is given up, and one that another has claimed meanwhile is left out.
 
     Raises:
         StorageError: a record cannot be written.
@@ -79,37 +82,37 @@ def claims(store: S3, interrupted: Iterable[InterruptedRun], max_recoveries: int
             give_up(store, record.run_id, max_recoveries)
         elif now < run.due:
             progress.current().say(f"run {record.run_id} waits until {run.due:%H:%M:%S} UTC for its next start")
-        elif _write(store, run, record.with_event("recovered", now, f"start {number} of at most {max_recoveries}")):
+        elif _written(store, run, record.with_event("recovered", now, f"start {number} of at most {max_recoveries}")):
             yield record
 
 
-def give_up(store: S3, run_id: str, max_recoveries: int) -> str:
-    """Mark a run failed that was started again as often as is allowed; what to tell about it."""
+def give_up(store: Store, run_id: str, max_recoveries: int) -> str:
+    """Mark a run failed that was started again as often as is allowed; return a message for people."""
     close(store, run_id, "failed", f"started again {max_recoveries} times")
-    told = (
+    message = (
         f"run {run_id} was started again {max_recoveries} times and is given up (NIGHTSHIFT_MAX_RECOVERIES). Look at "
         f"it with `nightshift show {run_id}`; `nightshift resume {run_id}` goes on with it all the same"
     )
-    progress.current().warn(told)
-    return told
+    progress.current().warn(message)
+    return message
 
 
-def close(store: S3, run_id: str, status: Literal["cancelled", "failed"], detail: str = "") -> None:
-    """Write down that a run is never to be started again by itself; one that is live or over is left alone."""
-    with suppress(RunNotFoundError):  # stopped before it was created
+def close(store: Store, run_id: str, status: Literal["cancelled", "failed"], detail: str = "") -> None:
+    """Write down that a run is never to be started again by itself. One that is live or over is left alone."""
+    with suppress(RunNotFoundError):  # it was stopped before it was created
         record, etag = read_record(store, run_id)
         now = store.now()
         if record.status in ("running", "interrupted") and not is_live(record.lease, now):
-            _write(store, InterruptedRun(record, etag), record.changed(status=status).with_event(status, now, detail))
+            _written(store, InterruptedRun(record, etag), record.changed(status=status).with_event(status, now, detail))
 
 
-def _write(store: S3, run: InterruptedRun, record: RunRecord) -> bool:
-    """Whether the record still was what it had been when it was read."""
+def _written(store: Store, run: InterruptedRun, record: RunRecord) -> bool:
+    """Put `record`, and return whether that worked: nobody else has written to the run since it was read."""
     # Signed, so that a write whose response was lost is known for ours, and no two writers write the same bytes.
-    event = record.events[-1].changed(owner=processes.signature())
+    event = record.events[-1].changed(owner=processes.new_writer_id())
     ours = record.changed(sequence=record.sequence + 1, updated_at=event.at, events=[*record.events[:-1], event])
     try:
-        write_record(store, ours, if_match=run.etag)
+        write_record(store, ours, run.etag)
     except PreconditionFailedError:
         return read_record(store, record.run_id)[0] == ours
     return True

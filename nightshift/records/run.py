@@ -1,14 +1,11 @@
-"""The run record: one small JSON object a run, overwritten by compare-and-swap only.
-
-It holds its own sha256, so that a bit that flips in it, on the wire or at rest, is noticed and not believed.
-"""
+"""The run record: one document a run, which decides what the run is. It is changed by compare-and-swap only."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, Field
 
 from nightshift import progress
 from nightshift.config.train import TrainConfig
@@ -22,23 +19,16 @@ from nightshift.errors import (
 from nightshift.ids import RunId, Sha256
 from nightshift.records.keys import RECORDS, record_key
 from nightshift.refs import CheckpointRef, DatasetRef, Verdict
-from nightshift.storage.documents import sealed, unsealed
-from nightshift.storage.s3 import S3
-from nightshift.storage.store import Stored
+from nightshift.storage import documents
+from nightshift.storage.documents import Document, Part
+from nightshift.storage.store import Store, Stored
 
 Status = Literal["running", "interrupted", "finished", "failed", "cancelled"]
 READERS = 8
 """How many records are read at a time."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    def changed(self, **fields: Any) -> Self:
-        return self.model_copy(update=fields)
-
-
-class Lease(_Part):
+class Lease(Part):
     """Who may write, until when, and the fencing token under which."""
 
     owner: str
@@ -49,8 +39,36 @@ class Lease(_Part):
     expires_at: AwareDatetime
 
 
-class Checkpoint(_Part):
-    """A committed checkpoint. `metrics`: `loss` and `accuracy` of the epoch so far, `train_seconds` in all."""
+class CheckpointMetrics(Part):
+    """How the training stood when a checkpoint was made. What an older nightshift did not store has its default."""
+
+    train_seconds: float
+    """Seconds trained so far, over all resumes."""
+    stall_seconds: float = 0.0
+    """How long the loop stood still for this checkpoint."""
+    loss: float | None = None
+    """Mean training loss of the epoch so far."""
+    accuracy: float | None = None
+    """Share of the epoch's images so far that were classified correctly, 0 to 1."""
+    epoch_loss: float | None = None
+    """Mean training loss of the last whole epoch; None if none is over."""
+    skipped: int = 0
+    """Boundaries since the process began that passed without a save, as the one before was still under way."""
+    failed: int = 0
+    """Saves since the process began that could not be stored."""
+
+
+class CurvePoint(Part):
+    """A finished epoch: its number from 1, the step after it, mean training loss, and accuracy from 0 to 1."""
+
+    epoch: int
+    step: int
+    loss: float
+    accuracy: float
+
+
+class Checkpoint(Part):
+    """A committed checkpoint."""
 
     step: int
     epoch: int
@@ -58,10 +76,10 @@ class Checkpoint(_Part):
     bytes: int
     sha256: Sha256
     written_at: AwareDatetime
-    metrics: dict[str, float]
+    metrics: CheckpointMetrics
 
 
-class Event(_Part):
+class Event(Part):
     """Something that happened to a run: started, resumed, recovered, skipped, unprotected, or how it ended."""
 
     at: AwareDatetime
@@ -71,7 +89,7 @@ class Event(_Part):
     detail: str = ""
 
 
-class Origin(_Part):
+class Origin(Part):
     """What started a run on a Prefect server, so that it can be started again the same way."""
 
     flow_run_id: str | None = None
@@ -82,7 +100,7 @@ class Origin(_Part):
     """Whether the gate is asked; not for a trial, of which the sweep sends the best there."""
 
 
-class Result(_Part):
+class Result(Part):
     """What a finished run is worth."""
 
     test_accuracy: float
@@ -94,10 +112,16 @@ class Result(_Part):
     """The gate's; None if it was not asked."""
 
 
-class RunRecord(_Part):
+class RunRecord(Document):
     """Everything the store knows of a run. `sequence` makes every write differ, and with it every ETag."""
 
-    format: Literal[1] = 1
+    title: ClassVar[str] = "run record"
+    if_damaged: ClassVar[str] = (
+        "If it stays so, bring an older version of the object back if the bucket keeps them, or start under another "
+        "run id"
+    )
+
+    format: Literal[2] = 2
     run_id: RunId
     sequence: int = 0
     status: Status = "running"
@@ -108,7 +132,7 @@ class RunRecord(_Part):
     origin: Origin = Origin()
     lease: Lease
     checkpoints: list[Checkpoint] = Field(default_factory=list)
-    curve: list[dict[str, float]] = Field(default_factory=list)
+    curve: list[CurvePoint] = Field(default_factory=list)
     total_steps: int
     resumed_from_step: int | None = None
     result: Result | None = None
@@ -123,7 +147,7 @@ class RunRecord(_Part):
 
     @property
     def train_seconds(self) -> float:
-        return self.checkpoints[-1].metrics["train_seconds"] if self.checkpoints else 0.0
+        return self.checkpoints[-1].metrics.train_seconds if self.checkpoints else 0.0
 
     @property
     def test_accuracy(self) -> float | None:
@@ -131,32 +155,34 @@ class RunRecord(_Part):
 
     @property
     def recoveries(self) -> list[Event]:
-        """How often it was started again by `recovery`, and when."""
+        """The events that say when `recovery` started it again."""
         return [event for event in self.events if event.what == "recovered"]
 
     def ref(self, checkpoint: Checkpoint) -> CheckpointRef:
-        """One of its checkpoints, to hand on under the token the run is held with now."""
+        """A checkpoint of this run, to hand on under the token the run is held with now."""
         fields = checkpoint.model_dump(include={"step", "epoch", "key", "bytes", "sha256"})
         return CheckpointRef(run_id=self.run_id, token=self.lease.token, **fields)
 
     def train_config(self) -> TrainConfig:
+        """The config the run is trained with; raises ConfigError if this nightshift cannot read it."""
         return TrainConfig.parse(self.config)
 
     def with_event(self, what: str, at: datetime, detail: str = "") -> Self:
+        """The record with this event at its step, unless the last event says the same at another time."""
         event = Event(at=at, what=what, step=self.step, owner=self.lease.owner, detail=detail)
         if self.events and self.events[-1].changed(at=at) == event:
             return self
         return self.changed(events=[*self.events, event])
 
     def summary(self) -> dict[str, Any]:
-        """The run as `nightshift train --json` tells it."""
+        """The run as `nightshift train --json` prints it."""
         result = self.result
         verdict = result.verdict if result else None
         return {
             "run_id": self.run_id,
             "status": self.status,
             "step": self.step,
-            "epochs": self.config["epochs"],
+            "epochs": self.train_config().schedule.epochs,
             "test_accuracy": self.test_accuracy,
             "train_seconds": round(self.train_seconds, 3),
             "weights_sha256": result and result.weights_sha256,
@@ -169,36 +195,37 @@ class RunRecord(_Part):
         }
 
 
-def read_record(store: S3, run_id: str) -> tuple[RunRecord, str]:
+def read_record(store: Store, run_id: str) -> tuple[RunRecord, str]:
     """A run's record and its ETag.
 
     Raises:
         RunNotFoundError: there is no such run.
-        StorageError: the record cannot be read, or is damaged.
+        StorageError: the record cannot be read, is damaged, or is of a newer nightshift.
     """
-    key = record_key(run_id)
     try:
-        body, etag = store.get(key)
+        return documents.read(store, record_key(run_id), RunRecord)
     except ObjectNotFoundError:
         raise RunNotFoundError(
             f"there is no run {run_id!r} in {store.url(RECORDS)}: `nightshift runs` lists those there are"
         ) from None
-    try:
-        return RunRecord.model_validate(unsealed(body)), etag
-    except (ValueError, AttributeError) as error:  # of which ValidationError and JSONDecodeError are kinds
-        raise StorageError(
-            f"{store.url(key)} is damaged, or not a run record of this version of nightshift: {error}. If it stays so, "
-            "bring an older version of the object back if the bucket keeps them, or start under another run id"
-        ) from error
 
 
-def write_record(store: S3, record: RunRecord, **condition: Any) -> str:
-    """Put the record under a condition of `S3.put`, and return its ETag."""
-    return store.put(record_key(record.run_id), sealed(record.model_dump(mode="json")), **condition)
+def write_record(store: Store, record: RunRecord, etag: str | None) -> str:
+    """Put a record over the version with this ETag, or with None where there is none yet; return its new ETag.
+
+    Raises:
+        PreconditionFailedError: the run has another record by now.
+        StorageError: it may or may not have been written.
+    """
+    return documents.write(store, record_key(record.run_id), record, etag)
 
 
-def read_records(store: S3, stored: Iterable[Stored]) -> Iterator[tuple[RunRecord, str]]:
-    """The records behind some listed objects, with their ETags; damaged ones are skipped with a warning."""
+def read_records(store: Store, stored: Iterable[Stored]) -> Iterator[tuple[RunRecord, str]]:
+    """The records behind some listed objects, with their ETags. Those that cannot be read are left out with a warning.
+
+    Raises:
+        StorageUnreachableError: the store does not answer.
+    """
 
     def read(item: Stored) -> tuple[RunRecord, str] | None:
         try:
@@ -213,11 +240,15 @@ def read_records(store: S3, stored: Iterable[Stored]) -> Iterator[tuple[RunRecor
         yield from filter(None, pool.map(read, stored))
 
 
-def list_records(store: S3, limit: int | None = None) -> list[RunRecord]:
-    """The records of the `limit` runs last written to, newest first; hardly more are read."""
+def list_records(store: Store, limit: int | None = None) -> list[RunRecord]:
+    """The records of the `limit` runs last written to, newest first; damaged ones are left out with a warning.
+
+    Raises:
+        StorageError: the store cannot be listed.
+    """
     stored = sorted(store.list(RECORDS), key=lambda item: item.modified, reverse=True)
     if limit is not None and len(stored) > limit:
-        # The store's times are cut to the second: of those written in the same one, the records themselves decide.
+        # The store's times are cut to the second. Among runs written to in the same one, their records decide.
         stored = [item for item in stored if item.modified >= stored[limit - 1].modified]
     records = [record for record, _ in read_records(store, stored)]
     return sorted(records, key=lambda record: record.updated_at, reverse=True)[:limit]

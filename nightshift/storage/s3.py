@@ -1,13 +1,11 @@
-"""One typed client for an S3-compatible bucket; the only file that imports boto3.
+"""The store in an S3-compatible bucket. This is the only file that imports boto3.
 
-Every method raises errors of `nightshift.errors` and nothing of botocore's. Bodies are checked by the
-server against the checksum boto3 sends; conditional writes are single PutObject calls, because a
-conditional CompleteMultipartUpload is not atomic on every store.
+No method lets an error of botocore's through. The server checks bodies against the checksum boto3 sends. Conditional
+writes are single PutObject calls, because a conditional CompleteMultipartUpload is not atomic on every store.
 """
 
 import copy
 import io
-import json
 import secrets
 import threading
 import time
@@ -64,7 +62,7 @@ class Credentials:
 
 
 class S3:
-    """A bucket and a prefix. Keys given to it and returned by it are without the prefix."""
+    """A `Store` in a bucket."""
 
     def __init__(self, settings: S3Settings, credentials: Credentials | None = None, attempts: int = 5) -> None:
         assert settings.bucket is not None
@@ -101,11 +99,6 @@ class S3:
         return f"s3://{self.bucket}/{self.prefix}{key}"
 
     def at(self, url: str) -> tuple["S3", str]:
-        """Another bucket of the same server, or this one without the prefix, and the key `url` names in it.
-
-        Raises:
-            ConfigError: it is not of the form s3://BUCKET/KEY.
-        """
         bucket, _, key = url.removeprefix("s3://").partition("/")
         if not url.startswith("s3://") or not bucket:
             raise ConfigError(f"{url!r} is not of the form s3://BUCKET/KEY")
@@ -114,28 +107,17 @@ class S3:
         return other, key
 
     def now(self) -> datetime:
-        """The server's clock, in UTC, to the second; asks the server if it has not answered yet.
-
-        Raises:
-            StorageError: the server cannot be asked.
-        """
+        """To the second; asks the server if it has not answered yet."""
         if not self._clock.known:
             self.check_access()
         return self._clock.now()
 
     def get(self, key: str) -> tuple[bytes, str]:
-        """An object's bytes and ETag; for small objects.
-
-        Raises:
-            ObjectNotFoundError: there is none.
-            StorageError: it cannot be read.
-        """
         with self._explained("read", key):
             response = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key)
             return response["Body"].read(), response["ETag"]
 
     def head(self, key: str) -> Stored | None:
-        """What is stored under `key`, or None."""
         try:
             with self._explained("look up", key):
                 found = self._client.head_object(Bucket=self.bucket, Key=self.prefix + key)
@@ -144,59 +126,35 @@ class S3:
         return Stored(key, found["ContentLength"], found["ETag"], found["LastModified"])
 
     def put(self, key: str, body: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
-        """Write a small object in one request and return its ETag.
-
-        Args:
-            if_match: write only over the version with this ETag.
-            if_absent: write only where nothing is.
-
-        Raises:
-            PreconditionFailedError: the condition does not hold. After a lost response this can follow
-                upon one's own write: read back and compare.
-            StorageError: it may or may not have been written.
-        """
         condition: dict[str, Any] = {}
         if if_match is not None:
             condition["IfMatch"] = if_match
         if if_absent:
             condition["IfNoneMatch"] = "*"
-        with self._explained("write", key):
-            return self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=body, **condition)["ETag"]
-
-    def put_json(self, key: str, value: Any, **condition: Any) -> str:
-        """`put` of indented JSON."""
-        return self.put(key, json.dumps(value, indent=1).encode(), **condition)
+        try:
+            with self._explained("write", key):
+                written = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=body, **condition)
+        except ObjectNotFoundError as error:  # so AWS answers If-Match where nothing is; others answer 412
+            raise PreconditionFailedError(str(error)) from error
+        return written["ETag"]
 
     def upload(self, key: str, body: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
-        """Write an object of any size, in parts above 16 MiB. A failure leaves no unfinished parts.
-
-        Args:
-            advance: called from worker threads with the number of bytes just sent.
-
-        Raises:
-            StorageError: it was not written.
-        """
+        """In parts above 16 MiB; `advance` is called from worker threads."""
         with self._explained("write", key):
             self._client.upload_fileobj(body, self.bucket, self.prefix + key, Callback=advance, Config=_TRANSFER)
 
     def download(self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
-        """Read an object of any size into a seekable file, parts in parallel, each retried.
-
-        Raises:
-            ObjectNotFoundError: there is none.
-            StorageError: it cannot be read.
-        """
+        """Parts in parallel, each retried."""
         with self._explained("read", key):
             self._client.download_fileobj(self.bucket, self.prefix + key, into, Callback=advance, Config=_TRANSFER)
 
     def download_bytes(self, key: str) -> bytes:
-        """`download` into memory."""
         buffer = io.BytesIO()
         self.download(key, buffer)
         return buffer.getvalue()
 
     def list(self, prefix: str) -> Iterator[Stored]:
-        """All objects whose key begins with `prefix`, in the order of their keys, 1,000 a request."""
+        """1,000 objects a request."""
         with self._explained("list", prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self.prefix + prefix
@@ -207,12 +165,10 @@ class S3:
                     yield Stored(key, found["Size"], found["ETag"], found["LastModified"])
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is no error."""
         with self._explained("delete", key):
             self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:
-        """All unfinished multipart uploads to keys that begin with `prefix`."""
         with self._explained("list unfinished uploads of", prefix):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self.prefix + prefix
@@ -222,27 +178,16 @@ class S3:
                     yield Upload(found["Key"].removeprefix(self.prefix), found["UploadId"], found["Initiated"])
 
     def abort_upload(self, upload: Upload) -> None:
-        """End an unfinished upload and free its parts; one that is gone already is no error."""
         with suppress(ObjectNotFoundError), self._explained("abort the upload of", upload.key):
             self._client.abort_multipart_upload(
                 Bucket=self.bucket, Key=self.prefix + upload.key, UploadId=upload.upload_id
             )
 
     def check_access(self) -> None:
-        """Ask the store for the first key, to find out early whether it can be used.
-
-        Raises:
-            StorageUnreachableError, StorageDeniedError, BucketNotFoundError: as named.
-        """
         with self._explained("list", ""):
             self._client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
 
     def check_fencing(self) -> None:
-        """Find out whether the store honours conditional writes, by trying them on a throw-away key.
-
-        Raises:
-            UnfencedStoreError: it does not, and `allow_unfenced` is not set.
-        """
         if self._allow_unfenced:
             return
         key = f"probe/{secrets.token_hex(8)}"
@@ -319,11 +264,11 @@ class _ServerClock:
     def read(self, http_response: Any, **_: Any) -> None:
         date = http_response.headers.get("Date") if http_response is not None else None
         if date:
-            told = parsedate_to_datetime(date).astimezone(UTC)
+            dated = parsedate_to_datetime(date).astimezone(UTC)
             with self._lock:
                 # A Date is cut to the second: only one further back than that says that the clock was set back.
-                if not self._seen or not told <= self._estimate() <= told + timedelta(seconds=1):
-                    self._seen = told, time.monotonic()
+                if not self._seen or not dated <= self._estimate() <= dated + timedelta(seconds=1):
+                    self._seen = dated, time.monotonic()
 
     def now(self) -> datetime:
         with self._lock:
@@ -331,5 +276,5 @@ class _ServerClock:
 
     def _estimate(self) -> datetime:
         assert self._seen is not None
-        told, at = self._seen
-        return told + timedelta(seconds=time.monotonic() - at)
+        dated, at = self._seen
+        return dated + timedelta(seconds=time.monotonic() - at)

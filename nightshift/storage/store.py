@@ -1,11 +1,12 @@
-"""DOC."""
+"""What the rest of nightshift asks of a store of objects, and what it may rely on.
 
+`S3` keeps these promises over a network, `MemoryStore` in the memory of one process.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+from typing import IO, Protocol
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,103 @@ class Upload:
     key: str
     upload_id: str
     started: datetime
+
+
+class Store(Protocol):
+    """A bucket and a prefix, safe to use from several threads. Keys given to it and by it are without the prefix.
+
+    A write is whole or not there at all, and every read that begins after it sees it. Every method raises errors of
+    `nightshift.errors`: a StorageError, whose kind says what is wrong.
+    """
+
+    @property
+    def endpoint(self) -> str:
+        """Where the store is, for people: a URL, or a name."""
+
+    def url(self, key: str) -> str:
+        """An object's address, s3://BUCKET/PREFIX/KEY."""
+
+    def at(self, url: str) -> tuple["Store", str]:
+        """Another bucket of the same server, or this one without the prefix, and the key `url` names in it.
+
+        Raises:
+            ConfigError: it is not of the form s3://BUCKET/KEY.
+        """
+
+    def now(self) -> datetime:
+        """The store's clock, in UTC, exact to a second: it is the same for all who use the store.
+
+        Raises:
+            StorageError: the store cannot be asked.
+        """
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        """An object's bytes and ETag; for small objects.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            StorageError: it cannot be read.
+        """
+
+    def head(self, key: str) -> Stored | None:
+        """What is stored under `key`, or None."""
+
+    def put(self, key: str, body: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
+        """Write a small object in one request and return its ETag.
+
+        Args:
+            if_match: write only over the version with this ETag. Versions with the same bytes may share one.
+            if_absent: write only where nothing is.
+
+        Raises:
+            PreconditionFailedError: the condition does not hold. After a lost response this can follow
+                upon one's own write: read back and compare.
+            StorageError: it may or may not have been written.
+        """
+
+    def upload(self, key: str, body: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
+        """Write an object of any size, in parts if it is large. A failure leaves no unfinished parts.
+
+        Args:
+            advance: called with the number of bytes just sent, perhaps from other threads.
+
+        Raises:
+            StorageError: it was not written.
+        """
+
+    def download(self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
+        """Read an object of any size into a seekable file; `advance` as for `upload`.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            StorageError: it cannot be read.
+        """
+
+    def download_bytes(self, key: str) -> bytes:
+        """`download` into memory."""
+
+    def list(self, prefix: str) -> Iterator[Stored]:
+        """All objects whose key begins with `prefix`, in the order of their keys."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is no error."""
+
+    def list_uploads(self, prefix: str) -> Iterator[Upload]:
+        """All unfinished multipart uploads to keys that begin with `prefix`."""
+
+    def abort_upload(self, upload: Upload) -> None:
+        """End an unfinished upload and free its parts; one that is gone already is no error."""
+
+    def check_access(self) -> None:
+        """Ask the store for anything, to find out early whether it can be used.
+
+        Raises:
+            StorageUnreachableError, StorageDeniedError, BucketNotFoundError: as named.
+        """
+
+    def check_fencing(self) -> None:
+        """Find out whether the store honours conditional writes, by trying them on a throw-away key.
+
+        Raises:
+            UnfencedStoreError: it does not, and the settings do not allow that.
+        """

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
+from nightshift.data.names import checked_config
 from nightshift.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,10 +44,14 @@ def grid(space: Space) -> list[dict[str, Any]]:
 
 
 def checked_values(recipe: str, fixed: Mapping[str, Any], name: str, wanted: Any) -> list[Any] | Range:
-    """A field's values, as the config has them: text from the command line has become a number."""
+    """A field's values as the config has them: text from the command line has become a number.
+
+    Raises:
+        ConfigError: a value is not valid, or named twice.
+    """
 
     def valid(value: Any) -> Any:
-        return getattr(make_config(recipe, {**fixed, name: value}), name)
+        return checked_config(recipe, {**fixed, name: value}).value_of(name)
 
     if isinstance(wanted, Mapping):
         try:
@@ -70,12 +74,13 @@ def checked_values(recipe: str, fixed: Mapping[str, Any], name: str, wanted: Any
 
 
 def distributions(space: Space) -> dict[str, "BaseDistribution"]:
+    """Optuna's form of a space."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     def distribution(name: str, wanted: list[Any] | Range) -> "BaseDistribution":
         if isinstance(wanted, list):
             return CategoricalDistribution(wanted)
-        annotation = TrainConfig.model_fields[name].annotation
+        annotation = TrainConfig.field(name).annotation
         if float in (annotation, *get_args(annotation)):
             return FloatDistribution(wanted.low, wanted.high, log=wanted.log, step=wanted.step)
         return IntDistribution(int(wanted.low), int(wanted.high), log=wanted.log, step=int(wanted.step or 1))

@@ -1,66 +1,62 @@
-"""A sweep: many runs over some fields of the config, compared with each other while they train.
+"""A sweep as it is stored: what it was asked, and the trials so far.
 
-The study needs no database. What a trial is asked to train is written down before its run starts, in one small
-object, `sweeps/<sweep_id>.json`, by compare-and-swap; how the trial went is in the record of its run. From both the
-study is built anew whenever something is to be decided. So a sweep that was killed at any instant goes on, with the
-same trials, when it is started again under its id, and two that do the same at once do no harm.
+The study needs no database. What a trial is asked to train is written down before its run starts, in the document
+`sweeps/<sweep_id>.json`, by compare-and-swap. How the trial went is in the record of its run. The study is built anew
+from both whenever something is to be decided. So a sweep that was killed at any instant goes on with the same trials
+when it is started again under its id, and two that do the same at once do no harm.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
+from nightshift.data.names import checked_config
 from nightshift.errors import (
     ConfigError,
-    ObjectNotFoundError,
-    PreconditionFailedError,
     ResumeMismatchError,
     RunNotFoundError,
-    StorageError,
 )
 from nightshift.ids import RunId, parse_run_id
 from nightshift.records.run import RunRecord, read_record
 from nightshift.refs import ModelRef, TrialResult
-from nightshift.storage.documents import sealed, unsealed
-from nightshift.storage.s3 import S3
+from nightshift.storage import documents
+from nightshift.storage.documents import Document, Part
+from nightshift.storage.store import Store
 from nightshift.sweeps.space import Range, Space, checked_values, grid
-
-if TYPE_CHECKING:
-    pass
-
 
 SWEEPS = "sweeps/"
 MAX_TRIALS = 1000
 
 
-class Trial(BaseModel):
-    """What a trial was asked, and what the record of its run cannot say of its end."""
-
-    model_config = ConfigDict(frozen=True)
+class Trial(Part):
+    """What a trial was asked to train, and what the record of its run cannot say of its end."""
 
     run_id: RunId
     overrides: dict[str, Any]
     """The values of the swept fields."""
     ended: Literal["pruned", "failed"] | None = None
-    """pruned: it is to be cancelled, or was. failed: its flow run has, whether or not there ever was a record."""
+    """pruned: it is to be cancelled, or was. failed: its flow run failed, whether or not there ever was a record."""
     reason: str = ""
 
 
-class Sweep(BaseModel):
-    """A sweep as it is stored: what was wanted, and the trials so far in the order in which they were asked."""
+class Sweep(Document):
+    """What was wanted, and the trials so far in the order in which they were asked."""
 
-    model_config = ConfigDict(frozen=True)
+    title: ClassVar[str] = "sweep"
+    if_damaged: ClassVar[str] = (
+        "Bring an older version of the object back if the bucket keeps them, or start the sweep under another id"
+    )
 
     format: Literal[1] = 1
     sweep_id: RunId
     recipe: str
     overrides: dict[str, Any]
-    """Of every trial."""
+    """The fields that are the same in every trial."""
     space: Space
     trials: int | None
     """How many the study asks for; None: each point of the grid, once."""
@@ -73,9 +69,6 @@ class Sweep(BaseModel):
     def size(self) -> int:
         """How many trials there will be."""
         return self.trials or math.prod(len(values) for values in self.space.values() if isinstance(values, list))
-
-    def changed(self, **fields: Any) -> Self:
-        return self.model_copy(update=fields)
 
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """A trial's config; raises ConfigError."""
@@ -92,25 +85,26 @@ def plan(
     startup_trials: int = 4,
     warmup_epochs: int = 2,
 ) -> Sweep:
-    """A sweep of which no trial was asked yet, after everything it can ask was found valid.
+    """A sweep with no trial asked yet, after everything it can ask was found valid.
 
     Args:
         space: each field's values, as a list, or as {"low":, "high":, "log":, "step":}.
-        overrides: of every trial.
+        overrides: fields that are the same in every trial.
         trials: how many trials a TPE study asks for; None: the grid of all lists.
-        seed: of the study. That of the trainings is a field of the config.
-        startup_trials: so many must have finished before any is pruned; no fewer than `trials`: none ever is.
-        warmup_epochs: so many epochs each has before it may be pruned.
+        seed: of the study. The trainings have a seed of their own in the config.
+        startup_trials: how many must have finished before any is pruned. With `trials` or more, none ever is.
+        warmup_epochs: how many epochs a trial has before it may be pruned.
 
     Raises:
         ConfigError: naming the field that is not valid, or what is missing.
     """
-    config = make_config(recipe, overrides)
-    # As the config has them: text from the command line and a number of a form's are the same.
-    fixed = {name: getattr(config, name) for name in overrides or {}}
+    config = checked_config(recipe, overrides)
+    # The config's values, so that text from the command line and a number from a form are the same.
+    fixed = {name: config.value_of(name) for name in overrides or {}}
     if not space:
         raise ConfigError("nothing is swept: name a field and its values, such as --over lr=0.05,0.1")
-    if twice := sorted(fixed.keys() & space.keys()):
+    paths = {config.path_of(name) for name in fixed}
+    if twice := sorted(name for name in space if config.path_of(name) in paths):
         raise ConfigError(f"{', '.join(twice)}: swept and fixed at once. Take it out of one of the two")
     checked = {name: checked_values(recipe, fixed, name, wanted) for name, wanted in space.items()}
     ranges = [name for name, wanted in checked.items() if isinstance(wanted, Range)]
@@ -137,7 +131,7 @@ def plan(
     return sweep
 
 
-def begin(store: S3, planned: Sweep) -> Sweep:
+def begin(store: Store, planned: Sweep) -> Sweep:
     """The stored sweep of this id, or the planned one, stored.
 
     Raises:
@@ -157,15 +151,18 @@ def begin(store: S3, planned: Sweep) -> Sweep:
     return stored
 
 
-def end(store: S3, sweep: Sweep, run_id: str, ended: Literal["pruned", "failed"], reason: str) -> Sweep:
-    """The sweep in which it is written down how a trial is to end, or ended, unless that was done before."""
+def end(store: Store, sweep: Sweep, run_id: str, ended: Literal["pruned", "failed"], reason: str) -> Sweep:
+    """Write down how a trial is to end, or ended, unless that was done before; return the sweep with it.
+
+    Raises:
+        StorageError: as `change_sweep`.
+    """
 
     def note(found: Sweep | None) -> Sweep:
         found = found or sweep
         noted = {"ended": ended, "reason": reason}
         asked = [
-            trial.model_copy(update=noted) if trial.run_id == run_id and not trial.ended else trial
-            for trial in found.asked
+            trial.changed(**noted) if trial.run_id == run_id and not trial.ended else trial for trial in found.asked
         ]
         return found.changed(asked=asked)
 
@@ -173,7 +170,7 @@ def end(store: S3, sweep: Sweep, run_id: str, ended: Literal["pruned", "failed"]
 
 
 def result(trial: Trial, record: RunRecord | None) -> TrialResult | None:
-    """How a trial ended, or None if it is not over. What its record says of a finished run counts more than a note."""
+    """How a trial ended, or None if it is not over. A record that says `finished` counts more than a note."""
     status, reason = record.status if record else "running", ""
     if status == "finished":
         ended: Literal["finished", "pruned", "cancelled", "failed"] = "finished"
@@ -196,12 +193,12 @@ def result(trial: Trial, record: RunRecord | None) -> TrialResult | None:
 
 
 def results(sweep: Sweep, records: Mapping[str, RunRecord]) -> list[TrialResult]:
-    """Of the trials that are over, in the order in which they were asked."""
+    """How the trials that are over ended, in the order in which they were asked."""
     return [found for trial in sweep.asked if (found := result(trial, records.get(trial.run_id)))]
 
 
 def best_model(found: Sequence[TrialResult], records: Mapping[str, RunRecord]) -> ModelRef | None:
-    """The published version with the highest test accuracy, of equal ones the first; None if no trial finished."""
+    """The published version with the highest test accuracy, the first of equal ones; None if no trial finished."""
     finished = [record for trial in found if (record := records.get(trial.run_id)) and record.result]
     if not finished:
         return None
@@ -217,7 +214,7 @@ def best_model(found: Sequence[TrialResult], records: Mapping[str, RunRecord]) -
     )
 
 
-def read_trial(store: S3, trial: Trial) -> RunRecord | None:
+def read_trial(store: Store, trial: Trial) -> RunRecord | None:
     """The record of a trial's run, or None if there is none yet; raises StorageError."""
     with suppress(RunNotFoundError):
         return read_record(store, trial.run_id)[0]
@@ -225,31 +222,14 @@ def read_trial(store: S3, trial: Trial) -> RunRecord | None:
 
 
 def trial_run_id(sweep: Sweep, number: int) -> str:
+    """The run id of a trial; `number` counts from 0."""
     return f"{sweep.sweep_id}-{number + 1:0{max(2, len(str(sweep.size)))}}"
 
 
-def change_sweep(store: S3, sweep_id: str, change: Callable[[Sweep | None], Sweep]) -> Sweep:
-    """Store what `change` makes of the sweep as it stands; `change` may be applied again without harm."""
-    key = f"{SWEEPS}{parse_run_id(sweep_id)}.json"
-    while True:
-        found: Sweep | None = None
-        condition: dict[str, Any] = {"if_absent": True}
-        with suppress(ObjectNotFoundError):
-            body, etag = store.get(key)
-            found, condition = _parsed(store.url(key), body), {"if_match": etag}
-        changed = change(found)
-        if changed == found:
-            return changed
-        with suppress(PreconditionFailedError):  # somebody else has, or we have, and the answer was lost
-            store.put(key, sealed(changed.model_dump(mode="json")), **condition)
-            return changed
+def change_sweep(store: Store, sweep_id: str, change: Callable[[Sweep | None], Sweep]) -> Sweep:
+    """Store what `change` makes of the sweep as it stands; `change` may be applied again without harm.
 
-
-def _parsed(url: str, body: bytes) -> Sweep:
-    try:
-        return Sweep.model_validate(unsealed(body))
-    except (ValueError, AttributeError) as error:  # of which ValidationError and JSONDecodeError are kinds
-        raise StorageError(
-            f"{url} is damaged, or not of this version of nightshift: {error}. Bring an older version of the object "
-            "back if the bucket keeps them, or start the sweep under another id"
-        ) from error
+    Raises:
+        StorageError: the sweep cannot be read or written, is damaged, or is of a newer nightshift.
+    """
+    return documents.change(store, f"{SWEEPS}{parse_run_id(sweep_id)}.json", Sweep, change)

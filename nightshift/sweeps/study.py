@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nightshift.records.run import RunRecord
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 from nightshift.sweeps.space import distributions, grid
 from nightshift.sweeps.stored import Sweep, Trial, change_sweep, result, trial_run_id
 
@@ -16,24 +16,26 @@ if TYPE_CHECKING:
 
 
 def bad_trials(sweep: Sweep, records: Mapping[str, RunRecord]) -> dict[str, str]:
-    """The runs that are to be stopped early, by Optuna's median rule, each with the reason.
+    """The run ids of the trials to stop early, by Optuna's median rule, each with the reason.
 
     A trial is bad if its best training accuracy so far is below the median that the finished ones had after as many
-    epochs. Accuracy and not loss: with another label smoothing, another loss is as good.
+    epochs. The rule does not look at the loss: with another label smoothing, another loss is as good.
     """
     training = [
         (number, record)
         for number, trial in enumerate(sweep.asked)
         if (record := records.get(trial.run_id))
-        # In its last epoch it is as good as done.
-        if record.status == "running" and not trial.ended and 0 < len(record.curve) < record.config["epochs"]
+        # A trial in its last epoch is as good as done.
+        if record.status == "running"
+        and not trial.ended
+        and 0 < len(record.curve) < record.train_config().schedule.epochs
     ]
     if not training or sum(record.status == "finished" for record in records.values()) < sweep.startup_trials:
         return {}
     study = _study(sweep, records)
     return {
-        record.run_id: f"after epoch {record.curve[-1]['epoch']:.0f} its training accuracy, "
-        f"{record.curve[-1]['accuracy']:.1%}, was below the median of the finished trials"
+        record.run_id: f"after epoch {record.curve[-1].epoch} its training accuracy, "
+        f"{record.curve[-1].accuracy:.1%}, was below the median of the finished trials"
         for number, record in training
         if study.pruner.prune(study, study.trials[number])
     }
@@ -45,11 +47,11 @@ def _suggest(sweep: Sweep, records: Mapping[str, RunRecord]) -> dict[str, Any]:
 
 
 def _study(sweep: Sweep, records: Mapping[str, RunRecord]) -> "Study":
-    """The study as it stands: what it asks next depends on the seed, the number of trials and how they went."""
+    """The study as it stands. What it asks next depends on the seed, the number of trials and how they went."""
     import optuna  # here, because it costs every start most of a second
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # A generator for each trial: one that was made anew with the seed alone would draw the same again.
+    # Each trial has a generator of its own: one made anew with the seed alone would draw the same again.
     digest = hashlib.sha256(f"{sweep.seed}/{len(sweep.asked)}".encode()).digest()
     study = optuna.create_study(
         direction="maximize",
@@ -73,15 +75,15 @@ def _frozen(trial: Trial, record: RunRecord | None, distributions: dict[str, "Ba
         value=record.test_accuracy if record else None,
         params=trial.overrides,
         distributions=distributions,
-        intermediate_values={int(point["epoch"]): point["accuracy"] for point in record.curve} if record else {},
+        intermediate_values={point.epoch: point.accuracy for point in record.curve} if record else {},
     )
 
 
-def ask(store: S3, sweep: Sweep, records: Mapping[str, RunRecord]) -> Sweep:
-    """The sweep with one trial more, which is written down: whoever asks for that one gets the same.
+def ask(store: Store, sweep: Sweep, records: Mapping[str, RunRecord]) -> Sweep:
+    """Ask for one trial more and write it down; return the sweep with it. Whoever asks at the same time gets the same.
 
     Args:
-        records: of the runs of the trials so far, by run id, as far as there are any.
+        records: those of the trials' runs that exist so far, by run id.
 
     Raises:
         StorageError: it may or may not have been written; asking again finds out.

@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is made orthogonal. torch's own takes matrices only, and no filters of convolutions."""
+"""Muon: momentum whose update is made orthogonal. torch's own takes only matrices, not convolution filters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +20,9 @@ _WHITENING_SHARE = 3 / 8
 class Muon(optim.Optimizer):
     """Muon for the filters of convolutions; SGD with Nesterov momentum 0.85 for biases and linear layers.
 
-    Each filter bank (out, in, height, width) counts as a matrix of `out` rows, which keeps a Frobenius norm of √out. A
-    bias of a layer with fixed weights, such as a whitening layer, is trained in the first 3/8 of the steps only. The
-    weight decay, for SGD's part, is decoupled: what one step takes off, at the schedule's highest rate.
+    Each filter bank (out, in, height, width) is treated as a matrix of `out` rows, and keeps a Frobenius norm of √out.
+    The bias of a layer with fixed weights, such as a whitening layer, is trained only in the first 3/8 of the steps.
+    `weight_decay` applies to SGD's part. It is decoupled: the share that one step takes off at the highest rate.
     """
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
@@ -51,7 +51,7 @@ class Muon(optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient, after `closure`, if given, has computed them and the loss."""
+        """Update every parameter that has a gradient. `closure`, if given, first computes them and the loss."""
         loss = None
         if closure:
             with torch.enable_grad():
@@ -79,7 +79,7 @@ class Muon(optim.Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Nearly UVᵀ of its singular value decomposition USVᵀ, by Newton and Schulz's iteration in bfloat16.
+    """Approximately UVᵀ, where USVᵀ is the singular value decomposition, by Newton-Schulz iteration in bfloat16.
 
     Args:
         matrix: float32 (rows, columns).

@@ -7,7 +7,7 @@ import math
 
 from torch import nn, optim
 
-from nightshift.config.train import TrainConfig
+from nightshift.config.train import OptimizerConfig, TrainConfig
 from nightshift.training.muon import Muon
 
 # Share of all steps in which the learning rate rises.
@@ -17,13 +17,13 @@ _ONE_CYCLE_RISE = 0.3
 _ONE_CYCLE_START = 1 / 25
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
     """The optimizer a config names, over all parameters of `model`."""
-    if config.optimizer == "muon":
+    if config.name == "muon":
         return Muon(model, config.lr, config.momentum, config.weight_decay)
     parameters = list(model.parameters())
-    fused = parameters[0].is_cuda  # one kernel a step; on a CPU it is no faster
-    if config.optimizer == "sgd":
+    fused = parameters[0].is_cuda  # one kernel per step; on a CPU it is no faster
+    if config.name == "sgd":
         return optim.SGD(
             parameters,
             fused=fused,
@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
         )
-    kind = optim.Adam if config.optimizer == "adam" else optim.AdamW
+    kind = optim.Adam if config.name == "adam" else optim.AdamW
     return kind(parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay, fused=fused)
 
 
@@ -46,17 +46,17 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """
     # The middle of the step, so that neither the first nor the last step has a rate of zero.
     done = (step + 0.5) / total_steps
-    if config.schedule == "cosine":
-        return config.lr * _cosine(1, 0, done)
-    if config.schedule == "triangular":
-        return config.lr * min(done / _TRIANGULAR_RISE, (1 - done) / (1 - _TRIANGULAR_RISE))
-    if config.schedule == "one_cycle":
+    if config.schedule.name == "cosine":
+        return config.optimizer.lr * _cosine(1, 0, done)
+    if config.schedule.name == "triangular":
+        return config.optimizer.lr * min(done / _TRIANGULAR_RISE, (1 - done) / (1 - _TRIANGULAR_RISE))
+    if config.schedule.name == "one_cycle":
         if done < _ONE_CYCLE_RISE:
-            return config.lr * _cosine(_ONE_CYCLE_START, 1, done / _ONE_CYCLE_RISE)
-        return config.lr * _cosine(1, 0, (done - _ONE_CYCLE_RISE) / (1 - _ONE_CYCLE_RISE))
-    if config.schedule == "linear":
-        return config.lr * (1 - done)
-    return config.lr
+            return config.optimizer.lr * _cosine(_ONE_CYCLE_START, 1, done / _ONE_CYCLE_RISE)
+        return config.optimizer.lr * _cosine(1, 0, (done - _ONE_CYCLE_RISE) / (1 - _ONE_CYCLE_RISE))
+    if config.schedule.name == "linear":
+        return config.optimizer.lr * (1 - done)
+    return config.optimizer.lr
 
 
 def _cosine(start: float, end: float, done: float) -> float:
@@ -64,10 +64,10 @@ def _cosine(start: float, end: float, done: float) -> float:
 
 
 def apply_schedule(optimizer: optim.Optimizer, config: TrainConfig, step: int, total_steps: int) -> None:
-    """Give each group of parameters its rate of step `step`.
+    """Set the rate of each parameter group for step `step`.
 
-    A group may have a `scale`, its rate in terms of the config's, and a `share` of the steps, in which its schedule
-    comes to an end; its parameters are then fixed, and need no gradients.
+    A group may have a `scale`, by which the config's rate is multiplied, and a `share` of the steps, after which its
+    schedule has ended. Its parameters are fixed from then on, and need no gradients.
     """
     for group in optimizer.param_groups:
         steps = round(group.get("share", 1) * total_steps)

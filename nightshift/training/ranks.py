@@ -1,4 +1,4 @@
-"""What the training loop needs of the ranks of a run. Alone, which is the usual case, nearly nothing has to be done."""
+"""What the training loop needs from the ranks of a run. A process that trains alone, the usual case, needs little."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ from nightshift.errors import ConfigError
 class Ranks:
     """A process that trains alone. `parallel.ranks.JoinedRanks` is one of several.
 
-    Every rank calls the same methods in the same order; a method that exchanges something returns on no rank before
-    all have called it.
+    Every rank calls the same methods in the same order. A method that exchanges data returns on no rank before all
+    have called it.
     """
 
     rank: int = 0
@@ -30,7 +30,7 @@ class Ranks:
         return self.rank == 0
 
     def share_of(self, batch: int) -> slice:
-        """Which images of a batch are this rank's; shares differ by one at most."""
+        """Which images of a batch are this rank's. Shares differ by at most one image."""
         return slice(self.rank * batch // self.world_size, (self.rank + 1) * batch // self.world_size)
 
     def check_batches(self, smallest: int) -> None:
@@ -42,11 +42,11 @@ class Ranks:
             )
 
     def any(self, *asked: bool) -> list[bool]:
-        """For each question, whether some rank says yes: the same answer on every rank, so all do the same."""
+        """For each question, whether any rank says yes. The answer is the same on every rank, so all do the same."""
         return list(asked)
 
     def total(self, *values: Tensor) -> Tensor:
-        """Each scalar's sum over all ranks, float64 (values,); on a GPU this waits for the step."""
+        """Each scalar's sum over all ranks, float64 (values,). On a GPU this waits until the step is done."""
         return torch.stack([value.detach().double().cpu() for value in values])
 
     def gather(self, part: Payload) -> list[Payload]:
@@ -60,7 +60,7 @@ class Ranks:
 
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
-        """Run a block first in one process a machine, then in the others, which find what it has left there."""
+        """Run a block first in one process per machine, then in the others, which find what the first has left."""
         yield
 
     def synchronized(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -68,12 +68,12 @@ class Ranks:
         return model
 
     def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The module to call forward on, so that backward averages the gradients over all ranks."""
+        """The module to call for the forward pass, so that the backward pass averages gradients over all ranks."""
         return model
 
     @contextmanager
     def loss_explained(self) -> Iterator[None]:
-        """Turn the failure of an exchange with a rank that is gone into a RankLostError."""
+        """Raise RankLostError when an exchange fails because a rank is gone."""
         yield
 
 

@@ -1,9 +1,9 @@
-"""Snapshot → serialize → upload → commit, and the way back.
+"""Snapshot → serialize → upload → commit.
 
-A checkpoint exists when the run record names it, and not before: first the payload goes up under a key that
-holds the step and the writer's fencing token, then the record is put by compare-and-swap. Whatever happens
-in between leaves an orphan, never a damaged checkpoint. Retention drops from the record first and deletes
-after.
+A checkpoint exists once the run record names it, and not before. First the payload is uploaded under a key with the
+step and the writer's fencing token, then the record is put by compare-and-swap. Whatever happens in between leaves an
+orphan, never a damaged checkpoint. Retention drops a checkpoint from the record first, and deletes its payload after
+that.
 """
 
 import contextvars
@@ -28,11 +28,11 @@ from tenacity import (
 from nightshift import progress
 from nightshift.checkpoints.payload import Payload
 from nightshift.checkpoints.retention import retained
-from nightshift.config.train import TrainConfig
+from nightshift.config.train import SavingConfig
 from nightshift.errors import StorageError
 from nightshift.records.keys import payload_key
 from nightshift.records.lease import Run
-from nightshift.records.run import Checkpoint, RunRecord
+from nightshift.records.run import Checkpoint, CheckpointMetrics, CurvePoint, RunRecord
 from nightshift.refs import CheckpointRef
 from nightshift.tracking.metrics import MetricsLog
 from nightshift.training.snapshot import Snapshot
@@ -40,22 +40,22 @@ from nightshift.training.state import TrainState
 
 
 class Saver:
-    """Saves the state of a run without stopping its training.
+    """Saves the state of a run while training goes on.
 
-    At a boundary the state is copied; a background thread does the rest. One save is in flight at a time: a
-    boundary reached meanwhile is skipped and counted, never queued. A save that fails is tried again within a
-    budget; then training goes on, and the log and the record say that it is not protected.
+    At a step boundary the loop copies the state; a background thread does the rest. One save is in flight at a time:
+    one that is due meanwhile is skipped and counted, never queued. A save that fails is retried for `retry_seconds`.
+    Then training goes on, and the log and the record say that it is not protected.
     """
 
     def __init__(
         self,
         run: Run,
-        config: TrainConfig,
+        config: SavingConfig,
         device: torch.device,
         retry_seconds: float,
         metrics: MetricsLog | None = None,
     ) -> None:
-        """`metrics`: told of each checkpoint, which is when it stores its lines."""
+        """`metrics` gets each checkpoint, and stores its lines with it."""
         self._run, self._config, self._retry_seconds = run, config, retry_seconds
         self._metrics = metrics
         self._snapshot = Snapshot(device)
@@ -67,19 +67,19 @@ class Saver:
         self._unprotected = ""
 
     def prepare(self, state: TrainState) -> None:
-        """Make room for the copies, in the background. The optimizer must have done a step: then its state exists."""
+        """Allocate memory for the copies, in the background. The optimizer must have done a step, to have a state."""
         self._snapshot.prepare(state.capture())
 
     def save(self, state: TrainState, parts: list[Payload], epoch: int, train_seconds: float) -> None:
-        """Begin to save this step, unless the save before is still under way.
+        """Begin to save this step, unless the previous save is still in flight.
 
         Args:
-            parts: every rank's.
+            parts: every rank's (`TrainState.part`), in order.
             epoch: finished epochs.
             train_seconds: seconds trained so far, over all resumes.
 
         Raises:
-            LeaseLostError: the save before found that another trainer has taken the run over.
+            LeaseLostError: the previous save found that another trainer has taken the run over.
         """
         if self._thread and self._thread.is_alive():
             self._skipped += 1
@@ -88,12 +88,15 @@ class Saver:
             raise self._error
         started = time.perf_counter()
         self._snapshot.take(state.capture(parts))
-        metrics = {"train_seconds": train_seconds, "stall_seconds": time.perf_counter() - started}
+        stall_seconds = time.perf_counter() - started
         self._abandoned.clear()
         context = contextvars.copy_context()
-        # A daemon: a second signal, which stops at once, must not wait for it.
+        # A daemon, because a second signal stops at once and must not wait for it.
         self._thread = threading.Thread(
-            target=context.run, args=(self._store_or_warn, epoch, metrics), name="checkpoint", daemon=True
+            target=context.run,
+            args=(self._store_or_warn, epoch, train_seconds, stall_seconds),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
 
@@ -104,7 +107,7 @@ class Saver:
             LeaseLostError: another trainer has taken the run over; nothing was committed.
             StorageError: it could not be stored.
         """
-        self._abandoned.set()  # the save before is not waited for longer than its current attempt
+        self._abandoned.set()  # the previous save ends with its current attempt
         self._wait()
         if self._saved is None or self._saved.step != state.step:
             self.save(state, parts, epoch, train_seconds)
@@ -119,10 +122,10 @@ class Saver:
         if self._thread:
             self._thread.join()
 
-    def _store_or_warn(self, epoch: int, metrics: dict[str, float]) -> None:
+    def _store_or_warn(self, epoch: int, train_seconds: float, stall_seconds: float) -> None:
         self._error = None
         try:
-            self._store(self._snapshot.payload(), epoch, metrics)
+            self._store(self._snapshot.payload(), epoch, train_seconds, stall_seconds)
         except StorageError as error:
             self._error, self._unprotected = error, str(error)
             self._failed += 1
@@ -131,16 +134,19 @@ class Saver:
         except Exception as error:
             self._error = error
 
-    def _store(self, payload: Payload, epoch: int, metrics: dict[str, float]) -> None:
-        images, parts = max(payload["epoch_images"], 1), payload["ranks"]
-        metrics |= {
-            "loss": sum(float(part["epoch_loss"]) for part in parts) / images,
-            "accuracy": sum(int(part["epoch_correct"]) for part in parts) / images,
-        }
-        if not math.isfinite(metrics["loss"]):
-            return  # a diverged state is not worth keeping; the loop finds out by itself, within a moment
-        if payload["curve"]:
-            metrics["epoch_loss"] = payload["curve"][-1]["loss"]
+    def _store(self, payload: Payload, epoch: int, train_seconds: float, stall_seconds: float) -> None:
+        images, parts, curve = max(payload["epoch_images"], 1), payload["ranks"], payload["curve"]
+        metrics = CheckpointMetrics(
+            train_seconds=train_seconds,
+            stall_seconds=stall_seconds,
+            loss=sum(float(part["epoch_loss"]) for part in parts) / images,
+            accuracy=sum(int(part["epoch_correct"]) for part in parts) / images,
+            epoch_loss=curve[-1]["loss"] if curve else None,
+            skipped=self._skipped,
+            failed=self._failed,
+        )
+        if not math.isfinite(metrics.loss or 0.0):
+            return  # a diverged state is not worth keeping; the loop itself notices within a moment
         run, step, started = self._run, payload["step"], time.perf_counter()
         buffer = io.BytesIO()
         torch.save(payload, buffer)
@@ -152,18 +158,18 @@ class Saver:
             bytes=len(body),
             sha256=hashlib.sha256(body).hexdigest(),
             written_at=run.store.now(),
-            metrics={**metrics, "skipped": self._skipped, "failed": self._failed},
+            metrics=metrics,
         )
         for attempt in self._attempts(step):
             with attempt:
                 run.store.upload(checkpoint.key, io.BytesIO(body))
-                self._commit(checkpoint, payload["curve"])
+                self._commit(checkpoint, [CurvePoint(**point) for point in curve])
         self._saved = run.record.ref(checkpoint)
         if self._metrics:
             self._metrics.saved(checkpoint, time.perf_counter() - started)
 
     def _attempts(self, step: int) -> Retrying:
-        def tell(state: RetryCallState) -> None:
+        def warn(state: RetryCallState) -> None:
             assert state.outcome is not None
             progress.current().warn(
                 f"the checkpoint of step {step:,} is not stored yet: {state.outcome.exception()}. Trying again"
@@ -174,12 +180,12 @@ class Saver:
             wait=wait_exponential_jitter(multiplier=0.5, max=15),
             stop=stop_after_delay(self._retry_seconds) | stop_when_event_set(self._abandoned),
             sleep=sleep_using_event(self._abandoned),
-            before_sleep=tell,
+            before_sleep=warn,
             reraise=True,
         )
 
-    def _commit(self, checkpoint: Checkpoint, curve: list[dict[str, float]]) -> None:
-        """Make it exist; then delete what retention no longer keeps."""
+    def _commit(self, checkpoint: Checkpoint, curve: list[CurvePoint]) -> None:
+        """Commit the checkpoint, then delete what retention no longer keeps."""
         run, before = self._run, self._run.record.checkpoints
 
         def commit(record: RunRecord) -> RunRecord:

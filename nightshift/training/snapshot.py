@@ -1,4 +1,4 @@
-"""DOC."""
+"""A copy of the state in host memory, from which a checkpoint is made while training goes on."""
 
 import threading
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from torch import Tensor
 from nightshift.checkpoints.payload import Payload
 
 Path = tuple[str | int, ...]
-"""Keys and positions that lead to a tensor of a payload."""
+"""Keys and positions that lead to a tensor in a payload."""
 
 
 class Snapshot:
-    """A copy of a payload in host memory, which is used again for the next one.
+    """A copy of a payload in host memory. Its buffers are used again for the next copy.
 
-    On the CPU it is made by `take`. On a GPU `take` only copies within the device, and the slow way to
-    pinned host memory goes on beside the next steps, on a stream of its own, until `payload` is asked for.
+    On the CPU, `take` makes the copy. On a GPU, `take` only copies within the device. The slow copy to pinned host
+    memory runs during the next steps, on a stream of its own, and `payload` waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class Snapshot:
         self._preparation: threading.Thread | None = None
 
     def prepare(self, payload: Payload) -> None:
-        """Make room for such a payload, in the background: the first touch of memory costs many times a copy."""
+        """Allocate memory for such a payload, in the background: the first touch of memory costs many times a copy."""
 
         def touch(path: Path, tensor: Tensor) -> Tensor:
             return self._buffers.setdefault(path, self._buffer_like(tensor).zero_())
@@ -36,17 +36,17 @@ class Snapshot:
         self._preparation.start()
 
     def take(self, payload: Payload) -> None:
-        """Copy it; returns when the originals may change. Until then `payload` must not be in use."""
+        """Copy a payload; returns when the originals may change. The previous copy must no longer be in use."""
         if self._preparation:
             self._preparation.join()
         if self._stream:
             payload = mapped(payload, lambda _, tensor: tensor.clone() if tensor.is_cuda else tensor)
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):  # of None: no stream of its own
+        with torch.cuda.stream(self._stream):  # with None: the current stream
             self._payload = mapped(payload, self._copy)
 
     def payload(self) -> Payload:
-        """The copy, complete. It stands until the next `take`."""
+        """The complete copy. It is valid until the next `take`."""
         if self._stream:
             self._stream.synchronize()
         return self._payload
@@ -56,7 +56,7 @@ class Snapshot:
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = self._buffers[path] = self._buffer_like(tensor)
         if self._stream and tensor.is_cuda:
-            tensor.record_stream(self._stream)  # else its memory could be given to the next step while it is read
+            tensor.record_stream(self._stream)  # else the next step could be given its memory while it is read
         return buffer.copy_(tensor, non_blocking=True)
 
     def _buffer_like(self, tensor: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Snapshot:
 
 
 def mapped(value: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
-    """Nested dicts and lists with every tensor replaced, and everything that can change copied."""
+    """A copy of nested dicts and lists, in which `change(path, tensor)` replaces every tensor."""
     if isinstance(value, Tensor):
         return change(path, value.detach())
     if isinstance(value, dict):

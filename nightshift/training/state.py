@@ -1,4 +1,4 @@
-"""TrainState: all that makes the next step what it is."""
+"""TrainState: everything that makes the next step what it is."""
 
 import random
 from dataclasses import dataclass, field
@@ -9,14 +9,11 @@ from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import build_model
-from nightshift import progress
 from nightshift.checkpoints.payload import Payload
-from nightshift.checkpoints.restore import restore_newest
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset
-from nightshift.records.lease import Run
-from nightshift.records.run import Checkpoint
+from nightshift.records.run import CurvePoint
 from nightshift.training.optimizers import build_optimizer
 from nightshift.training.ranks import Ranks
 
@@ -26,26 +23,26 @@ class TrainState:
     """Owned by the training loop of one process; it never crosses a task boundary.
 
     The learning-rate schedule, the order of an epoch and the augmentation are functions of the step and
-    need no state (`optim`, `batches`).
+    need no state (`optimizers`, `batches`).
     """
 
     model: nn.Module
     optimizer: optim.Optimizer
     device: torch.device
     ema_decay: float = 0.0
-    """Share of itself that the moving average of the weights keeps at a step; 0: there is none."""
+    """The share of itself that the moving average of the weights keeps at each step; 0: there is no average."""
     average: AveragedModel | None = field(init=False, default=None)
-    """That average, of buffers too; after the first step it is the model itself."""
+    """The moving average, of buffers too. After the first step it equals the model."""
     step: int = 0
-    """Steps done; the next one has this number."""
+    """Steps done, and so the number of the next step."""
     epoch_images: int = 0
     """Images seen since the epoch began, by all ranks together."""
     epoch_loss: Tensor = field(init=False)
-    """Sum of the losses of this rank's share of them, float64 scalar."""
+    """Sum of the losses of this rank's share of these images, float64 scalar."""
     epoch_correct: Tensor = field(init=False)
-    """How many of its share were classified correctly, int64 scalar."""
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """For each finished epoch: `epoch`, `step`, `loss`, `accuracy`."""
+    """How many images of this share were classified correctly, int64 scalar."""
+    curve: list[CurvePoint] = field(default_factory=list)
+    """A point for each finished epoch."""
 
     def __post_init__(self) -> None:
         if self.ema_decay:
@@ -59,14 +56,14 @@ class TrainState:
         self.epoch_correct = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def advance(self) -> None:
-        """Take the step whose gradients are there: the weights, and then their moving average."""
+        """Update the weights from their gradients, and then the moving average."""
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)
         self.step += 1
 
     def part(self) -> Payload:
-        """What is this rank's own: its share of the epoch's sums, and its generators."""
+        """What belongs to this rank alone: its share of the epoch's sums, and its random generators."""
         return {
             "epoch_loss": self.epoch_loss,
             "epoch_correct": self.epoch_correct,
@@ -74,9 +71,9 @@ class TrainState:
         }
 
     def capture(self, parts: list[Payload] | None = None) -> Payload:
-        """Everything, as tensors and plain values that `torch.load(weights_only=True)` accepts.
+        """The whole state, as tensors and plain values that `torch.load(weights_only=True)` accepts.
 
-        Tensors are the live ones, not copies: they change with the next step.
+        The tensors are the live ones, not copies: they change with the next step.
 
         Args:
             parts: every rank's, in order; by default this rank is the only one.
@@ -87,15 +84,15 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "epoch_images": self.epoch_images,
-            "curve": self.curve,
+            "curve": [point.model_dump() for point in self.curve],
             "ranks": [self.part()] if parts is None else parts,
         }
 
     def restore(self, payload: Payload, rank: int = 0, world_size: int = 1) -> None:
-        """Take over what `capture` returned. The generators come last: nothing may draw from them after.
+        """Restore what `capture` returned. The generators come last, because nothing may draw from them afterwards.
 
-        With as many ranks as before each takes its own part, and all goes on with the same bits. With another number,
-        rank 0 takes the sums of all, and a rank that was not there before keeps the generators it has.
+        With as many ranks as before, each takes its own part, and training goes on with the same bits. With another
+        number, rank 0 takes the sums of all, and a rank that was not there before keeps the generators it has.
         """
         self.model.load_state_dict(payload["model"])
         self.optimizer.load_state_dict(payload["optimizer"])
@@ -105,7 +102,7 @@ class TrainState:
             self.average.n_averaged.fill_(self.step)
         self.begin_epoch()
         self.epoch_images = payload["epoch_images"]
-        self.curve = payload["curve"]
+        self.curve = [CurvePoint(**point) for point in payload["curve"]]
         parts = payload["ranks"]
         for part in [parts[rank]] if len(parts) == world_size else parts if rank == 0 else []:
             self.epoch_loss += part["epoch_loss"].to(self.device)
@@ -115,7 +112,7 @@ class TrainState:
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed numpy's and torch's global generators, those of all CUDA devices included, otherwise for each rank."""
+    """Seed numpy's and torch's global generators, including those of all CUDA devices, differently for each rank."""
     numbers = np.random.SeedSequence((seed, rank)).generate_state(1) if rank else [seed]
     np.random.seed(numbers[0])
     torch.manual_seed(int(numbers[0]))
@@ -124,8 +121,8 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 def seed_step(seed: int, step: int) -> None:
     """Seed python's global generator for one step.
 
-    Unlike the others it cannot be carried from step to step: whatever retries a request in the background
-    draws its pauses from it.
+    Unlike the others, its state cannot be carried from step to step: code that retries a request in the
+    background draws its pauses from it.
     """
     random.seed(f"{seed}/{step}")
 
@@ -148,40 +145,31 @@ def _restore_rng(rng: Payload, device: torch.device) -> None:
 
 
 _INITIAL_IMAGES = 5000
-"""So many training images a network may see to set its first weights."""
+"""How many training images a network sees to set its first weights."""
 
 
 def build_state(
-    ranks: Ranks, run: Run | None, config: TrainConfig, dataset: Dataset, device: torch.device
-) -> tuple[TrainState, Checkpoint | None]:
-    """The state of a run: as its newest whole checkpoint has it, or else freshly initialized from the seed.
+    config: TrainConfig, dataset: Dataset, device: torch.device, ranks: Ranks, stored: Payload | None
+) -> TrainState:
+    """The state of a run: restored from a stored payload, or freshly initialized from the seed.
 
-    Rank 0, which holds the run, decides; the others get what it has.
-
-    Returns:
-        The state, and on rank 0 the checkpoint it was restored from.
+    Args:
+        stored: the payload that rank 0 has read, or None. Other ranks pass None and receive rank 0's state.
     """
     seed_everything(config.seed)
-    model = build_model(config.model, len(dataset.classes))
+    model = build_model(config.model.name, len(dataset.classes))
     model = ranks.synchronized(model, device).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = TrainState(model, build_optimizer(model, config), device, config.ema_decay)
-    changes = run.record.events[-1].detail if run else ""
-    found = restore_newest(run) if run else None
-    if not found:
+    state = TrainState(model, build_optimizer(model, config.optimizer), device, config.optimizer.ema_decay)
+    if stored is None:
         show_first_images(model, config, dataset)
-    checkpoint, payload = found or (None, state.capture())
-    payload = ranks.share(payload)
+    payload = ranks.share(stored or state.capture())
     seed_everything(config.seed, ranks.rank)
     state.restore(payload, ranks.rank, ranks.world_size)
-    if run and checkpoint:
-        progress.current().say(f"resumed from step {checkpoint.step} ({run.store.url(checkpoint.key)})")
-        if changes:
-            progress.current().warn(f"the environment has changed, so bits may differ from here: {changes}")
-    return state, checkpoint
+    return state
 
 
 def show_first_images(model: nn.Module, config: TrainConfig, dataset: Dataset) -> None:
-    """Let a network that sets its first weights by training images (`initialize_from`) do so."""
+    """Show a network training images, if it sets its first weights from them (`initialize_from`)."""
     if hasattr(model, "initialize_from"):
         images = dataset.train_images[:_INITIAL_IMAGES].cpu()  # so that every device begins with the same weights
-        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.normalization)))  # type: ignore[operator]
+        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.data.normalization)))  # type: ignore[operator]

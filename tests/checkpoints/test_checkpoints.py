@@ -193,7 +193,7 @@ def checkpoint(step: int, loss: float | None = None) -> Checkpoint:
 
 
 def kept_steps(stored: list[Checkpoint], **overrides: Any) -> list[int]:
-    return [kept.step for kept in retained(stored, small_config(**overrides))]
+    return [kept.step for kept in retained(stored, small_config(**overrides).saving)]
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest() -> None:

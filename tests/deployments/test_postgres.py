@@ -17,26 +17,29 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
-    import pgserver
+    from pgserver.postgres_server import PostgresServer, get_server
 
 from nightshift.local.prefect import online_workers
 from nightshift.records.lease import acquire
 from nightshift.records.run import Origin
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
-from tests.conftest import Finished, eventually
+from tests.commands import Finished
+from tests.conftest import eventually
 from tests.records.test_lease import spec
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pgserver.PostgresServer]:
-    database = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    database = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
     yield database
     database.cleanup()
 
 
 @pytest.fixture(scope="module")
-def api_url(postgres: pgserver.PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def api_url(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prefect server on that database."""
     tmp_path = tmp_path_factory.mktemp("prefect")
     with closing(socket.socket()) as probe:
@@ -67,7 +70,7 @@ def api_url(postgres: pgserver.PostgresServer, tmp_path_factory: pytest.TempPath
 
 def test_deployments_and_flow_run_on_a_server_with_postgresql(
     api_url: str,
-    postgres: pgserver.PostgresServer,
+    postgres: PostgresServer,
     nightshift: Callable[..., Finished],
     cifar10: DatasetRef,
 ) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from typing import Literal
@@ -37,7 +38,7 @@ class Request:
     kind: Kind
     method: str
     target: str
-    headers: http.client.HTTPMessage
+    headers: Message
     body: bytes
 
 
@@ -263,7 +264,7 @@ def _kind(method: str, target: str) -> Kind:
 
 
 def _with_body(request: Request, body: bytes) -> Request:
-    headers = http.client.HTTPMessage()
+    headers = Message()
     for name, value in request.headers.items():
         headers[name] = str(len(body)) if name.lower() == "content-length" else value
     return Request(request.kind, request.method, request.target, headers, body)

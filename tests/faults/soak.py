@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.context import ForkServerProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from nightshift.training.snapshot import Snapshot
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.faults.proxy import Kind, Proxy, kill, running
-from tests.train_part import forkserver
+from tests.forked import forked
 
 CONFIGS: dict[str, TrainConfig] = {
     "tutorial": small_config(checkpoint_every_steps=3, keep_last=1),
@@ -114,7 +115,7 @@ class Campaign:
 
     def kill_one(self, point: str, chance: random.Random) -> None:
         """Kill a run at `point`, resume it, and compare how it ends; one that ends too soon is not counted."""
-        step, killed = forkserver().Value("i", 0), False
+        step, killed = forked().Value("i", 0), False
         with running(self.store.endpoint) as proxy:
             while not killed:
                 name = chance.choice(sorted(self.expected))
@@ -138,7 +139,7 @@ class Campaign:
         self.tally.orphans = len(orphans.find(self.store, timedelta(0)).keys)
         for when in ("before", "after"):
             with running(self.store.endpoint) as proxy:
-                process = forkserver().Process(target=_collect, args=(self._settings(proxy), self._credentials()))
+                process = forked().Process(target=_collect, args=(self._settings(proxy), self._credentials()))
                 proxy.plan("payload delete", kill(process, when))
                 process.start()
                 process.join()
@@ -173,12 +174,13 @@ class Campaign:
         process.join()
         return process.exitcode
 
-    def _process(self, proxy: Proxy, name: str, run_id: str, **options: Any) -> Any:
+    def _process(self, proxy: Proxy, name: str, run_id: str, **options: Any) -> ForkServerProcess:
         config = CONFIGS[name]
         where = (self._settings(proxy), self._credentials(), self.home)
-        return forkserver().Process(target=_train, args=(*where, run_id, config, self.dataset), kwargs=options)
+        return forked().Process(target=_train, args=(*where, run_id, config, self.dataset), kwargs=options)
 
     def _settings(self, proxy: Proxy) -> S3Settings:
+        assert isinstance(self.store, S3)
         return S3Settings(endpoint_url=proxy.endpoint_url, bucket=self.store.bucket, prefix=self.store.prefix)
 
     def _credentials(self) -> s3.Credentials:
@@ -202,7 +204,7 @@ def _train(
 ) -> None:
     """In a process of its own: train a run to its end, or until it is killed."""
     logging.disable(logging.WARNING)
-    if config.model != "resnet18":  # else states of a few MB would go up in one piece
+    if config.model.name != "resnet18":  # else states of a few MB would go up in one piece
         s3._TRANSFER = TransferConfig(multipart_threshold=s3.MIB // 4, preferred_transfer_client="classic")
     if kill_at_copy:
         _kill_within_a_snapshot(kill_at_copy)

@@ -18,6 +18,7 @@ from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.settings import S3Settings
 from nightshift.storage import s3
 from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
@@ -52,6 +53,7 @@ def behind(
 ) -> Workspace:
     """The same workspace, reached through the proxy."""
     store = workspace.store
+    assert isinstance(store, S3)
     settings = S3Settings(
         endpoint_url=proxy.endpoint_url, bucket=store.bucket, prefix=store.prefix, timeout_seconds=timeout_seconds
     )
@@ -78,7 +80,7 @@ def expected(home: Path, server: S3, cifar10: DatasetRef) -> str:
         return ending(store, train_alone(Workspace(store, home, 60, 0), "run", CONFIG, cifar10))
 
 
-def ending(store: S3, checkpoint: CheckpointRef) -> str:
+def ending(store: Store, checkpoint: CheckpointRef) -> str:
     return state_sha256(read_payload(store, checkpoint))
 
 
@@ -144,7 +146,7 @@ def test_training_goes_on_while_a_save_is_under_way(
 
     done = train_alone(behind(proxy, workspace), "run", CONFIG, cifar10, should_stop=release_late)
     saved = stored(workspace).checkpoints[-1]
-    assert saved.metrics["skipped"] >= 6  # the boundaries at steps 8, 12, 16, 20, 24 and 28
+    assert saved.metrics.skipped >= 6  # the boundaries at steps 8, 12, 16, 20, 24 and 28
     assert ending(workspace.store, done) == expected
 
 
@@ -157,7 +159,7 @@ def test_training_goes_on_without_saves_and_the_record_says_so(
     record = stored(workspace)
     assert [event.what for event in record.events] == ["started", "unprotected"]
     assert "InsufficientStorage" in record.events[1].detail
-    assert record.checkpoints[-1].metrics["failed"] == 1
+    assert record.checkpoints[-1].metrics.failed == 1
     assert ending(workspace.store, done) == expected
 
 

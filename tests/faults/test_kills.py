@@ -12,7 +12,8 @@ from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
-from tests.conftest import Command, eventually
+from tests.commands import Command
+from tests.conftest import eventually
 from tests.faults import soak
 
 TWO_EPOCHS = ("train", "--recipe", "tutorial", "--set", "max_train_images=6400", "--set", "epochs=2", "--json")

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from nightshift.storage.s3 import S3
 from nightshift.workspace import Workspace
 from tests.conftest import eventually, small_config
 from tests.faults.proxy import running
+from tests.forked import ranks_are_forked
 
 CUT_SECONDS = float(os.environ.get("CUT_SECONDS", "5"))
 CONFIG = small_config(epochs=30, checkpoint_every_steps=10, nproc_per_node=1)
@@ -138,7 +140,7 @@ def machines(
 @pytest.fixture(scope="module")
 def bits(home: Path, server: S3, cifar10: DatasetRef) -> str:
     """weights_sha256 of the same run on one machine with two ranks."""
-    with embedded_s3(home, "one-machine") as store:
+    with embedded_s3(home, "one-machine") as store, ranks_are_forked():
         last = train_run(Workspace(store, home, 60, 5), "run", CONFIG.override({"nproc_per_node": 2}), cifar10)
         return weights_sha256(read_weights(store, last))
 
@@ -185,8 +187,7 @@ def test_a_cut_cable_is_waited_for_and_there_is_one_leader_all_the_time(
         machine.cable("down")
         threading.Event().wait(CUT_SECONDS)
         machine.cable("up")
-        before = newest_step(workspace)
-        eventually(lambda before=before: newest_step(workspace) > before, timeout=120)
+        eventually(partial(has_passed, workspace, newest_step(workspace)), timeout=120)
     assert json.loads(flow.finish())["weights_sha256"] == bits
     assert "run run: trained" in other.finish()
     assert tokens(workspace) == sorted(tokens(workspace))
@@ -209,3 +210,7 @@ def test_a_machine_that_has_lost_the_other_stops_when_it_is_told_to(
 
 def newest_step(workspace: Workspace) -> int:
     return read_record(workspace.store, "run")[0].step
+
+
+def has_passed(workspace: Workspace, step: int) -> bool:
+    return newest_step(workspace) > step

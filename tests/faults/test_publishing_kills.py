@@ -22,7 +22,7 @@ from nightshift.storage.s3 import S3
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
-from tests.train_part import forkserver
+from tests.forked import forked
 
 CONFIG = small_config("quick", max_train_images=320, epochs=1)
 # What is written last before, or first after, each point at which another step begins.
@@ -63,7 +63,7 @@ def test_a_run_killed_at_every_step_after_its_training_comes_to_the_same_end(
     workspace: Workspace, home: Path, prefix: str, cifar10: DatasetRef
 ) -> None:
     def run(run_id: str, kill_at: str = "") -> int | None:
-        process: ForkServerProcess = forkserver().Process(
+        process: ForkServerProcess = forked().Process(
             target=the_rest_of_the_night, args=(home, prefix, run_id, cifar10, kill_at)
         )
         process.start()
@@ -72,10 +72,10 @@ def test_a_run_killed_at_every_step_after_its_training_comes_to_the_same_end(
 
     for point in POINTS:
         assert run("killed", point) == -signal.SIGKILL, point
-        champion = champions.read_history(workspace.store, "cifar10")[0].champion
+        champion = champions.read_history(workspace.store, "cifar10").champion
         assert not champion or workspace.store.head("models/cifar10/killed/card.json"), point
     assert run("killed") == 0
-    history, _ = champions.read_history(workspace.store, "cifar10")
+    history = champions.read_history(workspace.store, "cifar10")
     assert [(entry.what, entry.version) for entry in history.transitions] == [("promoted", "killed")]
     assert orphans.find(workspace.store, timedelta(0)).keys == []
 
@@ -87,9 +87,7 @@ def test_a_run_killed_at_every_step_after_its_training_comes_to_the_same_end(
         assert record.result
         assert record.result.verdict
         card = read_card(workspace.store, "cifar10", run_id)
-        files = {
-            name: card["files"][name] for name in ("weights.pth", "weights.safetensors", "predictions.safetensors")
-        }
+        files = {name: card.files[name] for name in ("weights.pth", "weights.safetensors", "predictions.safetensors")}
         return (
             record.status,
             record.result.test_accuracy,

@@ -23,7 +23,8 @@ from nightshift.checkpoints.payload import read_weights, weights_sha256
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
-from tests.conftest import Command, Finished, eventually
+from tests.commands import Command, Finished
+from tests.conftest import eventually
 
 TUTORIAL = ("--recipe", "tutorial", "--set", "max_train_images=6400", "--set", "epochs=3")
 WORSE = ("train", "--recipe", "tutorial", "--set", "max_train_images=320", "--set", "epochs=1", "--run-id", "worse")

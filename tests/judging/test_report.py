@@ -76,7 +76,7 @@ def test_the_report_has_the_verdict_the_comparison_and_what_it_was_made_of(
             *("label_smoothing", "torch", "cat", "at 2.5 an hour", f"{100 * shown.classes[3].recall:.2f} %"),
         ):
             assert fact in text.replace("&#43;", "+"), fact
-    assert workspace.store.get("reports/epochs-1/html")[0].decode() == page.html
+    assert workspace.store.get("reports/epochs-1/report.html")[0].decode() == page.html
     assert workspace.store.get("reports/epochs-1/plots/confusion.svg")[0].decode() == page.plots["confusion"]
 
 
@@ -105,7 +105,7 @@ def test_the_report_of_a_stored_run_is_no_orphan_and_that_of_no_run_is_one(
     candidates: Candidates, page: Report
 ) -> None:
     store = candidates[0].store
-    store.put("reports/nobody/html", b"of a run without a record")
+    store.put("reports/nobody/report.html", b"of a run without a record")
     found = orphans.find(store, timedelta(0)).keys
-    store.delete("reports/nobody/html")
-    assert found == ["reports/nobody/html"]
+    store.delete("reports/nobody/report.html")
+    assert found == ["reports/nobody/report.html"]

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models import build_model, known_models
+from models import build_model
 from models.layers import DiracConv
+from models.names import known_models
 from models.quick_cnn import QuickCNN
 from models.resnet import resnet18
 from models.simple_cnn import SimpleCNN, simple_cnn_sequential
@@ -53,10 +54,12 @@ def test_simple_cnn_has_exactly_the_layers_of_the_tutorial() -> None:
 
 def test_resnet18_sees_small_images_at_full_resolution() -> None:
     network = resnet18(10)
-    stem = network.conv1
+    stem, first_stage = network.conv1, network.layer1
+    assert isinstance(stem, nn.Conv2d)
+    assert isinstance(first_stage, nn.Module)
     assert (stem.kernel_size, stem.stride, stem.padding, stem.bias) == ((3, 3), (1, 1), (1, 1), None)
     first_stage_input: list[torch.Size] = []
-    network.layer1.register_forward_pre_hook(lambda _, inputs: first_stage_input.append(inputs[0].shape))
+    first_stage.register_forward_pre_hook(lambda _, inputs: first_stage_input.append(inputs[0].shape))
     assert network(images()).shape == (2, 10)
     assert first_stage_input == [(2, 64, 32, 32)]
     assert not any(isinstance(module, nn.MaxPool2d) for module in network.modules())
@@ -99,7 +102,7 @@ def test_every_model_gives_a_logit_a_class_and_a_gradient_to_every_parameter_tha
     model = seeded(name, 0, num_classes)
     logits = model(images())
     assert logits.shape == (2, num_classes)
-    F.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    F.cross_entropy(logits, torch.tensor([0, 1])).backward()  # type: ignore[no-untyped-call]
     given = {key for key, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
     assert given == {key for key, weight in model.named_parameters() if weight.requires_grad}
 

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from nightshift.settings import NodesSettings
 from nightshift.storage.s3 import S3
 from nightshift.training.optimizers import build_optimizer
 from nightshift.workspace import Workspace
-from tests.conftest import Command, Finished, eventually, small_config
+from tests.commands import Command, Finished
+from tests.conftest import eventually, small_config
+from tests.forked import ranks_are_spawned
 from tests.train_part import state_sha256
 
 
@@ -66,7 +69,14 @@ def events(workspace: Workspace, run_id: str) -> list[str]:
     return [event.what for event in record_of(workspace, run_id).events]
 
 
-TWO = small_config(nproc_per_node=2, checkpoint_every_steps=10)
+SIZES: dict[str, Any] = {
+    "max_train_images": 640,
+    "batch_size": 32,
+    "epochs": 2,
+    "nproc_per_node": 2,
+    "checkpoint_every_steps": 10,
+}
+TWO = small_config(**SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +92,12 @@ def uninterrupted(
 def test_the_first_50_losses_of_two_ranks_are_those_of_one(workspace: Workspace, cifar10: DatasetRef) -> None:
     """Batch norm included. With SGD, for Adam and Muon multiply the rounding of sums in another order."""
     config = small_config(
-        "quick", optimizer="sgd", lr=0.01, precision="float32", batch_size=256, max_train_images=256, epochs=50
+        "quick", optimizer="sgd", lr=0.01, precision="float32", batch_size=64, max_train_images=64, epochs=50
     )
 
     def losses(run_id: str, ranks: int) -> list[float]:
         train(workspace, cifar10, run_id, config.override({"nproc_per_node": ranks}))
-        return [point["loss"] for point in record_of(workspace, run_id).curve]  # an epoch is a step here
+        return [point.loss for point in record_of(workspace, run_id).curve]  # an epoch is a step here
 
     assert losses("two", 2) == pytest.approx(losses("one", 1), abs=1e-5, rel=0)
 
@@ -98,15 +108,15 @@ def test_two_ranks_take_bit_for_bit_the_steps_of_one_process_that_adds_the_gradi
     """With Adam too, which makes of another order of addition another training within fifty steps."""
     dataset = open_dataset(workspace, cifar10)
     plan = batches.make_plan(TWO, dataset)
-    scale, shift = batches.normalizer(dataset, TWO.normalization)
+    scale, shift = batches.normalizer(dataset, TWO.data.normalization)
     torch.manual_seed(TWO.seed)
-    model = build_model(TWO.model, 10).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, TWO)
+    model = build_model(TWO.model.name, 10).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, TWO.optimizer)
     for step in range(plan.total_steps):
         images, labels = batches.training_batch(dataset, TWO, plan, step)
         optimizer.zero_grad()
         for half, answers in zip(images.chunk(2), labels.chunk(2), strict=True):
-            (F.cross_entropy(model(batches.to_input(half, scale, shift)), answers) / 2).backward()
+            (F.cross_entropy(model(batches.to_input(half, scale, shift)), answers) / 2).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     last = uninterrupted[1].checkpoints[-1]
     assert weights_sha256(model.state_dict()) == weights_sha256(read_payload(server, last)["model"])
@@ -117,10 +127,12 @@ def test_a_run_of_which_a_rank_is_killed_ends_with_the_same_bits(
     rank: int, workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
 ) -> None:
     at = At(15, kill(rank))
-    assert train(workspace, cifar10, "run", TWO, at) == uninterrupted[0]
+    # A forked rank that has lost the other ends as quickly as the other does; then either may be named.
+    with ranks_are_spawned():
+        assert train(workspace, cifar10, "run", TWO, at) == uninterrupted[0]
     assert record_of(workspace, "run").resumed_from_step == 10
     assert record_of(workspace, "run").curve == uninterrupted[1].curve
-    assert any("SIGKILL" in warning for warning in at.warnings)
+    assert any("SIGKILL" in warning for warning in at.warnings), at.warnings
 
 
 def test_a_run_begun_with_two_ranks_goes_on_with_one_and_with_two_again(
@@ -140,8 +152,8 @@ def test_a_run_begun_with_two_ranks_goes_on_with_one_and_with_two_again(
     assert "world_size 2 → 1" in details[0]
     assert "world_size 1 → 2" in details[1]
     # The same batches: the curves can differ by rounding only.
-    assert [point["loss"] for point in record.curve] == pytest.approx(
-        [point["loss"] for point in uninterrupted[1].curve], abs=1e-4
+    assert [point.loss for point in record.curve] == pytest.approx(
+        [point.loss for point in uninterrupted[1].curve], abs=1e-4
     )
 
 
@@ -184,15 +196,10 @@ def test_a_second_trainer_of_a_run_of_several_ranks_is_refused(workspace: Worksp
 def test_a_killed_command_leaves_no_rank_behind_and_resumes_to_the_same_bits(
     start: Callable[..., Command], workspace: Workspace, prefect_api: str, uninterrupted: tuple[str, RunRecord]
 ) -> None:
-    settings = [
-        part
-        for name in ("max_train_images", "batch_size", "epochs")
-        for part in ("--set", f"{name}={getattr(TWO, name)}")
-    ]
-    settings += ["--set", "nproc_per_node=2", "--set", "checkpoint_every_steps=10"]
+    settings = [f"--set={name}={value}" for name, value in SIZES.items()]
     command = start("train", "--recipe", "tutorial", "--run-id", "run", *settings, PREFECT_API_URL=prefect_api)
     command.wait_for_line("training simple_cnn on 2 processes")
-    ranks = _children_of(command.process.pid)
+    ranks = _children_of(command.pid)
     assert len(ranks) >= 2
     command.send(signal.SIGKILL)
     command.finish()

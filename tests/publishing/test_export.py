@@ -64,7 +64,7 @@ def test_each_format_predicts_the_same_in_a_process_without_nightshift(
     config, dataset = record.train_config(), open_dataset(workspace, cifar10)
     for name in FORMATS:
         (tmp_path / name).write_bytes(export_run(workspace, record, name))
-    images = batches.to_input(dataset.test_images[:1000], *batches.normalizer(dataset, config.normalization))
+    images = batches.to_input(dataset.test_images[:1000], *batches.normalizer(dataset, config.data.normalization))
     np.save(tmp_path / "images.npy", images.numpy())
     shutil.copytree(Path(str(networks.__file__)).parent, tmp_path / "models")
     plain = subprocess.run(
@@ -86,9 +86,9 @@ def test_each_format_predicts_the_same_in_a_process_without_nightshift(
 def test_a_version_has_each_file_the_card_lists_and_weights_of_plain_tensors(candidates: Candidates) -> None:
     workspace, models = candidates
     card = read_card(workspace.store, "cifar10", models[1].version)
-    assert set(card["files"]) == {"weights.pth", "weights.safetensors", "model.pt2", "predictions.safetensors"}
-    for file_name, listed in card["files"].items():
-        assert len(read_file(workspace.store, card, file_name)) == listed["bytes"]
+    assert set(card.files) == {"weights.pth", "weights.safetensors", "model.pt2", "predictions.safetensors"}
+    for file_name, listed in card.files.items():
+        assert len(read_file(workspace.store, card, file_name)) == listed.bytes
 
 
 class Lossy(nn.Module):

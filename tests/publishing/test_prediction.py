@@ -11,12 +11,12 @@ from PIL import Image
 
 from nightshift.data.datasets import open_dataset
 from nightshift.errors import ConfigError, NoImagesError
-from nightshift.judging import evaluation
+from nightshift.judging import evaluation, gate
 from nightshift.publishing import prediction
 from nightshift.publishing.prediction import Classifier, Prediction
 from nightshift.refs import DatasetRef, ModelRef
+from nightshift.settings import GateSettings
 from nightshift.workspace import Workspace
-from tests.judging.test_gate import promote
 
 Candidates = tuple[Workspace, dict[int, ModelRef]]
 
@@ -24,7 +24,7 @@ Candidates = tuple[Workspace, dict[int, ModelRef]]
 @pytest.fixture(scope="module")
 def classifier(candidates: Candidates) -> Classifier:
     workspace, models = candidates
-    promote(workspace, models[3])
+    gate.promote(workspace.store, models[3], GateSettings())
     return Classifier(workspace.store, "cifar10", "champion")
 
 

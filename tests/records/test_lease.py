@@ -1,8 +1,10 @@
 """The run record: compare-and-swap, lease, fencing token."""
 
+import math
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -13,6 +15,7 @@ import pytest
 
 from nightshift.errors import (
     ConfigError,
+    DocumentDamagedError,
     LeaseHeldError,
     LeaseLostError,
     PreconditionFailedError,
@@ -25,11 +28,13 @@ from nightshift.records.keys import RECORDS
 from nightshift.records.lease import Run, RunSpec
 from nightshift.records.lease import acquire as acquire_run
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import RunRecord, list_records, read_record
+from nightshift.records.run import CurvePoint, RunRecord, list_records, read_record
 from nightshift.refs import DatasetRef
-from nightshift.storage.s3 import S3
+from nightshift.storage.memory import MemoryStore
+from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 from tests.conftest import eventually, small_config
+from tests.stores import Faulty, wait_until
 
 DATASET = DatasetRef(name="cifar10", digest="0" * 64, key="datasets/0/packed.safetensors", source="cache")
 
@@ -38,73 +43,79 @@ def spec(run_id: str = "run", environment: str = "x", **overrides: Any) -> RunSp
     return RunSpec(run_id, small_config(**overrides), DATASET, {"torch": environment}, 40)
 
 
-def hold(store: S3, run_id: str = "run", lease_seconds: float = 60, **overrides: Any) -> AbstractContextManager[Run]:
+def hold(store: Store, run_id: str = "run", lease_seconds: float = 60, **overrides: Any) -> AbstractContextManager[Run]:
     return hold_run(store, spec(run_id, **overrides), lease_seconds)
 
 
-def acquire(store: S3, lease_seconds: float = 60) -> Run:
+def acquire(store: Store, lease_seconds: float = 60) -> Run:
     """Take the lease and, unlike `hold`, do not renew it."""
     return acquire_run(store, spec(), lease_seconds)
 
 
+POINT = CurvePoint(epoch=1, step=20, loss=1.0, accuracy=0.5)
+
+
 def add_curve_point(record: RunRecord) -> RunRecord:
-    point = {"epoch": 1.0}
+    point = POINT
     return record if point in record.curve else record.changed(curve=[*record.curve, point])
 
 
-class FaultyS3(S3):
-    """Injects a fault after the next write was committed: the response is lost on the way."""
-
-    def __init__(self, inner: S3, fault: Exception) -> None:
-        self.__dict__.update(inner.__dict__)
-        self.fault: Exception | None = fault
-
-    def put(self, key: str, body: bytes, **condition: Any) -> str:
-        etag = super().put(key, body, **condition)
-        if self.fault and key.startswith(RECORDS):
-            fault, self.fault = self.fault, None
-            raise fault
-        return etag
+def losing(store: Store, error: Exception) -> Any:
+    """A store that writes the next record and raises this: the response is lost on the way."""
+    faulty = Faulty(store)
+    faulty.lose_response("put", error, RECORDS)
+    return faulty
 
 
-def test_a_new_run_is_recorded_as_running_under_token_one(workspace: Workspace) -> None:
-    with hold(workspace.store):
-        record, _ = read_record(workspace.store, "run")
+def check_forever(run: Run) -> None:
+    while True:
+        run.check()
+        time.sleep(0.01)
+
+
+def short_lease(store: Store) -> float:
+    """Seconds: a server's clock is known to a second, which has to be less than the sixth its holder leaves."""
+    return 0.6 if isinstance(store, MemoryStore) else 6
+
+
+def test_a_new_run_is_recorded_as_running_under_token_one(store: Store) -> None:
+    with hold(store):
+        record, _ = read_record(store, "run")
     assert (record.status, record.lease.token, record.events[0].what) == ("running", 1, "started")
 
 
-def test_every_write_of_the_record_has_an_etag_of_its_own(workspace: Workspace) -> None:
-    with hold(workspace.store) as run:
+def test_every_write_of_the_record_has_an_etag_of_its_own(store: Store) -> None:
+    with hold(store) as run:
         etags = {run.update(lambda record: record).sequence: run._etag for _ in range(5)}
     assert len(set(etags.values())) == len(etags) == 5
 
 
-def test_a_live_lease_is_refused_with_its_owner_and_its_expiry(workspace: Workspace) -> None:
-    with hold(workspace.store) as run, pytest.raises(LeaseHeldError) as refused, hold(workspace.store):
+def test_a_live_lease_is_refused_with_its_owner_and_its_expiry(store: Store) -> None:
+    with hold(store) as run, pytest.raises(LeaseHeldError) as refused, hold(store):
         pass
     lease = run.record.lease
     assert lease.owner in str(refused.value)
     assert f"{lease.expires_at:%H:%M:%S}" in str(refused.value)
 
 
-def test_an_expired_lease_is_taken_over_and_the_old_owner_can_write_no_more(workspace: Workspace) -> None:
-    old = acquire(workspace.store, lease_seconds=1)
-    eventually(lambda: workspace.store.now() > old.record.lease.expires_at)
-    with hold(workspace.store) as new:
-        before, _ = read_record(workspace.store, "run")
+def test_an_expired_lease_is_taken_over_and_the_old_owner_can_write_no_more(store: Store) -> None:
+    old = acquire(store, lease_seconds=1)
+    wait_until(store, old.record.lease.expires_at)
+    with hold(store) as new:
+        before, _ = read_record(store, "run")
         with pytest.raises(LeaseLostError, match=new.record.lease.owner):
             old.update(add_curve_point)
-        after, _ = read_record(workspace.store, "run")
+        after, _ = read_record(store, "run")
     assert new.token == old.token + 1
     assert after == before
 
 
-def test_of_many_that_want_an_expired_lease_exactly_one_gets_it(workspace: Workspace) -> None:
-    acquire(workspace.store).end("interrupted")
+def test_of_many_that_want_an_expired_lease_exactly_one_gets_it(store: Store) -> None:
+    acquire(store).end("interrupted")
 
     def attempt(_: int) -> Run | None:
         try:
-            return acquire(workspace.store)
+            return acquire(store)
         except LeaseHeldError:
             return None
 
@@ -133,73 +144,82 @@ def test_a_run_whose_trainer_died_on_this_machine_is_taken_over_at_once(
     assert acquire(workspace.store).token == 2
 
 
-def test_the_lease_is_renewed_while_the_run_is_held(workspace: Workspace) -> None:
-    with hold(workspace.store, lease_seconds=6) as run:
+def test_the_lease_is_renewed_while_the_run_is_held(store: Store) -> None:
+    with hold(store, lease_seconds=short_lease(store)) as run:
         first = run.record.lease.expires_at
-        eventually(lambda: workspace.store.now() > first)
+        eventually(lambda: store.now() > first)
         with pytest.raises(LeaseHeldError):
-            acquire(workspace.store)
+            acquire(store)
         run.check()
 
 
-def test_nothing_is_written_under_a_lease_that_was_given_back(workspace: Workspace) -> None:
-    run = acquire(workspace.store)
+def test_nothing_is_written_under_a_lease_that_was_given_back(store: Store) -> None:
+    run = acquire(store)
     run.end("interrupted")
-    before = read_record(workspace.store, "run")
+    before = read_record(store, "run")
     with pytest.raises(LeaseLostError, match="given it back"):
         run.update(add_curve_point)
-    assert read_record(workspace.store, "run") == before
+    assert read_record(store, "run") == before
 
 
-def test_a_lease_that_cannot_be_renewed_stops_its_owner_before_another_may_take_it(workspace: Workspace) -> None:
-    run = acquire(workspace.store, lease_seconds=6)
-    run.store = DeadS3(workspace.store)
+def test_a_lease_that_cannot_be_renewed_stops_its_owner_before_another_may_take_it(store: Store) -> None:
+    run = acquire(store, lease_seconds=short_lease(store))
+    run.store = unwritable = Faulty(store)
+    unwritable.fail("put", StorageUnreachableError("no answer"), times=math.inf)
     with run.renewed(), pytest.raises(LeaseLostError, match=r"could not be renewed .* no answer"):
-        eventually(lambda: run.check() is not None)
-    assert workspace.store.now() < run.record.lease.expires_at
+        check_forever(run)
+    assert store.now() < run.record.lease.expires_at
 
 
-class DeadS3(S3):
-    """Injects a store that no longer answers."""
-
-    def __init__(self, inner: S3) -> None:
-        self.__dict__.update(inner.__dict__)
-
-    def put(self, key: str, body: bytes, **condition: Any) -> str:
-        raise StorageUnreachableError("no answer")
-
-
-def test_a_lost_response_is_recognized_as_ones_own_write(workspace: Workspace) -> None:
-    with hold(workspace.store) as run:
-        run.store = FaultyS3(workspace.store, PreconditionFailedError("a retry met its own write"))
+def test_a_lost_response_is_recognized_as_ones_own_write(store: Store) -> None:
+    with hold(store) as run:
+        run.store = losing(store, PreconditionFailedError("a retry met its own write"))
         run.update(add_curve_point)
-        record, _ = read_record(workspace.store, "run")
-    assert record.curve == [{"epoch": 1.0}]
+        record, _ = read_record(store, "run")
+    assert record.curve == [POINT]
 
 
-def test_after_a_write_of_unknown_fate_the_next_one_finds_out(workspace: Workspace) -> None:
-    with hold(workspace.store) as run:
-        run.store = FaultyS3(workspace.store, StorageUnreachableError("the response was lost"))
+def test_after_a_write_of_unknown_fate_the_next_one_finds_out(store: Store) -> None:
+    with hold(store) as run:
+        run.store = losing(store, StorageUnreachableError("the response was lost"))
         with pytest.raises(StorageUnreachableError):
             run.update(add_curve_point)
         run.update(add_curve_point)
-        record, _ = read_record(workspace.store, "run")
-    assert record.curve == [{"epoch": 1.0}]
+        record, _ = read_record(store, "run")
+    assert record.curve == [POINT]
 
 
-def test_a_lost_response_when_taking_the_lease_does_not_lock_the_owner_out(workspace: Workspace) -> None:
-    store = FaultyS3(workspace.store, PreconditionFailedError("a retry met its own write"))
-    assert acquire(store).token == 1
+def test_a_lost_response_when_taking_the_lease_does_not_lock_the_owner_out(store: Store) -> None:
+    assert acquire(losing(store, PreconditionFailedError("a retry met its own write"))).token == 1
 
 
-def test_two_threads_that_update_one_run_lose_nothing(workspace: Workspace) -> None:
+def test_a_trainer_whose_record_was_deleted_stops_and_does_not_write_it_anew(store: Store) -> None:
+    run = acquire(store)
+    store.delete("runs/run.json")
+    with pytest.raises(LeaseLostError, match="deleted"):
+        run.update(add_curve_point)
+    with pytest.raises(LeaseLostError, match="deleted"):
+        run.check()
+    assert store.head("runs/run.json") is None
+
+
+def test_a_damaged_record_is_neither_believed_nor_overwritten(store: Store) -> None:
+    acquire(store).end("interrupted")
+    body = store.get("runs/run.json")[0].replace(b'"token": 1', b'"token": 7')
+    store.put("runs/run.json", body)
+    with pytest.raises(DocumentDamagedError, match=r"runs/run\.json is damaged, or not a run record: .* run id$"):
+        acquire(store)
+    assert store.get("runs/run.json")[0] == body
+
+
+def test_two_threads_that_update_one_run_lose_nothing(store: Store) -> None:
     def add(number: int) -> Callable[[RunRecord], RunRecord]:
-        return lambda record: record.changed(curve=[*record.curve, {"epoch": float(number)}])
+        return lambda record: record.changed(curve=[*record.curve, POINT.changed(epoch=number)])
 
-    with hold(workspace.store) as run, ThreadPoolExecutor(8) as pool:
+    with hold(store) as run, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: run.update(add(number)), range(40)))
-    record, _ = read_record(workspace.store, "run")
-    assert sorted(point["epoch"] for point in record.curve) == list(range(40))
+    record, _ = read_record(store, "run")
+    assert sorted(point.epoch for point in record.curve) == list(range(40))
 
 
 @pytest.mark.parametrize(
@@ -210,48 +230,46 @@ def test_two_threads_that_update_one_run_lose_nothing(workspace: Workspace) -> N
         (ConfigError("bad"), "failed"),
     ],
 )
-def test_how_a_run_ended_is_recorded_and_its_lease_given_back(
-    workspace: Workspace, error: BaseException, status: str
-) -> None:
-    with pytest.raises(type(error)), hold(workspace.store):
+def test_how_a_run_ended_is_recorded_and_its_lease_given_back(store: Store, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), hold(store):
         raise error
-    record, _ = read_record(workspace.store, "run")
+    record, _ = read_record(store, "run")
     assert record.status == status
-    assert record.lease.expires_at <= workspace.store.now()
-    assert acquire(workspace.store).token == 2
+    assert record.lease.expires_at <= store.now()
+    assert acquire(store).token == 2
 
 
-def test_another_config_is_refused_with_the_fields_named(workspace: Workspace) -> None:
-    with hold(workspace.store) as run:
+def test_another_config_is_refused_with_the_fields_named(store: Store) -> None:
+    with hold(store) as run:
         run.end("interrupted")
-    with pytest.raises(ResumeMismatchError) as refused, hold(workspace.store, lr=0.5, seed=3):
+    with pytest.raises(ResumeMismatchError) as refused, hold(store, lr=0.5, seed=3):
         pass
     assert "lr: stored 0.001, now 0.5" in str(refused.value)
     assert "seed: stored 0, now 3" in str(refused.value)
     assert "epochs" not in str(refused.value)
 
 
-def test_fields_without_effect_on_the_result_may_change_on_resume(workspace: Workspace) -> None:
-    with hold(workspace.store) as run:
+def test_fields_without_effect_on_the_result_may_change_on_resume(store: Store) -> None:
+    with hold(store) as run:
         run.end("interrupted")
-    with hold(workspace.store, keep_last=7, checkpoint_every_steps=5) as run:
-        assert run.record.config["keep_last"] == 7
+    with hold(store, keep_last=7, checkpoint_every_steps=5) as run:
+        assert run.record.train_config().saving.keep_last == 7
 
 
-def test_a_changed_environment_is_recorded_by_name(workspace: Workspace) -> None:
-    acquire(workspace.store).end("interrupted")
-    run = acquire(workspace.store, spec(environment="9"), 60)
+def test_a_changed_environment_is_recorded_by_name(store: Store) -> None:
+    acquire(store).end("interrupted")
+    run = acquire_run(store, spec(environment="9"), 60)
     assert run.record.events[-1].detail == "torch x → 9"
 
 
-def test_a_run_that_does_not_exist_is_an_error_that_says_how_to_list_those_that_do(workspace: Workspace) -> None:
+def test_a_run_that_does_not_exist_is_an_error_that_says_how_to_list_those_that_do(store: Store) -> None:
     with pytest.raises(RunNotFoundError, match="nightshift runs"):
-        read_record(workspace.store, "nobody")
+        read_record(store, "nobody")
 
 
-def test_runs_are_listed_newest_first(workspace: Workspace) -> None:
+def test_runs_are_listed_newest_first(store: Store) -> None:
     for run_id in ("b", "d", "a", "c"):
-        with hold(workspace.store, run_id):
+        with hold(store, run_id):
             pass
-    assert [record.run_id for record in list_records(workspace.store)] == ["c", "a", "d", "b"]
-    assert [record.run_id for record in list_records(workspace.store, limit=2)] == ["c", "a"]
+    assert [record.run_id for record in list_records(store)] == ["c", "a", "d", "b"]
+    assert [record.run_id for record in list_records(store, limit=2)] == ["c", "a"]

@@ -6,28 +6,28 @@ from datetime import timedelta
 
 import pytest
 
-from nightshift.errors import ModelNotFoundError, TrainingInterrupted
+from nightshift.errors import ModelNotFoundError, PreconditionFailedError, TrainingInterrupted
 from nightshift.records import champions, recovery
 from nightshift.records.keys import RECORDS
-from nightshift.records.run import Checkpoint, Origin, RunRecord, Status, read_record, write_record
+from nightshift.records.run import Checkpoint, CheckpointMetrics, Origin, RunRecord, Status, read_record, write_record
 from nightshift.refs import DatasetRef
-from nightshift.storage.s3 import S3
+from nightshift.storage.store import Store
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
-from tests.conftest import Finished, eventually, small_config
-from tests.faults import proxy as faults
-from tests.faults.test_faults import behind
-from tests.records.test_lease import acquire, hold
+from tests.commands import Finished
+from tests.conftest import small_config
+from tests.records.test_lease import POINT, acquire, hold
+from tests.stores import Faulty, wait_until
 
 A_DAY = timedelta(days=1)
 
 
-def claimed(store: S3, max_recoveries: int = 20) -> list[str]:
+def claimed(store: Store, max_recoveries: int = 20) -> list[str]:
     found = recovery.find(store, A_DAY)
-    return [record.run_id for record in recovery.claims(store, found.interrupted, max_recoveries)]
+    return [record.run_id for record in recovery.claim_due(store, found.interrupted, max_recoveries)]
 
 
-def interrupt(store: S3, step: int = 0) -> None:
+def interrupt(store: Store, step: int = 0) -> None:
     """Take the run up, commit a checkpoint at `step`, and be stopped."""
     run = acquire(store)
     checkpoint = Checkpoint(
@@ -37,107 +37,106 @@ def interrupt(store: S3, step: int = 0) -> None:
         bytes=1,
         sha256="0" * 64,
         written_at=store.now(),
-        metrics={"train_seconds": 1.0},
+        metrics=CheckpointMetrics(train_seconds=1),
     )
     run.update(lambda record: record.changed(checkpoints=[*record.checkpoints, checkpoint] if step else []))
     run.end("interrupted")
 
 
-def read(store: S3) -> RunRecord:
+def read(store: Store) -> RunRecord:
     return read_record(store, "run")[0]
 
 
-def test_a_run_that_is_being_trained_is_live_and_not_started_again(workspace: Workspace) -> None:
-    with hold(workspace.store):
-        found = recovery.find(workspace.store, A_DAY)
+def test_a_run_that_is_being_trained_is_live_and_not_started_again(store: Store) -> None:
+    with hold(store):
+        found = recovery.find(store, A_DAY)
         assert (found.live, found.interrupted) == (["run"], [])
 
 
-def test_a_run_whose_lease_has_run_out_is_started_again(workspace: Workspace) -> None:
-    run = acquire(workspace.store, lease_seconds=1)
-    eventually(lambda: workspace.store.now() > run.record.lease.expires_at)
-    assert claimed(workspace.store) == ["run"]
-    assert [event.what for event in read(workspace.store).events] == ["started", "recovered"]
+def test_a_run_whose_lease_has_run_out_is_started_again(store: Store) -> None:
+    run = acquire(store, lease_seconds=1)
+    wait_until(store, run.record.lease.expires_at)
+    assert claimed(store) == ["run"]
+    assert [event.what for event in read(store).events] == ["started", "recovered"]
 
 
 @pytest.mark.parametrize(
     ("status", "started"), [("interrupted", ["run"]), ("finished", []), ("failed", []), ("cancelled", [])]
 )
-def test_only_what_was_interrupted_is_started_again(workspace: Workspace, status: Status, started: list[str]) -> None:
-    acquire(workspace.store).end(status)
-    assert claimed(workspace.store) == started
+def test_only_what_was_interrupted_is_started_again(store: Store, status: Status, started: list[str]) -> None:
+    acquire(store).end(status)
+    assert claimed(store) == started
 
 
-def test_of_many_recoverers_at_once_exactly_one_starts_the_run(workspace: Workspace) -> None:
-    interrupt(workspace.store)
-    found = recovery.find(workspace.store, A_DAY)
+def test_of_many_recoverers_at_once_exactly_one_starts_the_run(store: Store) -> None:
+    interrupt(store)
+    found = recovery.find(store, A_DAY)
 
     def start(_: int) -> list[RunRecord]:
-        return list(recovery.claims(workspace.store, found.interrupted, max_recoveries=20))
+        return list(recovery.claim_due(store, found.interrupted, max_recoveries=20))
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(len(started) for started in pool.map(start, range(8))) == 1
-    assert len(read(workspace.store).recoveries) == 1
+    assert len(read(store).recoveries) == 1
 
 
-def test_a_claim_whose_response_is_lost_is_recognized_as_ones_own(workspace: Workspace) -> None:
-    interrupt(workspace.store)
-    with faults.running(workspace.store.endpoint) as proxy:
-        lost = proxy.plan("record put", faults.lose_response)
-        assert claimed(behind(proxy, workspace).store) == ["run"]
-    assert lost.is_set()
+def test_a_claim_whose_response_is_lost_is_recognized_as_ones_own(store: Store) -> None:
+    interrupt(store)
+    losing = Faulty(store)
+    losing.lose_response("put", PreconditionFailedError("a retry met its own write"), RECORDS)
+    assert claimed(losing) == ["run"]
+    assert not losing.planned
+    assert len(read(store).recoveries) == 1
 
 
-def test_a_run_that_makes_no_progress_is_started_again_after_longer_and_longer_pauses(workspace: Workspace) -> None:
+def test_a_run_that_makes_no_progress_is_started_again_after_longer_and_longer_pauses(store: Store) -> None:
     pauses = []
-    interrupt(workspace.store)
-    assert claimed(workspace.store) == ["run"]
+    interrupt(store)
+    assert claimed(store) == ["run"]
     for _ in range(3):
-        assert claimed(workspace.store) == []
-        interrupted = recovery.find(workspace.store, A_DAY).interrupted[0]
+        assert claimed(store) == []
+        interrupted = recovery.find(store, A_DAY).interrupted[0]
         pauses.append(interrupted.due - interrupted.record.recoveries[-1].at)
         at_due = interrupted.record.with_event("recovered", interrupted.due, str(len(pauses)))
-        write_record(workspace.store, at_due.changed(sequence=at_due.sequence + 1))
+        write_record(store, at_due.changed(sequence=at_due.sequence + 1), interrupted.etag)
     assert pauses == [recovery.FIRST_PAUSE, 2 * recovery.FIRST_PAUSE, 4 * recovery.FIRST_PAUSE]
 
 
-def test_a_run_that_has_made_progress_since_is_started_again_at_once(workspace: Workspace) -> None:
+def test_a_run_that_has_made_progress_since_is_started_again_at_once(store: Store) -> None:
     for step in (5, 10, 15):
-        interrupt(workspace.store, step)
-        assert claimed(workspace.store) == ["run"]
+        interrupt(store, step)
+        assert claimed(store) == ["run"]
 
 
-def test_after_max_recoveries_a_run_is_given_up(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_max_recoveries_a_run_is_given_up(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     for step in (5, 10):
-        interrupt(workspace.store, step)
-        assert claimed(workspace.store, max_recoveries=2) == ["run"]
-    interrupt(workspace.store, 15)
-    assert claimed(workspace.store, max_recoveries=2) == []
+        interrupt(store, step)
+        assert claimed(store, max_recoveries=2) == ["run"]
+    interrupt(store, 15)
+    assert claimed(store, max_recoveries=2) == []
     assert "given up" in caplog.text
 
 
-def test_only_the_records_that_changed_lately_are_read(workspace: Workspace) -> None:
+def test_only_the_records_that_changed_lately_are_read(store: Store) -> None:
     for run_id in ("a", "b", "c"):
-        with hold(workspace.store, run_id):
+        with hold(store, run_id):
             pass
-    old = max(item.modified for item in workspace.store.list(RECORDS))
-    eventually(lambda: workspace.store.now() > old + timedelta(seconds=2))
-    interrupt(workspace.store)
-    with faults.running(workspace.store.endpoint) as proxy:
-        store = behind(proxy, workspace).store
-        lists_before = proxy.requests["list"] + len([store.now()])  # a new client asks for the time by a listing
-        found = recovery.find(store, store.now() - old - timedelta(seconds=1))
-        assert (proxy.requests["list"] - lists_before, proxy.requests["record get"]) == (1, 1)
+    old = max(item.modified for item in store.list(RECORDS))
+    wait_until(store, old + timedelta(seconds=2))
+    interrupt(store)
+    counting = Faulty(store)
+    found = recovery.find(counting, counting.now() - old - timedelta(seconds=1))
+    assert (counting.calls["list", "runs"], counting.calls["get", "runs"]) == (1, 1)
     assert [run.record.run_id for run in found.interrupted] == ["run"]
 
 
-def test_a_trainer_notices_nothing_of_a_recoverer_that_was_mistaken(workspace: Workspace) -> None:
-    with hold(workspace.store) as run:
-        mistaken = recovery.InterruptedRun(*read_record(workspace.store, "run"))
-        assert list(recovery.claims(workspace.store, [mistaken], max_recoveries=20))
-        run.update(lambda record: record.changed(curve=[{"epoch": 1.0}]))
+def test_a_trainer_notices_nothing_of_a_recoverer_that_was_mistaken(store: Store) -> None:
+    with hold(store) as run:
+        mistaken = recovery.InterruptedRun(*read_record(store, "run"))
+        assert list(recovery.claim_due(store, [mistaken], max_recoveries=20))
+        run.update(lambda record: record.changed(curve=[POINT]))
         run.check()
-    assert (len(read(workspace.store).recoveries), len(read(workspace.store).curve)) == (1, 1)
+    assert (len(read(store).recoveries), len(read(store).curve)) == (1, 1)
 
 
 def test_recover_goes_on_with_an_interrupted_run_to_its_end(

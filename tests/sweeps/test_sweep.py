@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from nightshift.cli.server import _parse_space
+from nightshift.cli.config import parse_space
 from nightshift.errors import ConfigError, PreconditionFailedError, ResumeMismatchError, StorageError
 from nightshift.records.lease import RunSpec, acquire
-from nightshift.records.run import Result, RunRecord, Status, read_record
-from nightshift.storage.s3 import S3
+from nightshift.records.run import CurvePoint, Result, RunRecord, Status, read_record
+from nightshift.storage.store import Store
 from nightshift.sweeps.stored import Sweep, begin, best_model, end, results
 from nightshift.sweeps.stored import plan as plan_sweep
 from nightshift.sweeps.study import ask, bad_trials
-from nightshift.workspace import Workspace
 from tests.records.test_lease import DATASET
+from tests.stores import Faulty
 
 GRID = {"momentum": [0.8, 0.9], "lr": [0.01, 0.02, 0.05, 0.1]}
 RANGES = {"lr": {"low": 0.01, "high": 1, "log": True}, "epochs": {"low": 4, "high": 10, "step": 2}, "flip": ["off"]}
@@ -25,7 +25,7 @@ def plan(space: dict[str, Any] = GRID, sweep_id: str = "sweep", **more: Any) -> 
     return plan_sweep(sweep_id, "tutorial", space, **more)
 
 
-def asked(store: S3, planned: Sweep, trials: int) -> Sweep:
+def asked(store: Store, planned: Sweep, trials: int) -> Sweep:
     """The sweep after so many trials were asked of which no run has begun."""
     study = begin(store, planned)
     while len(study.asked) < trials:
@@ -34,12 +34,14 @@ def asked(store: S3, planned: Sweep, trials: int) -> Sweep:
 
 
 def trained(
-    store: S3, study: Sweep, number: int, curve: Sequence[float], status: Status = "running", detail: str = ""
+    store: Store, study: Sweep, number: int, curve: Sequence[float], status: Status = "running", detail: str = ""
 ) -> RunRecord:
     """The record of a trial after epochs with these training accuracies; the test accuracy is that of the last."""
     trial = study.asked[number]
     run = acquire(store, RunSpec(trial.run_id, study.config(trial.overrides), DATASET, {}, 40), 60)
-    points = [{"epoch": float(epoch), "loss": 1.0, "accuracy": accuracy} for epoch, accuracy in enumerate(curve, 1)]
+    points = [
+        CurvePoint(epoch=epoch, step=20 * epoch, loss=1.0, accuracy=accuracy) for epoch, accuracy in enumerate(curve, 1)
+    ]
     run.update(lambda record: record.changed(curve=points))
     if status != "running":
         made = Result(test_accuracy=curve[-1], test_loss=1.0, weights_sha256="0" * 64, model=f"models/{trial.run_id}/")
@@ -47,17 +49,15 @@ def trained(
     return read_record(store, trial.run_id)[0]
 
 
-def test_a_grid_is_every_combination_and_the_field_named_last_changes_fastest(workspace: Workspace) -> None:
-    study = asked(workspace.store, plan(), plan().size)
+def test_a_grid_is_every_combination_and_the_field_named_last_changes_fastest(store: Store) -> None:
+    study = asked(store, plan(), plan().size)
     assert [(trial.overrides["momentum"], trial.overrides["lr"]) for trial in study.asked] == [
         (momentum, lr) for momentum in GRID["momentum"] for lr in GRID["lr"]
     ]
     assert [trial.run_id for trial in study.asked] == [f"sweep-{number:02}" for number in range(1, 9)]
 
 
-def test_a_study_stays_in_its_ranges_and_is_the_same_for_the_same_seed_and_results(workspace: Workspace) -> None:
-    store = workspace.store
-
+def test_a_study_stays_in_its_ranges_and_is_the_same_for_the_same_seed_and_results(store: Store) -> None:
     def overrides(sweep_id: str, seed: int) -> list[dict[str, Any]]:
         study = begin(store, plan(RANGES, sweep_id, trials=14, seed=seed))
         found: dict[str, RunRecord] = {}
@@ -74,54 +74,45 @@ def test_a_study_stays_in_its_ranges_and_is_the_same_for_the_same_seed_and_resul
     assert overrides("third", seed=2) != first
 
 
-def test_a_sweep_that_is_started_again_has_the_trials_it_had(workspace: Workspace) -> None:
+def test_a_sweep_that_is_started_again_has_the_trials_it_had(store: Store) -> None:
     planned = plan(RANGES, trials=8)
-    before = asked(workspace.store, planned, 3)
-    assert begin(workspace.store, planned) == before
+    before = asked(store, planned, 3)
+    assert begin(store, planned) == before
 
 
-def test_a_number_that_comes_as_text_is_the_same_number(workspace: Workspace) -> None:
-    before = asked(workspace.store, plan({"lr": [0.1]}, overrides={"epochs": 3}), 1)
-    assert begin(workspace.store, plan({"lr": ["0.10"]}, overrides={"epochs": "3"})) == before
+def test_a_number_that_comes_as_text_is_the_same_number(store: Store) -> None:
+    before = asked(store, plan({"lr": [0.1]}, overrides={"epochs": 3}), 1)
+    assert begin(store, plan({"lr": ["0.10"]}, overrides={"epochs": "3"})) == before
 
 
-def test_of_many_that_ask_at_once_all_get_the_same_trial(workspace: Workspace) -> None:
-    store, study = workspace.store, begin(workspace.store, plan(RANGES, trials=8))
+def test_of_many_that_ask_at_once_all_get_the_same_trial(store: Store) -> None:
+    study = begin(store, plan(RANGES, trials=8))
     with ThreadPoolExecutor(6) as pool:
         after = list(pool.map(lambda _: ask(store, study, {}), range(6)))
     assert {found.model_dump_json() for found in after} == {begin(store, study).model_dump_json()}
     assert len(after[0].asked) == 1
 
 
-def test_a_trial_whose_writing_down_got_no_answer_is_asked_once(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study, put, lost = begin(workspace.store, plan()), S3.put, []
-
-    def put_and_lose_the_answer(self: S3, key: str, body: bytes, **condition: Any) -> str:
-        etag = put(self, key, body, **condition)
-        if not lost:
-            lost.append(key)
-            raise PreconditionFailedError("as boto3's own retry sees it")
-        return etag
-
-    monkeypatch.setattr(S3, "put", put_and_lose_the_answer)
-    assert len(ask(workspace.store, study, {}).asked) == 1
-    assert lost == ["sweeps/json"]
+def test_a_trial_whose_writing_down_got_no_answer_is_asked_once(store: Store) -> None:
+    study, losing = begin(store, plan()), Faulty(store)
+    losing.lose_response("put", PreconditionFailedError("as boto3's own retry sees it"), "sweeps/sweep.json")
+    assert len(ask(losing, study, {}).asked) == 1
+    assert not losing.planned
+    assert len(begin(store, plan()).asked) == 1
 
 
-def test_a_sweep_that_is_started_again_with_another_space_is_refused(workspace: Workspace) -> None:
-    begin(workspace.store, plan())
+def test_a_sweep_that_is_started_again_with_another_space_is_refused(store: Store) -> None:
+    begin(store, plan())
     with pytest.raises(ResumeMismatchError, match=r"space: stored .*0\.05"):
-        begin(workspace.store, plan({"lr": [0.3]}))
+        begin(store, plan({"lr": [0.3]}))
 
 
-def test_a_damaged_sweep_is_not_believed(workspace: Workspace) -> None:
-    begin(workspace.store, plan())
-    body = workspace.store.get("sweeps/json")[0]
-    workspace.store.put("sweeps/json", body.replace(b"0.05", b"0.50"))
+def test_a_damaged_sweep_is_not_believed(store: Store) -> None:
+    begin(store, plan())
+    body = store.get("sweeps/sweep.json")[0]
+    store.put("sweeps/sweep.json", body.replace(b"0.05", b"0.50"))
     with pytest.raises(StorageError, match=r"sweeps/sweep\.json is damaged"):
-        begin(workspace.store, plan())
+        begin(store, plan())
 
 
 @pytest.mark.parametrize(
@@ -134,6 +125,7 @@ def test_a_damaged_sweep_is_not_believed(workspace: Workspace) -> None:
         ({"lr": 0.1}, {}, "a list of values, or a range"),
         ({"lr": [0.1, "0.10"]}, {}, "named twice"),
         ({"lr": [0.1]}, {"overrides": {"lr": 0.2}}, "swept and fixed at once"),
+        ({"lr": [0.1]}, {"overrides": {"optimizer.lr": 0.2}}, "swept and fixed at once"),
         ({"recipe": ["quick"]}, {}, "recipe cannot be overridden"),
         ({"lr": {"low": 0.1, "high": 1}}, {}, "Say how many trials"),
         ({"lr": {"low": 0.1, "high": 1000}}, {"trials": 2}, "lr=1000.* is not valid"),
@@ -155,7 +147,7 @@ def test_a_space_that_is_not_valid_is_refused_before_anything_starts(
 
 
 def test_the_command_line_names_lists_and_ranges() -> None:
-    space = _parse_space(["lr=0.01..0.2:log", "epochs=2..8:2", "momentum=0.6, 0.9", "flip=off,random"])
+    space = parse_space(["lr=0.01..0.2:log", "epochs=2..8:2", "momentum=0.6, 0.9", "flip=off,random"])
     assert space == {
         "lr": {"low": "0.01", "high": "0.2", "log": True},
         "epochs": {"low": "2", "high": "8", "step": "2"},
@@ -165,7 +157,7 @@ def test_the_command_line_names_lists_and_ranges() -> None:
     assert plan(space, trials=3).space["momentum"] == [0.6, 0.9]
     for mistake, told in ((["lr"], "is not FIELD=V1,V2"), (["lr=1", "lr=2"], "names lr twice")):
         with pytest.raises(ConfigError, match=told):
-            _parse_space(mistake)
+            parse_space(mistake)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +172,9 @@ def test_the_command_line_names_lists_and_ranges() -> None:
     ],
 )
 def test_a_trial_below_the_median_is_stopped_after_its_warmup_and_before_its_last_epoch(
-    workspace: Workspace, curve: tuple[float, ...], finished: int, is_bad: bool
+    store: Store, curve: tuple[float, ...], finished: int, is_bad: bool
 ) -> None:
-    store, study = workspace.store, asked(workspace.store, plan(overrides={"epochs": 3}), 5)
+    study = asked(store, plan(overrides={"epochs": 3}), 5)
     others = [trained(store, study, number, (0.2, 0.3 + number / 10, 0.6), "finished") for number in range(finished)]
     found = {record.run_id: record for record in (*others, trained(store, study, 4, curve))}
     bad = bad_trials(study, found)
@@ -191,10 +183,10 @@ def test_a_trial_below_the_median_is_stopped_after_its_warmup_and_before_its_las
         assert "after epoch 2 its training accuracy, 30.0%" in bad[study.asked[4].run_id]
 
 
-def test_every_trial_has_a_result_and_the_best_is_the_one_with_the_highest_test_accuracy(workspace: Workspace) -> None:
-    store, study = workspace.store, asked(workspace.store, plan(), 7)
-    for number, ended in ((1, "pruned"), (4, "failed"), (5, "pruned")):
-        study = end(store, study, study.asked[number].run_id, ended, "noted")  # type: ignore[arg-type]
+def test_every_trial_has_a_result_and_the_best_is_the_one_with_the_highest_test_accuracy(store: Store) -> None:
+    study = asked(store, plan(), 7)
+    for number, how in ((1, "pruned"), (4, "failed"), (5, "pruned")):
+        study = end(store, study, study.asked[number].run_id, how, "noted")  # type: ignore[arg-type]
     made = [
         trained(store, study, 0, [0.5], "finished"),
         trained(store, study, 1, [0.1], "cancelled"),

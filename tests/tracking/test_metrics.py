@@ -1,5 +1,8 @@
 """The course of a training, line by line, and while it goes on."""
 
+import operator
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,8 +11,10 @@ from nightshift import progress
 from nightshift.errors import StorageUnreachableError, TrainingInterrupted
 from nightshift.progress import LogProgress, StepReport
 from nightshift.refs import DatasetRef
+from nightshift.storage.memory import MemoryStore
 from nightshift.storage.s3 import S3
-from nightshift.tracking.metrics import MetricsLog, read_lines
+from nightshift.storage.store import Store
+from nightshift.tracking.metrics import CheckpointLine, MetricsLog, TrainingLine, read_lines
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import eventually, small_config
@@ -21,28 +26,63 @@ def test_the_lines_of_a_run_that_was_stopped_are_those_of_one_that_was_not(
     config = small_config(max_train_images=320)
 
     def lines(run_id: str) -> list[tuple[Any, ...]]:
-        told = read_lines(workspace.store, run_id)
-        assert [line["at"] for line in told] == sorted(line["at"] for line in told)
-        return [(line["step"], line["loss"], line["learning_rate"]) for line in told if line["kind"] == "training"]
+        found = read_lines(workspace.store, run_id)
+        assert [line.at for line in found] == sorted(line.at for line in found)
+        return [(line.step, line.loss, line.learning_rate) for line in found if isinstance(line, TrainingLine)]
 
     train_alone(workspace, "whole", config, cifar10)
     assert [step for step, _, _ in lines("whole")] == [10, 20]
     for stop in (7, 13):
         with pytest.raises(TrainingInterrupted):
-            train_alone(workspace, "parts", config, cifar10, should_stop=lambda step, stop=stop: step == stop)
+            train_alone(workspace, "parts", config, cifar10, should_stop=partial(operator.eq, stop))
     train_alone(workspace, "parts", config, cifar10)
     assert lines("parts") == lines("whole")
-    saved = [line for line in read_lines(workspace.store, "parts") if line["kind"] == "checkpoint"]
-    assert [line["step"] for line in saved] == [7, 13, 20]
-    assert all(line["stall_seconds"] >= 0 and line["bytes"] > 0 for line in saved)
+    saved = [line for line in read_lines(workspace.store, "parts") if isinstance(line, CheckpointLine)]
+    assert [line.step for line in saved] == [7, 13, 20]
+    assert all(line.stall_seconds >= 0 and line.bytes > 0 for line in saved)
 
 
-def test_what_was_told_after_the_restored_step_is_dropped(workspace: Workspace) -> None:
-    workspace.store.put("reports/run/jsonl", b'{"kind":"training","step":5}\n{"kind":"training","step":9}\n')
-    assert [line["step"] for line in MetricsLog(workspace.store, "run", 5).lines] == [5]
-    assert MetricsLog(workspace.store, "run", 0).lines == []
-    workspace.store.put("reports/run/jsonl", b'{"kind"')
-    assert MetricsLog(workspace.store, "run", 5).lines == []
+def line_of(step: int) -> TrainingLine:
+    return TrainingLine(
+        at=datetime(2026, 11, 25, tzinfo=UTC),
+        step=step,
+        epoch=1,
+        loss=1.0,
+        accuracy=0.5,
+        learning_rate=0.1,
+        images_per_second=100,
+        train_seconds=1,
+    )
+
+
+def put_lines(store: Store, *lines: bytes) -> None:
+    store.put("reports/run/metrics.jsonl", b"".join(line + b"\n" for line in lines))
+
+
+def test_the_lines_after_the_restored_step_are_dropped(store: Store) -> None:
+    put_lines(store, *(line_of(step).model_dump_json().encode() for step in (5, 9)))
+    assert MetricsLog(store, "run", 5).lines == [line_of(5)]
+    assert MetricsLog(store, "run", 0).lines == []
+
+
+@pytest.mark.parametrize("damaged", [b'{"kind"', b"\xff", b"null", b'{"kind":"training","step":9}', b'{"kind":"else"}'])
+def test_a_damaged_line_is_left_out_with_a_warning(damaged: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    put_lines(store, line_of(5).model_dump_json().encode(), damaged, line_of(7).model_dump_json().encode())
+    assert read_lines(store, "run") == [line_of(5), line_of(7)]
+    assert "1 of its lines" in caplog.text
+
+
+def test_a_line_that_an_older_nightshift_wrote_is_read() -> None:
+    store = MemoryStore()
+    put_lines(
+        store,
+        b'{"kind": "training", "at": "2026-11-25T22:54:33.089+00:00", "step": 20, "epoch": 1, "loss": 2.1, '
+        b'"accuracy": 0.25, "learning_rate": 0.0025, "images_per_second": 273.1, "train_seconds": 4.7}',
+        b'{"kind": "checkpoint", "at": "2026-11-25T22:54:33.120+00:00", "step": 20, "epoch": 1, "bytes": 2728577, '
+        b'"stall_seconds": 0.0015, "save_seconds": 0.05}',
+    )
+    assert [(line.kind, line.step) for line in read_lines(store, "run")] == [("training", 20), ("checkpoint", 20)]
 
 
 def test_metrics_that_cannot_be_stored_do_not_stop_the_training(
@@ -51,7 +91,7 @@ def test_metrics_that_cannot_be_stored_do_not_stop_the_training(
     put = S3.put
 
     def refuse_metrics(self: S3, key: str, body: bytes, **condition: Any) -> str:
-        if key.endswith("jsonl"):
+        if key.endswith("metrics.jsonl"):
             raise StorageUnreachableError("no answer")
         return put(self, key, body, **condition)
 

@@ -2,21 +2,25 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from operator import eq
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nightshift.checkpoints.payload import read_payload, read_weights
 from nightshift.errors import ConfigError, TrainingDivergedError, TrainingInterrupted
-from nightshift.hardware import pick_compile, pick_device, pick_precision
+from nightshift.hardware import Hardware, find_device
 from nightshift.records.run import read_record
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.storage.s3 import S3
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
-from tests.train_part import Part, forkserver, state_sha256, train_part
+from tests.forked import forked
+from tests.train_part import Part, state_sha256, train_part
 
 CONFIGS = {
     "quick": small_config("quick", batch_size=64, max_train_images=1300),
@@ -30,10 +34,10 @@ CONFIGS = {
 STOPS = {"resnet18": (27,), "speedrun": (14, 27)}  # the one is large; the other fixes a bias at step 15
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def processes() -> Iterator[ProcessPoolExecutor]:
     """Runs each call in a process of its own, forked from one that has torch imported already."""
-    with ProcessPoolExecutor(1, mp_context=forkserver(), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(1, mp_context=forked(), max_tasks_per_child=1) as pool:
         yield pool
 
 
@@ -63,7 +67,7 @@ def test_what_is_tested_and_published_is_the_moving_average_of_the_weights(
     config = small_config("quick", ema_decay=0.5, max_train_images=64, epochs=3, keep_last=6)
     for step in range(1, 6):  # stopped after each, so that each is saved
         with pytest.raises(TrainingInterrupted):
-            train_alone(workspace, "run", config, cifar10, should_stop=lambda done, step=step: done == step)
+            train_alone(workspace, "run", config, cifar10, should_stop=partial(eq, step))
     train_alone(workspace, "run", config, cifar10)
     stored = read_record(workspace.store, "run")[0].checkpoints
     first, *others = [read_payload(workspace.store, checkpoint)["model"] for checkpoint in stored]
@@ -155,8 +159,8 @@ def test_a_diverged_run_fails_with_advice_and_keeps_its_last_good_checkpoint(
 def test_every_epoch_leaves_a_point_on_the_curve(workspace: Workspace, cifar10: DatasetRef) -> None:
     train_alone(workspace, "run", small_config(), cifar10)
     curve = read_record(workspace.store, "run")[0].curve
-    assert [(point["epoch"], point["step"]) for point in curve] == [(1, 20), (2, 40)]
-    assert curve[1]["loss"] < curve[0]["loss"]
+    assert [(point.epoch, point.step) for point in curve] == [(1, 20), (2, 40)]
+    assert curve[1].loss < curve[0].loss
 
 
 def test_an_unknown_model_is_refused_before_anything_is_recorded(workspace: Workspace, cifar10: DatasetRef) -> None:
@@ -168,28 +172,29 @@ def test_an_unknown_model_is_refused_before_anything_is_recorded(workspace: Work
 def test_a_gpu_that_is_not_there_is_refused_with_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="'auto' and 'cpu'"):
-        pick_device(small_config(device="cuda"))
+        find_device("cuda")
 
 
 @pytest.mark.parametrize("often", [{"checkpoint_every_seconds": 1e-6}, {"checkpoint_every_steps": 1}])
 def test_every_boundary_is_saved_or_counted_as_skipped(
-    workspace: Workspace, cifar10: DatasetRef, often: dict[str, float]
+    workspace: Workspace, cifar10: DatasetRef, often: dict[str, Any]
 ) -> None:
     train_alone(workspace, "run", small_config(keep_last=100, **often), cifar10)
     saved = read_record(workspace.store, "run")[0].checkpoints
     # The last step is saved in any case: where its boundary had been skipped, it is counted twice.
-    assert len(saved) + saved[-1].metrics["skipped"] in (40, 41)
+    assert len(saved) + saved[-1].metrics.skipped in (40, 41)
 
 
-def test_what_is_left_to_the_hardware_is_chosen_by_it_and_what_is_asked_for_is_done() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    auto = small_config("quick", compile="auto")
-    assert [pick_compile(auto, *where) for where in ((cpu, 9999), (gpu, 50), (gpu, 9999))] == [
-        "off",
-        "off",
-        "on",
-    ]
-    assert pick_compile(small_config(compile="on"), cpu, 50) == "on"
+def test_what_is_left_to_the_hardware_is_chosen_by_it_and_what_is_asked_for_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def resolved(steps: int = 50, **asked: str) -> Hardware:
+        return Hardware.resolve(small_config("quick", **asked).hardware, steps)
+
     has_bfloat16 = "bf16" in Path("/proc/cpuinfo").read_text()
-    assert pick_precision(auto, cpu) == ("bfloat16" if has_bfloat16 else "float32")
-    assert pick_precision(small_config(precision="float32"), cpu) == "float32"
+    assert resolved(device="cpu").precision == ("bfloat16" if has_bfloat16 else "float32")
+    assert resolved(device="cpu", precision="float32").precision == "float32"
+    assert resolved(device="cpu", compile="on").compiled
+    assert not resolved(9999, device="cpu", compile="auto").compiled
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [resolved(steps, compile="auto", precision="float32").compiled for steps in (50, 9999)] == [False, True]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from nightshift.checkpoints.payload import Payload, weights_sha256
 from nightshift.config.recipes import make_config
+from nightshift.records.run import CurvePoint
 from nightshift.training.optimizers import build_optimizer
 from nightshift.training.snapshot import Snapshot
 from nightshift.training.state import TrainState, seed_everything, seed_step
@@ -32,7 +33,7 @@ def fresh_state(optimizer: str, seed: int, ema_decay: float = 0.0) -> TrainState
     seed_everything(seed)
     model = small_network().to(memory_format=torch.channels_last)  # as the training loop has it
     config = make_config("quick", {"optimizer": optimizer, "lr": 0.01, "weight_decay": 0.01})
-    return TrainState(model, build_optimizer(model, config), CPU, ema_decay)
+    return TrainState(model, build_optimizer(model, config.optimizer), CPU, ema_decay)
 
 
 def train_step(state: TrainState) -> None:
@@ -44,12 +45,12 @@ def train_step(state: TrainState) -> None:
     logits = state.model(images)
     loss = F.cross_entropy(logits, labels)
     state.optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     state.advance()
     state.epoch_images += len(labels)
     state.epoch_loss += loss.detach().double() * len(labels)
     state.epoch_correct += (logits.detach().argmax(1) == labels).sum()
-    state.curve.append({"epoch": 1, "step": state.step, "loss": loss.item(), "accuracy": 0.5})
+    state.curve.append(CurvePoint(epoch=1, step=state.step, loss=loss.item(), accuracy=0.5))
 
 
 def train_steps(state: TrainState, count: int) -> None:
@@ -85,7 +86,7 @@ def bits(value: Any) -> Any:
 
 def everything(state: TrainState) -> dict[str, Any]:
     """All that decides the next steps, read without `capture`."""
-    return bits(
+    found: dict[str, Any] = bits(
         {
             "model": state.model.state_dict(),
             "average": state.average and state.average.module.state_dict(),
@@ -94,11 +95,12 @@ def everything(state: TrainState) -> dict[str, Any]:
             "epoch_images": state.epoch_images,
             "epoch_loss": state.epoch_loss,
             "epoch_correct": state.epoch_correct,
-            "curve": state.curve,
+            "curve": [point.model_dump() for point in state.curve],
             "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
         }
     )
+    return found
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

@@ -1,201 +1,28 @@
 """`nightshift up`, the deployments and a real worker: what becomes of a run whatever happens to its machine.
 
-One run is lost at the beginning, its worker and its trainer killed, and is looked after at the end: in between the
-automations find out, which takes a minute and a half, and the other tests need the new worker anyway.
+Runs are lost and stopped at the beginning and looked after later: in between the automations find out, which takes up
+to a minute and a half, and the other tests need the new worker anyway.
 """
 
 import json
 import os
-import secrets
 import signal
-import subprocess
-import sys
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.error import HTTPError
 
 import pytest
-from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
 from nightshift import processes
-from nightshift.local.s3 import embedded_s3
 from nightshift.records import champions
-from nightshift.records.run import RunRecord, list_records, read_record
-from nightshift.refs import DatasetRef
-from nightshift.storage.documents import unsealed
+from nightshift.records.run import RunRecord, list_records
+from nightshift.storage import documents
 from nightshift.sweeps.stored import Sweep, begin, plan, results
 from nightshift.sweeps.study import ask as ask_sweep
-from nightshift.workspace import Workspace
-from tests.conftest import Command, Finished, eventually
+from tests.conftest import eventually
+from tests.deployments.server.conftest import CONFIG, SETTINGS, Nightshift, Prefect, Training, worker_of
 from tests.sweeps.test_sweep import trained
-
-ROOT = Path(__file__).parents[2]
-CONFIG = {"epochs": 3, "max_train_images": 6400, "checkpoint_every_steps": 20}
-SETTINGS = [f"--set={name}={value}" for name, value in CONFIG.items()]
-Prefect = Callable[..., subprocess.CompletedProcess[str]]
-Nightshift = Callable[..., Finished]
-
-
-@pytest.fixture(scope="module")
-def prefix() -> str:
-    return f"deployed-{secrets.token_hex(6)}"
-
-
-@pytest.fixture(scope="module")
-def told() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """The URL of a webhook, and what it was told."""
-    messages: list[dict[str, str]] = []
-
-    class Webhook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", messages
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def block(prefect_api: str, told: tuple[str, list[dict[str, str]]]) -> str:
-    """A notification block on the server, which sends to that webhook."""
-    make = f"""
-from prefect.blocks.notifications import CustomWebhookNotificationBlock
-message = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
-CustomWebhookNotificationBlock(name="webhook", url="{told[0]}", json_data=message).save("nightshift")
-"""
-    subprocess.run([sys.executable, "-c", make], env={**os.environ, "PREFECT_API_URL": prefect_api}, check=True)
-    return "custom-webhook/nightshift"
-
-
-@pytest.fixture(scope="module")
-def nightshift(home: Path, prefix: str, block: str, tmp_path_factory: pytest.TempPathFactory) -> Nightshift:
-    """Run `nightshift`, without a Prefect server configured: it has to find that of `up`."""
-    directory = tmp_path_factory.mktemp("elsewhere")
-    environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix, "NIGHTSHIFT_NOTIFY": block}
-
-    def run(*arguments: str) -> Finished:
-        return Command(arguments, environment, directory).finish(timeout=280)
-
-    return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stack(nightshift: Nightshift, prefect_api: str, cifar10: DatasetRef) -> Iterator[dict[str, Any]]:
-    """What `nightshift up` says it has started."""
-    started = nightshift("up", "--json")
-    assert started.exit_code == 0, started.err
-    yield started.json
-    assert nightshift("down", "--json").json == {"stopped": ["worker", "waiting-worker", "prefect", "s3"]}
-
-
-@pytest.fixture(scope="module")
-def prefect(stack: dict[str, Any]) -> Prefect:
-    """Run `prefect …` on that server, with nobody there to answer a prompt."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "prefect", *arguments],
-            env={**os.environ, "PREFECT_API_URL": stack["prefect_api_url"]},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def ask(stack: dict[str, Any]) -> Callable[..., Any]:
-    """Ask the server's API: what is at a path, or what it says to a body."""
-
-    # SQLite is locked now and then, and the server answers 503; Prefect's own client asks again too.
-    @retry(
-        retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and error.code == 503),
-        stop=stop_after_delay(60),
-        wait=wait_fixed(0.5),
-    )
-    def request(path: str, **body: Any) -> Any:
-        url, headers = f"{stack['prefect_api_url']}/{path}", {"Content-Type": "application/json"}
-        data = json.dumps(body).encode() if body else None
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as response:
-            return json.load(response)
-
-    return request
-
-
-@dataclass
-class Training:
-    """A run in the middle of its training."""
-
-    workspace: Workspace
-    run_id: str
-    flow_run_id: str
-    ask: Callable[..., Any]
-
-    @property
-    def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(f"flow_runs/{self.flow_run_id}")["state"]
-        return found
-
-    @property
-    def pid(self) -> int:
-        return int(self.record.lease.owner.split("/")[1])
-
-    @property
-    def record(self) -> RunRecord:
-        return read_record(self.workspace.store, self.run_id)[0]
-
-    @property
-    def events(self) -> list[str]:
-        return [event.what for event in self.record.events]
-
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
-
-    def has_ended(self) -> bool:
-        return self.record.status in ("finished", "failed", "cancelled")
-
-
-@pytest.fixture(scope="module")
-def train(ask: Callable[..., Any], home: Path, prefix: str) -> Iterator[Callable[..., Training]]:
-    """Start a run on the worker and wait until it has committed its first checkpoint."""
-    with embedded_s3(home, prefix) as store:
-        workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
-
-        def start(run_id: str, **environment: str) -> Training:
-            parameters = {"recipe": "tutorial", "run_id": run_id, "overrides": CONFIG}
-            deployment = ask("deployments/name/train-cifar/adhoc")["id"]
-            started = ask(
-                f"deployments/{deployment}/create_flow_run",
-                parameters=parameters,
-                job_variables={"env": environment},
-                state={"type": "SCHEDULED"},
-            )
-            training = Training(workspace, run_id, started["id"], ask)
-            eventually(lambda: any(store.list(f"checkpoints/{run_id}/")), timeout=90)
-            eventually(lambda: bool(training.record.checkpoints))
-            return training
-
-        yield start
-
-
-def worker_of(home: Path) -> tuple[int, int]:
-    """The pids of the process that stands before the worker, and of the worker."""
-    wrapper = int((home / "worker" / "server.pid").read_text().split()[2])
-    return wrapper, int(Path(f"/proc/{wrapper}/task/{wrapper}/children").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,6 +34,16 @@ def lost(train: Callable[..., Training], home: Path) -> Training:
     training.kill()
     eventually(lambda: processes.identity(wrapper) == "")
     return training
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preempted(train: Callable[..., Training], home: Path, lost: Training) -> tuple[Training, RunRecord]:
+    """A run whose worker was told to stop, and its record when it had. It is started again after 20 s."""
+    training = train("preempted")
+    wrapper, _ = worker_of(home)
+    os.kill(wrapper, signal.SIGTERM)
+    eventually(lambda: training.record.status == "interrupted")
+    return training, training.record
 
 
 @pytest.fixture(scope="module")
@@ -286,13 +123,9 @@ def test_submit_says_which_deployments_there_are(nightshift: Nightshift, name: s
 
 
 def test_a_run_whose_worker_is_told_to_stop_loses_no_step_and_is_resumed(
-    train: Callable[..., Training], home: Path, undisturbed: RunRecord
+    preempted: tuple[Training, RunRecord], undisturbed: RunRecord
 ) -> None:
-    training = train("preempted")
-    wrapper, _ = worker_of(home)
-    os.kill(wrapper, signal.SIGTERM)
-    eventually(lambda: training.record.status == "interrupted")
-    stopped = training.record
+    training, stopped = preempted
     eventually(training.has_ended, timeout=120)
     assert training.events == ["started", "interrupted", "resumed", "finished"]
     assert training.record.resumed_from_step == stopped.step
@@ -361,14 +194,14 @@ def test_a_sweep_of_8_trials_with_two_killed_on_the_way_finishes_with_8_results(
     eventually(lambda: again.state["type"] == "COMPLETED", timeout=420)
 
     made = {trial.run_id: trial.record for trial in trials}
-    study = Sweep.model_validate(unsealed(store.get("sweeps/swept.json")[0]))
+    study = documents.read(store, "sweeps/swept.json", Sweep)[0]
     ended = results(study, made)
     assert [(result.run_id, result.status) for result in ended] == [(run_id, "finished") for run_id in made]
     assert [trial.events.count("resumed") for trial in trials] == [1, 1, 0, 0, 0, 0, 0, 0]
     assert [record.result and record.result.verdict for record in made.values()] == [None] * 8
     best = max(ended, key=lambda result: result.test_accuracy or 0).run_id
     assert f"{best} is the best of 8 trials" in again.state["message"]
-    decided = [entry.id for entry in champions.read_history(store, "cifar10")[0].transitions]
+    decided = [entry.id for entry in champions.read_history(store, "cifar10").transitions]
     assert {decision for decision in decided if "swept" in decision} <= {f"gate/{best}"}
 
 

@@ -1,0 +1,86 @@
+"""The flow in this process: on the user's Prefect server or on one of our own, with a live display."""
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from nightshift.cli.common import configured_workspace, error_console
+from nightshift.errors import Interrupted
+
+if TYPE_CHECKING:
+    from nightshift.config.train import TrainConfig
+    from nightshift.records.run import RunRecord
+
+
+@contextmanager
+def flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool], "RunRecord"]]:
+    """Yields what runs the flow to its end and returns the run's record.
+
+    Its arguments are the run id, the config, and whether the model may go live if it is better.
+    """
+    from nightshift import progress
+    from nightshift.cli.terminal import TerminalProgress
+    from nightshift.local.prefect import configured_api_url, local_prefect
+    from nightshift.settings import Settings
+
+    settings = Settings.load()
+    quieten(verbose)
+    # Prefect sends a SIGTERM on to the handler it found: by default that would end us before we can say how we ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ExitStack() as stack:
+        display = stack.enter_context(TerminalProgress(error_console()))
+        stack.enter_context(progress.shown_by(display))
+        wait_for_server = None
+        if not configured_api_url():
+            os.environ["PREFECT_API_URL"], wait_for_server = stack.enter_context(local_prefect(settings.home))
+
+        def run_flow(run_id: str, config: "TrainConfig", promote: bool) -> "RunRecord":
+            with display.waiting("starting"):
+                # Importing torch and Prefect takes as long as the server's start, which goes on meanwhile.
+                from nightshift.training.run import check_config
+
+                check_config(config)
+                from flows.train_cifar import TerminationSignal, train_cifar
+                from nightshift.config.recipes import overrides_of
+
+                if wait_for_server:
+                    wait_for_server()
+            display.say(f"run {run_id}, recipe {config.recipe}")
+            try:
+                train_cifar(recipe=config.recipe, overrides=overrides_of(config), run_id=run_id, promote=promote)
+            except (TerminationSignal, KeyboardInterrupt) as stop:
+                raise _interruption(stop) or Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
+            return _record(run_id)
+
+        yield run_flow
+
+
+def quieten(verbose: bool) -> None:
+    """Keep what is not ours off the screen; Prefect's log still reaches its server."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # else Prefect's client puts a notice about telemetry on the screen
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "nightshift")
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        return
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    warnings.simplefilter("ignore")
+
+
+def _interruption(stop: BaseException | None) -> Interrupted | None:
+    """The exception of ours that is behind one that ended the flow."""
+    while stop:
+        if isinstance(stop, Interrupted):
+            return stop
+        stop = stop.__cause__ or stop.__context__
+    return None
+
+
+def _record(run_id: str) -> "RunRecord":
+    from nightshift.records.run import read_record
+
+    with configured_workspace() as workspace:
+        return read_record(workspace.store, run_id)[0]

@@ -1,0 +1,90 @@
+"""A mistake that can be seen in the command alone is reported at once: nothing slow is imported, nothing is started."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MISTAKES = {
+    ("train", "--recipe", "nope"): "The recipes are: quick",
+    ("train", "--set", "epoch=3"): "Did you mean epochs?",
+    ("train", "--set", "schedule.epoch=3"): "there is no field 'schedule.epoch'",
+    ("train", "--set", "epochs=0"): "schedule.epochs='0' is not valid",
+    ("train", "--set", "optimizer=lion"): "'sgd', 'adam', 'adamw' or 'muon'",
+    ("train", "--set", "model=vgg"): "The models are:",
+    ("train", "--set", "dataset=mnist"): "The data sets are: cifar10",
+    ("train", "--set", "epochs"): "is not FIELD=VALUE",
+    ("train", "--run-id", "a/b"): "is not valid: use up to 100 letters",
+    ("train", "--run-id", "a..b"): "without '..'",
+    ("train", "--run-id", ""): "is not valid",
+    ("resume", "a/b"): "is not valid: use up to 100 letters",
+    ("verify", "../nobody"): "is not valid: use up to 100 letters",
+    ("train", "--nope"): "No such option",
+    ("submit", "--recipe", "nope"): "The recipes are: quick",
+    ("submit", "--set", "lr=much"): "optimizer.lr='much' is not valid",
+    ("submit", "--set", "model=vgg"): "The models are:",
+    ("submit", "train-cifar/adhoc", "--recipe", "tutorial", "--set", "epochs=0"): "schedule.epochs='0' is not valid",
+    ("submit", "--run-id", "a/b-{date}"): "is not valid: use up to 100 letters",
+    ("sweep", "--over", "lr"): "is not FIELD=V1,V2",
+    ("sweep", "--over", "lr=0.1,much"): "'much' is not valid",
+    ("sweep", "--over", "lr=0.1..0.2"): "Say how many trials",
+    ("sweep", "--over", "model=quick_cnn,vgg"): "The models are:",
+    ("sweep", "--over", "lr=0.1,0.2", "--recipe", "nope"): "The recipes are: quick",
+    ("sweep", "--over", "lr=0.1,0.2", "--set", "dataset=mnist"): "The data sets are: cifar10",
+    ("sweep", "--over", "lr=0.1,0.2", "--sweep-id", "a/b"): "is not valid: use up to 100 letters",
+}
+# One process makes them all, in this order: a module that one of them has imported stays for those after it.
+ALL_OF_THEM = """
+import contextlib, io, json, sys
+from nightshift.cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, printed = ["nightshift", *arguments], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            main()
+    except SystemExit as ended:
+        heavy = {"torch", "prefect", "boto3", "numpy", "optuna"} & sys.modules.keys()
+        print(json.dumps([ended.code, printed.getvalue(), sorted(heavy)]))
+"""
+End = tuple[int, str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("nothing-is-started-here")
+
+
+@pytest.fixture(scope="module")
+def ends(empty: Path) -> dict[tuple[str, ...], End]:
+    """Of each mistake the exit code, what was printed on standard error, and the heavy modules imported so far."""
+    command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(list(MISTAKES))]
+    # A server that is asked for anything here would not answer.
+    environment = {**os.environ, "NIGHTSHIFT_HOME": str(empty), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    done = subprocess.run(command, env=environment, cwd=empty, capture_output=True, text=True, timeout=60)
+    return dict(zip(MISTAKES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_in_the_command_ends_with_exit_code_2_before_anything_slow_is_imported(
+    ends: dict[tuple[str, ...], End], arguments: tuple[str, ...]
+) -> None:
+    exit_code, printed, imported = ends[arguments]
+    assert (exit_code, imported) == (2, [])
+    assert MISTAKES[arguments] in " ".join(printed.split())
+
+
+def test_no_mistake_in_the_command_starts_or_stores_anything(ends: dict[tuple[str, ...], End], empty: Path) -> None:
+    assert not list(empty.iterdir())
+
+
+def test_a_mistake_is_one_json_object_if_json_was_asked_for() -> None:
+    program = "import sys; sys.argv[0] = 'nightshift'; from nightshift.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", "--recipe", "nope", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    answer = json.loads(done.stdout)
+    assert answer["kind"] == "ConfigError"
+    assert answer["exit_code"] == done.returncode == 2

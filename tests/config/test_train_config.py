@@ -1,0 +1,261 @@
+"""TrainConfig: a mistake is refused with a message from which it can be corrected, and stored configs stay readable."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from models.names import known_models
+from nightshift.config.recipes import get_recipe, make_config, overrides_of, recipe_names
+from nightshift.config.train import TrainConfig, fields, is_decisive
+from nightshift.data.specs import SPECS
+from nightshift.errors import ConfigError
+
+# A second value for each field. A new field has to be entered here.
+OTHER: dict[str, Any] = {
+    "recipe": "tutorial",
+    "seed": 1,
+    "model.name": "simple_cnn",
+    "data.dataset": "another",
+    "data.max_train_images": 100,
+    "data.batch_size": 64,
+    "data.drop_last": False,
+    "data.normalization": "half",
+    "optimizer.name": "adamw",
+    "optimizer.lr": 0.2,
+    "optimizer.momentum": 0.8,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.ema_decay": 0.5,
+    "schedule.name": "cosine",
+    "schedule.epochs": 7,
+    "augment.flip": "off",
+    "augment.translate": 3,
+    "loss.label_smoothing": 0.2,
+    "evaluation.tta": "flip",
+    "saving.checkpoint_every_steps": 5,
+    "saving.checkpoint_every_seconds": None,
+    "saving.keep_last": 9,
+    "saving.keep_best": False,
+    "saving.keep_every_epochs": 4,
+    "hardware.deterministic": False,
+    "hardware.device": "cpu",
+    "hardware.precision": "bfloat16",
+    "hardware.compile": "on",
+    "hardware.nproc_per_node": 2,
+    "tracking.tensorboard": True,
+}
+FIELDS = dict(fields(TrainConfig))
+
+# What 312a4ed stored of the recipe quick, with two fields replaced.
+FORMAT_1 = {
+    "recipe": "quick",
+    "model": "quick_cnn",
+    "dataset": "cifar10",
+    "max_train_images": 1280,
+    "epochs": 3,
+    "batch_size": 256,
+    "drop_last": True,
+    "optimizer": "muon",
+    "lr": 0.05,
+    "momentum": 0.6,
+    "weight_decay": 0.0005,
+    "schedule": "linear",
+    "ema_decay": 0.9,
+    "label_smoothing": 0.1,
+    "flip": "alternating",
+    "translate": 2,
+    "normalization": "dataset",
+    "tta": "off",
+    "seed": 0,
+    "checkpoint_every_steps": None,
+    "checkpoint_every_seconds": 30.0,
+    "keep_last": 3,
+    "keep_best": True,
+    "keep_every_epochs": None,
+    "deterministic": True,
+    "device": "auto",
+    "precision": "auto",
+    "compile": "off",
+    "tensorboard": False,
+    "nproc_per_node": 1,
+}
+
+
+def refusal_of(overrides: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        make_config("quick", overrides)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("epochs", 0, "greater than or equal to 1"),
+        ("epochs", "0", "greater than or equal to 1"),
+        ("epochs", 10_001, "less than or equal to 10000"),
+        ("lr", 0, "greater than 0"),
+        ("momentum", 1, "less than 1"),
+        ("translate", 17, "less than or equal to 16"),
+        ("seed", 2**31, f"less than {2**31}"),
+        ("keep_last", 0, "greater than or equal to 1"),
+        ("checkpoint_every_seconds", 0, "greater than 0"),
+        ("lr", float("nan"), "a finite number"),
+        ("epochs", "many", "a valid integer"),
+        ("epochs", None, "a valid integer"),
+        ("seed", 1.5, "a valid integer"),
+        ("lr", "fast", "a valid number"),
+        ("keep_best", "perhaps", "a valid boolean"),
+        ("flip", "perhaps", "'off', 'random' or 'alternating'"),
+        ("model", 3, "a valid string"),
+        ("optimizer", "rmsprop", "'sgd', 'adam', 'adamw' or 'muon'"),
+        ("schedule", "steps", "'constant', 'triangular', 'one_cycle', 'cosine' or 'linear'"),
+        ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
+        ("precision", "float16", "'float32', 'bfloat16' or 'auto'"),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_field_the_value_and_what_is_allowed(
+    field: str, value: Any, allowed: str
+) -> None:
+    message = refusal_of({field: value})
+    assert f"{field}={value!r}" in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("epoch", "epochs"), ("batchsize", "batch_size"), ("modle", "model")])
+def test_an_unknown_field_is_refused_with_the_nearest_and_a_list_of_all(wrong: str, right: str) -> None:
+    message = refusal_of({wrong: 3})
+    assert repr(wrong) in message
+    assert f"Did you mean {right}?" in message
+    assert all(path in message for path in FIELDS)
+
+
+def test_several_mistakes_are_all_named_at_once() -> None:
+    message = refusal_of({"epochs": 0, "lr": "fast", "optimizer": "rmsprop", "epoch": 2})
+    assert all(part in message for part in ("epochs=0", "lr='fast'", "optimizer='rmsprop'", "'epoch'"))
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("lr", "1e-3", 0.001),
+        ("keep_best", "true", True),
+        ("keep_best", "false", False),
+        ("optimizer", "adam", "adam"),
+        ("checkpoint_every_seconds", "none", None),
+        ("checkpoint_every_seconds", "2.5", 2.5),
+        ("checkpoint_every_steps", "10", 10),
+    ],
+)
+def test_text_from_the_command_line_is_parsed_as_the_fields_type(field: str, text: str, value: Any) -> None:
+    parsed = make_config("tutorial", {field: text}).value_of(field)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("field", sorted(FIELDS.keys() - {"recipe"}))
+def test_every_fields_value_can_be_given_as_text(field: str) -> None:
+    config = make_config("quick")
+    assert make_config("quick", {field: str(config.value_of(field))}) == config
+
+
+def test_a_number_and_its_text_give_the_same_digest() -> None:
+    assert len({make_config("quick", {"lr": lr}).digest for lr in (1, 1.0, "1", "1e0")}) == 1
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid_and_names_things_that_exist(name: str) -> None:
+    recipe = get_recipe(name)
+    assert TrainConfig.parse(recipe.config.model_dump()) == recipe.config
+    assert recipe.config.recipe == name
+    assert recipe.config.model.name in known_models()
+    assert recipe.config.data.dataset in SPECS
+    assert recipe.detail
+
+
+def test_an_unknown_recipe_is_refused_with_a_list_of_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="'quik'") as refusal:
+        make_config("quik")
+    assert all(name in str(refusal.value) for name in recipe_names())
+
+
+def test_the_recipe_is_not_one_of_its_own_overrides() -> None:
+    assert "--recipe" in refusal_of({"recipe": "tutorial"})
+
+
+def test_every_field_says_what_it_is_for() -> None:
+    assert [path for path, field in FIELDS.items() if not field.description] == []
+
+
+def test_every_field_of_yesterday_is_named_as_it_was() -> None:
+    assert {name: TrainConfig.path_of(name).removesuffix(".name").rpartition(".")[2] for name in FORMAT_1} == {
+        name: name for name in FORMAT_1
+    }
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_the_digest_changes_with_a_field_if_and_only_if_the_field_decides_bits(path: str) -> None:
+    config = make_config("quick")
+    changed = config.override({path: OTHER[path]})
+    assert changed != config
+    assert (changed.digest == config.digest) == (not is_decisive(FIELDS[path]))
+
+
+def test_what_says_only_how_often_and_where_decides_no_bits() -> None:
+    assert {path for path, field in FIELDS.items() if not is_decisive(field)} == {
+        "recipe",
+        "evaluation.tta",
+        "saving.checkpoint_every_steps",
+        "saving.checkpoint_every_seconds",
+        "saving.keep_last",
+        "saving.keep_best",
+        "saving.keep_every_epochs",
+        "hardware.device",
+        "hardware.nproc_per_node",
+        "tracking.tensorboard",
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"lr": 0.1, "optimizer": "sgd"},
+        {"optimizer.lr": "0.1", "optimizer.name": "sgd"},
+        {"optimizer": {"lr": 0.1, "name": "sgd"}},
+    ],
+)
+def test_a_field_is_named_in_short_in_full_or_by_its_section(overrides: dict[str, Any]) -> None:
+    assert overrides_of(make_config("quick", overrides)) == {"optimizer.lr": 0.1, "optimizer.name": "sgd"}
+
+
+def test_a_name_that_several_fields_have_is_refused_with_all_of_them() -> None:
+    assert "model.name or optimizer.name or schedule.name" in refusal_of({"name": "sgd"})
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_config_is_its_recipe_and_what_differs_from_it(recipe: str) -> None:
+    config = make_config(recipe, {path: value for path, value in OTHER.items() if path != "recipe"})
+    assert make_config(recipe, overrides_of(config)) == config
+
+
+def test_a_config_of_format_1_is_read_as_one_of_today() -> None:
+    assert TrainConfig.parse(FORMAT_1) == make_config("quick", {"max_train_images": 1280, "epochs": 3})
+
+
+def test_a_config_of_a_newer_format_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"format 3; this one reads up to 2\): update nightshift"):
+        TrainConfig.parse({**make_config("quick").model_dump(), "format": 3})
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        make_config("quick").schedule.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_config_survives_being_stored(name: str) -> None:
+    config = make_config(name, {"seed": 3, "checkpoint_every_seconds": None, "checkpoint_every_steps": 7, "lr": 0.1})
+    restored = TrainConfig.parse(json.loads(json.dumps(config.model_dump())))
+    assert restored == config
+    assert restored.digest == config.digest

@@ -1,0 +1,200 @@
+"""The work pools: what the server accepts, and what becomes of a job of theirs."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import kubernetes_validate
+import pytest
+from jsonschema import Draft202012Validator, ValidationError
+from prefect.server.schemas.actions import WorkPoolCreate
+from pydantic import ValidationError as RefusedError
+
+from nightshift.settings import NodesSettings, Settings
+from tests.deployments.manifests import (
+    DEPLOYMENTS,
+    KUBERNETES,
+    POOLS,
+    Mutation,
+    by_stem,
+    kubernetes_job,
+    mutated,
+    objects,
+    read_pool,
+    render,
+)
+
+RENDEZVOUS = DEPLOYMENTS / "kubernetes" / "rendezvous.yaml"
+HEARTBEAT_AND_LOG = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "PREFECT_LOGGING_EXTRA_LOGGERS": "nightshift"}
+
+
+class Started(NamedTuple):
+    program: str
+    """With its arguments."""
+    replaces_the_shell: bool
+    settings: dict[str, str]
+    """Those of its environment variables that are nightshift's."""
+
+
+@pytest.fixture
+def start_pod(tmp_path: Path) -> Callable[..., Started]:
+    """Runs the command of a job's pod as Kubernetes does, with programs that only tell who they are."""
+    for name in ("python", "nightshift"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*"\necho $$\nenv | grep ^NIGHTSHIFT_\n')
+        program.chmod(0o755)
+
+    def start(index: int, **values: Any) -> Started:
+        container = kubernetes_job(**values)["spec"]["template"]["spec"]["containers"][0]
+        given = {"PATH": f"{tmp_path}:{os.defpath}", "HOSTNAME": f"nightly-x7k2p-{index}"}
+        given |= {"JOB_COMPLETION_INDEX": str(index)}
+        given |= {entry["name"]: entry["value"] for entry in container["env"] if entry["value"] is not None}
+        with subprocess.Popen(container["args"], env=given, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            program, pid, *settings = process.stdout.read().splitlines()
+        assert process.returncode == 0
+        return Started(program, int(pid) == process.pid, dict(line.split("=", 1) for line in settings))
+
+    return start
+
+
+def accept(template: dict[str, Any]) -> None:
+    """What the server and the form in its UI ask of a base job template."""
+    WorkPoolCreate(name="pool", type="process", base_job_template=template)
+    Draft202012Validator.check_schema(template["variables"])
+    for name, variable in template["variables"]["properties"].items():
+        assert variable.get("description"), f"{name} does not explain itself"
+        if "default" in variable:
+            schema = {**template["variables"], "type": ["object"], "properties": {name: variable}}
+            Draft202012Validator(schema).validate({name: variable["default"]})
+
+
+@pytest.mark.parametrize("path", POOLS, ids=by_stem)
+def test_the_work_pools_are_accepted_by_the_server_and_explain_every_variable(path: Path) -> None:
+    template = json.loads(path.read_text())
+    accept(template)
+    assert path.read_text() == json.dumps(template, indent=2) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda pool: pool["job_configuration"].update(command="{{ no_such_variable }}"), RefusedError),
+        (lambda pool: pool["variables"]["properties"]["stream_output"].update(default="perhaps"), ValidationError),
+        (lambda pool: pool["variables"]["properties"]["env"].pop("description"), AssertionError),
+    ],
+    ids=["unknown variable", "default of another type", "unexplained variable"],
+)
+@pytest.mark.parametrize("path", POOLS, ids=by_stem)
+def test_a_work_pool_with_a_mistake_is_refused(path: Path, change: Mutation, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        accept(mutated(json.loads(path.read_text()), change))
+
+
+@pytest.mark.parametrize("kind", ["process", "docker", "kubernetes"])
+def test_every_flow_run_has_a_heartbeat_and_nightshifts_log_whatever_its_deployment_adds(kind: str) -> None:
+    assert render(kind).env.items() >= HEARTBEAT_AND_LOG.items()
+    env = render(kind, env={"OMP_NUM_THREADS": "4"}, s3_bucket="bucket", s3_endpoint_url="http://s3:8333").env
+    assert env["NIGHTSHIFT_S3__BUCKET"] == "bucket"
+    assert env["NIGHTSHIFT_S3__ENDPOINT_URL"] == "http://s3:8333"
+    assert env.items() >= {"OMP_NUM_THREADS": "4", **HEARTBEAT_AND_LOG}.items()
+
+
+def test_a_process_trains_on_the_gpu_and_in_the_bucket_of_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = {"CUDA_VISIBLE_DEVICES": "3", "NIGHTSHIFT_S3__BUCKET": "the-workers", "AWS_ACCESS_KEY_ID": "the-workers"}
+    for name, value in worker.items():
+        monkeypatch.setenv(name, value)
+    assert render("process").env.items() >= worker.items()
+    assert "CUDA_VISIBLE_DEVICES" not in render("docker").env
+
+
+def test_the_main_process_of_a_container_is_the_trainer_because_no_other_gets_the_signal(
+    start_pod: Callable[..., Started],
+) -> None:
+    # `prefect flow-run execute`, the default, starts the trainer as its child and passes no SIGTERM on.
+    assert render("docker").command == "python -m prefect.engine"
+    pods = [start_pod(0), start_pod(0, nodes=2), start_pod(1, nodes=2)]
+    assert [pod.replaces_the_shell for pod in pods] == [True, True, True]
+
+
+def test_a_container_gets_as_many_gpus_as_are_asked_for() -> None:
+    requests = render("docker", gpu_count=2).container_create_kwargs["device_requests"]
+    assert [(request["driver"], request["count"]) for request in requests] == [("nvidia", 2)]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_kubernetes_job_is_valid_by_the_schemas_of_kubernetes(nodes: int) -> None:
+    kubernetes_validate.validate(kubernetes_job(nodes=nodes), KUBERNETES, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError, match="tolerations"):
+        kubernetes_validate.validate(kubernetes_job(tolerations="none"), KUBERNETES, strict=True)
+
+
+def test_a_kubernetes_job_is_never_repeated_by_kubernetes_and_has_its_gpu() -> None:
+    job = kubernetes_job(gpu_count=4)["spec"]
+    pod = job["template"]["spec"]
+    assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 4
+
+
+def test_a_kubernetes_job_has_as_many_numbered_pods_as_nodes_and_ends_with_the_first() -> None:
+    for nodes, job in ((1, kubernetes_job()["spec"]), (2, kubernetes_job(nodes=2)["spec"])):
+        assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", nodes, nodes)
+        # The others would wait ten minutes for a flow that has found nothing to train.
+        assert job["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+
+
+def test_no_deployment_may_ask_for_less_than_one_node() -> None:
+    schema = read_pool("kubernetes")["variables"]
+    with pytest.raises(ValidationError, match="less than the minimum"):
+        Draft202012Validator(schema).validate({"nodes": 0})
+
+
+def test_the_first_pod_runs_the_flow_and_the_others_join_it(start_pod: Callable[..., Started]) -> None:
+    programs = [start_pod(index, nodes=3).program for index in range(3)]
+    assert programs == ["python -m prefect.engine", "nightshift join", "nightshift join"]
+    assert (
+        start_pod(0, nodes=3, command="python -m another.engine 'a word'").program == "python -m another.engine a word"
+    )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_every_pod_is_told_how_many_there_are_and_that_they_meet_at_the_first(
+    index: int, start_pod: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in start_pod(index, nodes=2, s3_bucket="bucket").settings.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.load()
+    assert (settings.nodes.fewest, settings.nodes.most) == (2, 2)
+    assert settings.nodes.rendezvous == "nightly-x7k2p-0.nightshift-ranks:29500"
+    assert settings.s3.bucket == "bucket"
+
+
+def test_a_pod_that_trains_alone_needs_no_rendezvous(
+    start_pod: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = start_pod(0)
+    assert alone.program == "python -m prefect.engine"
+    for name, value in alone.settings.items():
+        monkeypatch.setenv(name, value)
+    assert Settings.load().nodes == NodesSettings()
+
+
+def test_the_rendezvous_has_a_name_and_only_ranks_are_let_in(start_pod: Callable[..., Started]) -> None:
+    service, policy = objects(RENDEZVOUS)
+    pods = kubernetes_job(nodes=2)["spec"]["template"]
+    address = start_pod(1, nodes=2).settings["NIGHTSHIFT_NODES__RENDEZVOUS"]
+    ours = {"podSelector": {"matchLabels": service["spec"]["selector"]}}
+
+    # Kubernetes names a pod HOSTNAME.SUBDOMAIN if a headless service of the subdomain's name selects it.
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= pods["metadata"]["labels"].items()
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert pods["spec"]["subdomain"] == name
+    assert address.endswith(f"-0.{name}:{port}")
+
+    assert policy["spec"] == {**ours, "policyTypes": ["Ingress"], "ingress": [{"from": [ours]}]}
+    namespaces = {found["metadata"]["namespace"] for found in (service, policy)}
+    assert namespaces == {read_pool("kubernetes")["variables"]["properties"]["namespace"]["default"]}

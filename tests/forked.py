@@ -1,0 +1,47 @@
+"""Processes forked from one that has imported everything heavy already, so that each starts in no time."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partialmethod
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from unittest import mock
+
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+# The first optimizer imports torch._dynamo, the publication torch.export and the report scipy.stats: ten seconds.
+HEAVY = ("torch._dynamo", "torch.export", "torchmetrics.functional.classification", "scipy.stats")
+OURS = ("nightshift.local.s3", "nightshift.publishing.export", "nightshift.judging.plots", "nightshift.parallel.worker")
+# Prefect itself reads the environment when it is imported; these are what it imports.
+OF_PREFECT = ("griffe", "httpx", "jinja2", "jsonschema", "opentelemetry.trace", "pendulum", "prometheus_client")
+
+
+@cache
+def forked() -> ForkServerContext:
+    """Where to make such processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*HEAVY, *OURS, *OF_PREFECT])  # only what is installed is found there
+    # What the launcher of ranks gives to those that it starts itself.
+    with mock.patch.dict(os.environ, {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
+        forkserver.ensure_running()
+    return context
+
+
+_start = LocalElasticAgent.__init__
+
+
+@contextmanager
+def ranks_are_forked() -> Iterator[None]:
+    """Let torch's agent fork the ranks, which it starts as new Pythons otherwise."""
+    forked()
+    with mock.patch.object(LocalElasticAgent, "__init__", partialmethod(_start, start_method="forkserver")):
+        yield
+
+
+@contextmanager
+def ranks_are_spawned() -> Iterator[None]:
+    """Let it start them as it does for users."""
+    with mock.patch.object(LocalElasticAgent, "__init__", _start):
+        yield

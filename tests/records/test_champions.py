@@ -1,0 +1,88 @@
+"""Who is champion: by hand and back again, once for each decision, and never on a history that is out of date."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from nightshift.errors import DocumentDamagedError, ModelNotFoundError, PreconditionFailedError
+from nightshift.records import champions
+from nightshift.records.champions import History, Transition
+from nightshift.records.versions import ModelCard, publish_version
+from nightshift.storage.store import Store
+from tests.records.test_versions import card_of
+from tests.stores import Faulty
+
+
+def publish(store: Store, *versions: str) -> None:
+    for version in versions:
+        publish_version(store, card_of(version), {})
+
+
+def promote(store: Store, card: ModelCard, decision: str) -> History:
+    def decide(history: History) -> Transition | None:
+        return history.next(card, id=decision, at=store.now(), what="promoted", reason="better")
+
+    return champions.change_champion(store, "cifar10", decision, decide)
+
+
+def transitions(store: Store) -> list[tuple[str, str, str | None]]:
+    history = champions.read_history(store, "cifar10")
+    return [(entry.what, entry.version, entry.previous) for entry in history.transitions]
+
+
+def test_a_person_may_promote_any_published_version_and_roll_back_to_any_earlier_champion(store: Store) -> None:
+    publish(store, "a", "b", "c", "never")
+    for version in ("a", "b", "c"):
+        promote(store, card_of(version), version)
+    assert champions.roll_back(store, "cifar10", "a").previous == "c"
+    assert champions.promote_by_hand(store, "cifar10", "b").version == "b"
+    assert champions.promote_by_hand(store, "cifar10", "b").version == "b"
+    with pytest.raises(ModelNotFoundError, match="Those that were: a, b, c"):
+        champions.roll_back(store, "cifar10", "never")
+    with pytest.raises(ModelNotFoundError, match="nightshift runs"):
+        champions.promote_by_hand(store, "cifar10", "nobody")
+    assert [what for what, _, _ in transitions(store)][3:] == ["rolled back", "promoted by hand"]
+
+
+def test_the_first_champion_has_nothing_before_it(store: Store) -> None:
+    publish(store, "first")
+    with pytest.raises(ModelNotFoundError, match="no champion yet"):
+        champions.roll_back(store, "cifar10")
+    promote(store, card_of("first"), "gate/first")
+    with pytest.raises(ModelNotFoundError, match="first was the first champion"):
+        champions.roll_back(store, "cifar10")
+
+
+def test_a_decision_against_a_change_leaves_no_history(store: Store) -> None:
+    assert champions.change_champion(store, "cifar10", "gate/a", lambda history: None) == History(name="cifar10")
+    assert store.head("models/cifar10/champion.json") is None
+
+
+def test_a_lost_answer_makes_no_second_transition(store: Store) -> None:
+    publish(store, "first", "second")
+    promote(store, card_of("first"), "gate/first")
+    promote(store, card_of("second"), "gate/second")
+    losing = Faulty(store)
+    losing.lose_response("put", PreconditionFailedError("what boto3's own retry sees after its first try has landed"))
+    assert champions.roll_back(losing, "cifar10").version == "first"
+    assert not losing.planned
+    assert len(transitions(store)) == 3
+
+
+def test_of_many_that_promote_at_once_each_replaces_the_one_before(store: Store) -> None:
+    versions = [f"v{number}" for number in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda version: promote(store, card_of(version), f"gate/{version}"), versions))
+    made = transitions(store)
+    assert sorted(version for _, version, _ in made) == sorted(versions)
+    assert [previous for _, _, previous in made] == [None, *(version for _, version, _ in made[:-1])]
+
+
+def test_a_damaged_history_is_not_decided_upon(store: Store) -> None:
+    promote(store, card_of("first"), "gate/first")
+    key = "models/cifar10/champion.json"
+    body = store.get(key)[0].replace(b'"test_accuracy": 0.5', b'"test_accuracy": 0.1')
+    store.put(key, body)
+    with pytest.raises(DocumentDamagedError, match=r"champion\.json is damaged, or not a history of champions"):
+        promote(store, card_of("second"), "gate/second")
+    assert store.get(key)[0] == body
