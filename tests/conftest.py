@@ -94,15 +94,21 @@ def store(request: pytest.FixtureRequest) -> Store:
 
 
 @pytest.fixture(scope="session")
-def cifar10(home: Path, server: S3, tmp_path_factory: pytest.TempPathFactory) -> DatasetRef:
-    """CIFAR-10 in the session's local cache, from wherever it is to be had; one process has it from the other."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of both processes of the tests."""
     base = tmp_path_factory.getbasetemp()
-    fetched = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "datasets"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def cifar10(home: Path, server: S3, shared: Path) -> DatasetRef:
+    """CIFAR-10 in the session's local cache, from wherever it is to be had; one process has it from the other."""
+    fetched = shared / "datasets"
     with FileLock(f"{fetched}.lock"), embedded_s3(home, "shared-data") as store:
         if fetched.exists():
             shutil.copytree(fetched, home / "datasets")
-        shared = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
-        dataset = pack(shared, fetch(shared, "cifar10"))
+        workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
+        dataset = pack(workspace, fetch(workspace, "cifar10"))
         if not fetched.exists():
             shutil.copytree(home / "datasets", fetched)
         return dataset
@@ -123,11 +129,12 @@ def small_config(recipe: str = "tutorial", **overrides: Any) -> TrainConfig:
 
 
 def eventually(condition: Callable[[], bool], timeout: float = 30) -> None:
-    """Wait until something is so that tells nobody when it comes about."""
-    deadline = time.monotonic() + timeout
+    """Wait until something is so that tells nobody when it comes about; whoever is asked has other work too."""
+    deadline, pause = time.monotonic() + timeout, 0.02
     while not condition():
         assert time.monotonic() < deadline, f"not so after {timeout} s"
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.25)
 
 
 @pytest.fixture
@@ -156,11 +163,32 @@ def nightshift(start: Callable[..., Command]) -> Callable[..., Finished]:
 
 
 @pytest.fixture(scope="session")
-def candidates(home: Path, server: S3, cifar10: DatasetRef) -> Iterator[tuple[Workspace, dict[int, ModelRef]]]:
-    """Published models of one, two and three epochs, each better than the one before, and where they lie."""
-    with embedded_s3(home, f"candidates-{secrets.token_hex(6)}") as store:
+def candidates(
+    home: Path, server: S3, cifar10: DatasetRef, shared: Path
+) -> Iterator[tuple[Workspace, dict[int, ModelRef]]]:
+    """Published models of one, two and three epochs, each better than the one before, and where they lie.
+
+    One process trains them, and the other has a copy.
+    """
+    trained = shared / "candidates"
+    with embedded_s3(home, "candidates") as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
-        yield workspace, {epochs: publish_model(workspace, cifar10, epochs) for epochs in (1, 2, 3)}
+        with FileLock(f"{trained}.lock"):
+            if not trained.exists():
+                models = {epochs: publish_model(workspace, cifar10, epochs) for epochs in (1, 2, 3)}
+                for object_ in store.list(""):
+                    copy = trained / object_.key
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_bytes(store.get(object_.key)[0])
+                for epochs, model in models.items():
+                    (trained / f"{epochs}.json").write_text(model.model_dump_json())
+            else:
+                for copy in trained.glob("*/**/*"):
+                    if copy.is_file():
+                        store.put(copy.relative_to(trained).as_posix(), copy.read_bytes())
+                texts = {epochs: (trained / f"{epochs}.json").read_text() for epochs in (1, 2, 3)}
+                models = {epochs: ModelRef.model_validate_json(text) for epochs, text in texts.items()}
+        yield workspace, models
 
 
 def publish_model(workspace: Workspace, cifar10: DatasetRef, epochs: int) -> ModelRef:

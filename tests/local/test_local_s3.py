@@ -1,3 +1,5 @@
+"""The embedded S3 server: one for all its users, for nobody else, and there again whatever dies."""
+
 import json
 import os
 import select

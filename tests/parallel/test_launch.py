@@ -92,7 +92,7 @@ def uninterrupted(
 def test_the_first_50_losses_of_two_ranks_are_those_of_one(workspace: Workspace, cifar10: DatasetRef) -> None:
     """Batch norm included. With SGD, for Adam and Muon multiply the rounding of sums in another order."""
     config = small_config(
-        "quick", optimizer="sgd", lr=0.01, precision="float32", batch_size=64, max_train_images=64, epochs=50
+        "quick", optimizer="sgd", lr=0.01, precision="float32", batch_size=256, max_train_images=256, epochs=50
     )
 
     def losses(run_id: str, ranks: int) -> list[float]:
@@ -127,7 +127,7 @@ def test_a_run_of_which_a_rank_is_killed_ends_with_the_same_bits(
     rank: int, workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
 ) -> None:
     at = At(15, kill(rank))
-    # A forked rank that has lost the other ends as quickly as the other does; then either may be named.
+    # A forked rank that has lost another ends as quickly as the other does; then either may be named.
     with ranks_are_spawned():
         assert train(workspace, cifar10, "run", TWO, at) == uninterrupted[0]
     assert record_of(workspace, "run").resumed_from_step == 10
@@ -172,8 +172,9 @@ def test_sigterm_to_any_rank_stops_all_at_the_same_step_and_saves_it(
 def test_a_rank_that_fails_again_and_again_fails_the_run_with_its_reason(
     workspace: Workspace, cifar10: DatasetRef
 ) -> None:
+    reason = r"rank 1 failed after all had been started again 1 times: .*SIGKILL"
     few = Workspace(workspace.store, workspace.home, 60, 5, NodesSettings(max_restarts=1))
-    with pytest.raises(RankFailedError, match=r"rank 1 failed after all had been started again 1 times: .*SIGKILL"):
+    with ranks_are_spawned(), pytest.raises(RankFailedError, match=reason):
         train(few, cifar10, "run", TWO.override({"checkpoint_every_steps": None}), At(1, kill(1), times=2))
     assert record_of(workspace, "run").status == "failed"
 
