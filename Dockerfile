@@ -24,6 +24,11 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 
 
 FROM python:3.11-slim-bookworm
+# Triton compiles its launchers with it: torch.compile (compile=auto, on) needs a C compiler on a GPU.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 # A fixed number, so that Kubernetes can check that it is not root and volumes keep their owner.
 RUN useradd --no-log-init --create-home --uid 10001 nightshift \
     && install --directory --owner=nightshift --group=nightshift /var/lib/nightshift

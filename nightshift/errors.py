@@ -30,8 +30,9 @@
     ├── PrefectServerError                   the Prefect server does not answer, or refuses a request
     ├── RecoveryLimitError                   a run was restarted automatically as often as is allowed
     ├── RankFailedError                      one of a run's processes failed, and again after every restart
-    └── Interrupted                 exit 3   stopped on purpose; the run can be resumed
+    └── Interrupted                 exit 3   stopped on purpose, or by what can pass; the run can be resumed
         ├── TrainingInterrupted              SIGTERM or SIGINT; the last step is saved
+        ├── DeviceError                      the GPU has failed or has no memory left; a new process may go on
         ├── RankLostError                    another of the run's processes is gone, or cannot be reached
         └── LeaseLostError                   another trainer has taken the run over
 
@@ -175,6 +176,10 @@ class Interrupted(NightshiftError):
 
 
 class TrainingInterrupted(Interrupted):
+    pass
+
+
+class DeviceError(Interrupted):
     pass
 
 

@@ -15,11 +15,15 @@ from torch.utils import deterministic
 
 from nightshift import __version__
 from nightshift.config.train import HardwareConfig
-from nightshift.errors import ConfigError
+from nightshift.errors import ConfigError, DeviceError
 
 _COMPILATION_STEPS = 2000
 """A run of this many steps takes minutes on a GPU; a compilation takes half a minute."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+# cuBLAS reads it once, at the process' first multiplication; without it deterministic mode refuses to multiply.
+# At the start of a training it would come too late in a process that has evaluated or predicted before.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def find_device(choice: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
@@ -32,6 +36,24 @@ def find_device(choice: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device
     if choice == "cuda" and not available:
         raise ConfigError("device='cuda', but torch finds no GPU here. Allowed here are 'auto' and 'cpu'")
     return torch.device("cuda" if available and choice != "cpu" else "cpu")
+
+
+def ranks_here(config: HardwareConfig) -> int:
+    """How many ranks this machine is to have; auto: one per GPU, and one without GPUs.
+
+    Raises:
+        ConfigError: more than there are GPUs to compute on, or no GPU where one is asked for.
+    """
+    gpus = torch.cuda.device_count() if find_device(config.device).type == "cuda" else None
+    if config.nproc_per_node == "auto":
+        return max(gpus or 1, 1)
+    if gpus is not None and config.nproc_per_node > gpus:
+        raise ConfigError(
+            f"nproc_per_node={config.nproc_per_node}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}: each "
+            "rank needs one of its own. Set nproc_per_node=auto, or device=cpu; for a stored run: "
+            "nightshift resume RUN --set nproc_per_node=auto"
+        )
+    return config.nproc_per_node
 
 
 @dataclass(frozen=True)
@@ -71,9 +93,6 @@ class Hardware:
             _keep_freed_memory()
         before = torch.are_deterministic_algorithms_enabled()
         fill_before = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        if self.deterministic and self.device.type == "cuda":
-            # cuBLAS reads it once, at its first use. Without it, deterministic mode refuses to multiply matrices.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
         # Otherwise torch first fills each output with NaN, for models that read what they never wrote: 3 % slower.
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -82,6 +101,18 @@ class Hardware:
         finally:
             torch.use_deterministic_algorithms(before)
             deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
+
+    @contextmanager
+    def failures_explained(self) -> Iterator[None]:
+        """Turn the failure of a device into one that a new process may survive; this process' context is lost.
+
+        Raises:
+            DeviceError: for torch's OutOfMemoryError and AcceleratorError.
+        """
+        try:
+            yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise DeviceError(f"{self.device} has failed: {str(error).splitlines()[0]}") from error
 
     def describe(self, world_size: int = 1) -> dict[str, str]:
         """What decides the bits besides config and data, and the code's version; for the run record."""

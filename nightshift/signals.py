@@ -14,14 +14,18 @@ _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """While entered, the first SIGTERM or SIGINT sets `received`; a second one stops at once.
 
+    The handler does nothing else. It interrupts its own thread anywhere, perhaps while that thread holds the lock of
+    the log or of a channel: whatever it said or sent could wait for itself forever.
+
     Python delivers signals to the main thread only. In another thread this does nothing, and whoever runs
     the loop there must pass the request on by other means.
     """
 
-    def __init__(self, pass_on: Callable[[], object] = lambda: None) -> None:
-        """`pass_on`: called at the first signal, to stop others too."""
+    def __init__(self, interrupt: Callable[[], object] = lambda: None) -> None:
+        """`interrupt`: called in the handler at the first signal; it may raise, and must take no lock."""
         self.received: signal.Signals | None = None
-        self._pass_on = pass_on
+        self._interrupt = interrupt
+        self._is_announced = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -33,9 +37,15 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def poll(self) -> bool:
+        """Whether a signal has come; the first call that finds one says so. For the loop, at step boundaries."""
+        if self.received and not self._is_announced:
+            self._is_announced = True
+            progress.current().say(f"{self.received.name}: saving this step; once more stops at once")
+        return self.received is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             raise KeyboardInterrupt(f"second {signal.Signals(number).name}")
         self.received = signal.Signals(number)
-        progress.current().say(f"{self.received.name}: finishing this step and saving; once more stops at once")
-        self._pass_on()
+        self._interrupt()

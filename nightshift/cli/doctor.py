@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,9 @@ from nightshift.workspace import Workspace, open_workspace
 
 _DISK_BYTES = 2e9
 _CLOCK_SECONDS = 5.0
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+_SHARED_MEMORY_BYTES = 1e9
+"""NCCL uses some tens of MB a pair of ranks; a container has 64 MB in all unless it is given more."""
 
 
 @dataclass
@@ -26,7 +30,13 @@ class Check:
 
 def examine(settings: Settings) -> list[Check]:
     """All checks, none of which raises."""
-    return [*_storage(settings), *_prefect(settings), _device(), _disk(settings)]
+    return [
+        *_storage(settings),
+        *_prefect(settings),
+        _device(),
+        *_needs_of_gpus(torch.cuda.device_count()),
+        _disk(settings),
+    ]
 
 
 def _storage(settings: Settings) -> list[Check]:
@@ -80,6 +90,22 @@ def _device() -> Check:
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     detail = ", ".join(names) or f"no GPU, {torch.get_num_threads()} CPU threads"
     return Check("device", True, f"torch {torch.__version__}, {detail}")
+
+
+def _needs_of_gpus(gpus: int) -> list[Check]:
+    """What a machine with GPUs needs besides: nothing, if it has none."""
+    checks = []
+    if gpus:
+        compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+        missing = "none found: torch.compile needs one (compile=on, auto). Install gcc, or set compile=off"
+        checks.append(Check("compiler", compiler is not None, compiler or missing))
+    if gpus > 1:
+        size = shutil.disk_usage(_SHARED_MEMORY).total
+        detail = f"{size / 1e9:.1f} GB in {_SHARED_MEMORY}"
+        too_small = f"{detail}: too little for the ranks of {gpus} GPUs. Give the container more (--shm-size=8g)"
+        is_enough = size >= _SHARED_MEMORY_BYTES
+        checks.append(Check("shared memory", is_enough, detail if is_enough else too_small))
+    return checks
 
 
 def _disk(settings: Settings) -> Check:

@@ -49,13 +49,23 @@ def train(
 
 
 @app.command(rich_help_panel="Train")
-def resume(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) -> None:
+def resume(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field that does not decide the result."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """Go on with a stored run, with the config it was started with."""
     from nightshift.records.run import read_record
 
+    changes = parse_overrides(overrides)
+
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
-        _run_and_print(run, record.train_config(), as_json, verbose, record.origin.promote)
+        _run_and_print(run, record.train_config().resumed_with(changes), as_json, verbose, record.origin.promote)
 
 
 @app.command(rich_help_panel="Train")

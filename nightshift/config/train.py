@@ -207,6 +207,21 @@ class TrainConfig(Section):
             raise ConfigError("\n".join(problems))
         return config
 
+    def resumed_with(self, overrides: Mapping[str, Any]) -> Self:
+        """This config, which a stored run has, with some of the fields replaced that do not decide the result.
+
+        Raises:
+            ConfigError: as `override`, and if a field decides the result: then it would be another run.
+        """
+        config = self.override(overrides)
+        ours, theirs = self.decisive(), config.decisive()
+        if changed := [path for path in ours if ours[path] != theirs[path]]:
+            raise ConfigError(
+                f"{', '.join(changed)}: decides the result, so a stored run keeps it. To train with another value, "
+                "start a new run: nightshift train"
+            )
+        return config
+
     @classmethod
     def path_of(cls, name: str) -> str:
         """The dotted name of the field that `name` means.

@@ -75,14 +75,14 @@ def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
         if signals.received and not channel.has_ranks:
             raise TrainingInterrupted(f"stopped while no rank was training. What was last saved stands: {again}")
 
-    def stop() -> None:
-        channel.order("stop")
-        check_somebody_trains()
+    def pass_stop_on() -> None:
+        if signals.poll():
+            channel.order("stop")
 
     with (
         _environment(workspace.nodes.alone),
         channel,
-        StopSignals(stop) as signals,
+        StopSignals(check_somebody_trains) as signals,
         _rendezvous(workspace.nodes, is_host=job is not None) as (handler, host, port),
     ):
         setup = RankSetup(workspace, channel.address, channel.key, host, port, torch.get_num_threads() // count)
@@ -95,7 +95,7 @@ def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
             max_restarts=workspace.nodes.max_restarts,
             monitor_interval=0.1,
         )
-        result = _Agent(spec, channel, logs, check_somebody_trains).run()
+        result = _Agent(spec, channel, logs, check_somebody_trains, pass_stop_on).run()
     if result is None:
         raise RankLostError(f"the others have ended without this machine. To go on: {again}")
     if result.is_failed():
@@ -154,22 +154,29 @@ class _Agent(LocalElasticAgent):
     """Torch's agent, which also says what happened, and lets healthy ranks save before it stops them."""
 
     def __init__(
-        self, spec: WorkerSpec, channel: LauncherChannel, logs: Path, before_start: Callable[[], None]
+        self,
+        spec: WorkerSpec,
+        channel: LauncherChannel,
+        logs: Path,
+        before_start: Callable[[], None],
+        at_each_look: Callable[[], None],
     ) -> None:
-        """`before_start`: called before each start of the ranks, which may mean a long wait."""
+        """`before_start` is called before each start of the ranks, which may mean a long wait; `at_each_look` ten
+        times a second while they run."""
         super().__init__(
             spec,
             DefaultLogsSpecs(str(logs), redirects=Std.ERR, tee=Std.ERR),
             exit_barrier_timeout=_EXIT_SECONDS,
             log_line_prefix_template="[rank ${rank}] ",
         )
-        self._channel, self._before_start = channel, before_start
+        self._channel, self._before_start, self._at_each_look = channel, before_start, at_each_look
 
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
         self._before_start()
         super()._initialize_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._at_each_look()
         result: RunResult = super()._monitor_workers(worker_group)
         for rank, failure in result.failures.items():
             progress.current().warn(f"rank {rank} failed: {_reason(failure)}")

@@ -42,13 +42,16 @@ class LauncherChannel:
     def order(self, what: Order) -> None:
         """Give an order to every rank, including ranks that connect later."""
         with self._changed:
+            if what in self._orders:
+                return
             self._orders.add(what)
             for connection in self._connections:
                 with suppress(OSError):  # the rank has just died
                     connection.send(what)
 
     def withdraw(self, what: Order) -> None:
-        self._orders.discard(what)
+        with self._changed:
+            self._orders.discard(what)
 
     def wait_until_all_left(self) -> None:
         """Wait until all ranks have left, or have had enough time to save."""

@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from nightshift.config.train import TrainConfig
+from nightshift.config.train import HardwareConfig, TrainConfig
 from nightshift.errors import RankFailedError, StorageError, TrainingInterrupted
+from nightshift.hardware import ranks_here
 from nightshift.records import recovery
 from nightshift.records.run import Origin
 from nightshift.refs import CheckpointRef, DatasetRef
@@ -25,7 +24,7 @@ def train_run(
         RankFailedError: one of them failed, and again after every restart.
         Otherwise as `train_alone`.
     """
-    here = processes_here(config.hardware.nproc_per_node)
+    here = ranks_here(config.hardware)
     if here == 1 and workspace.nodes.alone:
         return train_alone(workspace, run_id, config, dataset, origin)
     job = Job(run_id=run_id, config=config, dataset=dataset, origin=origin or Origin())
@@ -50,13 +49,9 @@ def join(workspace: Workspace, nproc_per_node: int | Literal["auto"]) -> "Ending
     """Lend this machine to the run that is trained at the rendezvous, until it ends.
 
     Raises:
+        ConfigError: more ranks than this machine has GPUs.
         RankLostError: the machine that hosts the rendezvous is gone, or never came.
     """
     from nightshift.parallel.agent import run_ranks
 
-    return run_ranks(workspace, processes_here(nproc_per_node), None)
-
-
-def processes_here(nproc_per_node: int | Literal["auto"]) -> int:
-    """How many ranks this machine gets; auto: one per GPU."""
-    return max(torch.cuda.device_count(), 1) if nproc_per_node == "auto" else nproc_per_node
+    return run_ranks(workspace, ranks_here(HardwareConfig(nproc_per_node=nproc_per_node)), None)

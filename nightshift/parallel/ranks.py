@@ -116,5 +116,11 @@ def joined(timeout: timedelta) -> Iterator[JoinedRanks]:
             nodes=int(os.environ["GROUP_WORLD_SIZE"]),
             control=control,
         )
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if torch.cuda.is_available():
+            # Destroying a group waits for its NCCL operations, and those of a lost rank never end.
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -18,6 +18,7 @@ from nightshift.errors import (
     NightshiftError,
     RankLostError,
 )
+from nightshift.hardware import find_device
 from nightshift.ids import RunId
 from nightshift.parallel.channel import RankChannel
 from nightshift.parallel.ranks import JoinedRanks, joined
@@ -73,8 +74,6 @@ def run_rank(setup: RankSetup, job_text: str | None) -> str:
     os.setsid()  # a Ctrl-C in the terminal is for the launcher, which passes it on
     os.dup2(2, 1)  # standard output is the command's own
     torch.set_num_threads(max(setup.threads, 1))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The others wait for rank 0, which may wait until the lease of a lost rank 0 expires.
     timeout = timedelta(seconds=max(300, 2 * setup.workspace.lease_seconds))
     with (
@@ -85,12 +84,14 @@ def run_rank(setup: RankSetup, job_text: str | None) -> str:
     ):
         job, board = _agree_on_job(ranks, setup, job_text)
         orders = RankOrders(
-            lambda step: signals.received is not None or "stop" in channel.orders,
+            lambda step: signals.poll() or "stop" in channel.orders,
             lambda: "restart" in channel.orders,
             processes.identity(os.getppid()),
         )
         ending = None
         try:
+            if find_device(job.config.hardware.device).type == "cuda":
+                torch.cuda.set_device(ranks.local_rank)
             last = train_as_rank(ranks, setup.workspace, job, orders)
             if ranks.leads:
                 ending = Ending(run_id=job.run_id, checkpoint=last)

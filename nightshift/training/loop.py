@@ -79,11 +79,12 @@ class Loop:
             )
             if report:
                 recorder.report(state.step, self._epoch_means())
+            if stop or restart:
+                self._epoch_means()  # a diverged state is not worth keeping
             if restart:
                 recorder.finish(state, ranks.gather(state.part()))
                 raise RankLostError(f"stopped after step {state.step}, to be started again with other machines")
             if stop:
-                self._epoch_means()  # a diverged state is not worth keeping
                 break
             if save:
                 recorder.save(state, ranks.gather(state.part()))

@@ -12,7 +12,7 @@ from nightshift.data import batches
 from nightshift.data.datasets import open_dataset
 from nightshift.data.names import check_extras, check_names
 from nightshift.errors import RunNotFoundError
-from nightshift.hardware import Hardware, find_device
+from nightshift.hardware import Hardware, find_device, ranks_here
 from nightshift.ids import RunId
 from nightshift.records.lease import RunSpec, check_matches, hold
 from nightshift.records.run import Origin, read_record
@@ -61,7 +61,7 @@ def train_alone(
     if finished:
         return finished
     with StopSignals() as signals:
-        orders = RankOrders(lambda step: signals.received is not None or should_stop(step))
+        orders = RankOrders(lambda step: signals.poll() or should_stop(step))
         done = train_as_rank(ALONE, workspace, job, orders)
     assert done is not None
     return done
@@ -83,7 +83,8 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
         hardware = Hardware.resolve(config.hardware, plan.total_steps)
         with hardware.numerics():
             if not ranks.leads:
-                return Loop(config, dataset, plan, hardware, ranks, Recorder()).run(orders)
+                with hardware.failures_explained():
+                    return Loop(config, dataset, plan, hardware, ranks, Recorder()).run(orders)
             spec = RunSpec(
                 job.run_id, config, job.dataset, hardware.describe(ranks.world_size), plan.total_steps, job.origin
             )
@@ -91,7 +92,11 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
                 spec = replace(spec, process=orders.process)
             # A rank 0 that was lost with its machine leaves a lease behind, which must expire first.
             patience = 1.5 * workspace.lease_seconds if ranks.nodes > 1 else 0
-            with hold(workspace.store, spec, workspace.lease_seconds, patience) as run, ranks.loss_explained():
+            with (
+                hold(workspace.store, spec, workspace.lease_seconds, patience) as run,
+                ranks.loss_explained(),
+                hardware.failures_explained(),
+            ):
                 recorder = RunRecorder(run, config, plan, hardware, workspace)
                 return Loop(config, dataset, plan, hardware, ranks, recorder).run(orders)
 
@@ -117,4 +122,4 @@ def check_config(config: TrainConfig) -> None:
     """Raise ConfigError if something that a config names does not exist here: network, data set, package or device."""
     check_names(config)
     check_extras(config)
-    find_device(config.hardware.device)
+    ranks_here(config.hardware)

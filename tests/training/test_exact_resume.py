@@ -12,7 +12,6 @@ import torch
 
 from nightshift.checkpoints.payload import read_payload, read_weights
 from nightshift.errors import ConfigError, TrainingDivergedError, TrainingInterrupted
-from nightshift.hardware import Hardware, find_device
 from nightshift.records.run import read_record
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.storage.s3 import S3
@@ -169,12 +168,6 @@ def test_an_unknown_model_is_refused_before_anything_is_recorded(workspace: Work
     assert not list(workspace.store.list("runs/"))
 
 
-def test_a_gpu_that_is_not_there_is_refused_with_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="'auto' and 'cpu'"):
-        find_device("cuda")
-
-
 @pytest.mark.parametrize("often", [{"checkpoint_every_seconds": 1e-6}, {"checkpoint_every_steps": 1}])
 def test_every_boundary_is_saved_or_counted_as_skipped(
     workspace: Workspace, cifar10: DatasetRef, often: dict[str, Any]
@@ -183,18 +176,3 @@ def test_every_boundary_is_saved_or_counted_as_skipped(
     saved = read_record(workspace.store, "run")[0].checkpoints
     # The last step is saved in any case: where its boundary had been skipped, it is counted twice.
     assert len(saved) + saved[-1].metrics.skipped in (40, 41)
-
-
-def test_what_is_left_to_the_hardware_is_chosen_by_it_and_what_is_asked_for_is_done(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def resolved(steps: int = 50, **asked: str) -> Hardware:
-        return Hardware.resolve(small_config("quick", **asked).hardware, steps)
-
-    has_bfloat16 = "bf16" in Path("/proc/cpuinfo").read_text()
-    assert resolved(device="cpu").precision == ("bfloat16" if has_bfloat16 else "float32")
-    assert resolved(device="cpu", precision="float32").precision == "float32"
-    assert resolved(device="cpu", compile="on").compiled
-    assert not resolved(9999, device="cpu", compile="auto").compiled
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert [resolved(steps, compile="auto", precision="float32").compiled for steps in (50, 9999)] == [False, True]
