@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+
 from nightshift import progress
 from nightshift.checkpoints.payload import Payload, read_payload
 from nightshift.errors import CheckpointCorruptError, StorageError, StorageUnreachableError
@@ -9,27 +11,52 @@ from nightshift.records.lease import Run
 from nightshift.records.run import Checkpoint, RunRecord
 
 
-def restore_newest(run: Run) -> tuple[Checkpoint, Payload] | None:
+@dataclass(frozen=True)
+class UnusableCheckpoint:
+    """A checkpoint that cannot be used, and why."""
+
+    key: str
+    reason: str
+    is_damaged: bool = True
+    """Otherwise the store could not read it, which may pass."""
+
+
+def restore_newest(run: Run, retry_seconds: float) -> tuple[Checkpoint, Payload] | None:
     """The newest committed checkpoint that is whole, and its payload; None if the run has to start over.
 
-    A warning names each skipped checkpoint, and the record drops it: what comes after the restored step is
-    written again. Starting over costs time but not correctness: the same bits come out.
+    A warning and an event name each skipped checkpoint. Only a damaged one is dropped from the record: what comes
+    after the restored step is written again. Starting over costs time but not correctness: the same bits come out.
+
+    A store that fails is asked again for a while. If it then still cannot read a checkpoint but can read an older one,
+    the run goes on from that: some stores answer 500 forever for an object in which a bit has flipped. The record goes
+    on naming what could not be read.
+
+    Args:
+        retry_seconds: how long the store may fail at a checkpoint before an older one is tried.
 
     Raises:
         LeaseLostError: another trainer has taken the run over.
-        StorageError: the store fails, and no older checkpoint can be read either.
+        StorageError: the store fails, also at the older checkpoints. The record is as it was.
     """
     skipped: list[UnusableCheckpoint] = []
     failure: StorageError | None = None
     restored = None
+    reading = Retrying(
+        retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
+        wait=wait_exponential_jitter(multiplier=0.5, max=15),
+        stop=stop_after_delay(retry_seconds),
+        reraise=True,
+    )
     for checkpoint in reversed(run.record.checkpoints):
+        run.check()
         try:
-            payload = read_payload(run.store, checkpoint)
+            payload = reading(read_payload, run.store, checkpoint)
         except StorageUnreachableError:
             raise
         except (CheckpointCorruptError, StorageError) as error:
-            failure = error if isinstance(error, StorageError) else failure
-            skipped.append(UnusableCheckpoint(checkpoint.key, str(error)))
+            is_damaged = isinstance(error, CheckpointCorruptError)
+            failure = failure if isinstance(error, CheckpointCorruptError) else error
+            skipped.append(UnusableCheckpoint(checkpoint.key, str(error), is_damaged))
             progress.current().warn(f"checkpoint {run.store.url(checkpoint.key)} is skipped: {error}")
         else:
             restored = checkpoint
@@ -43,20 +70,13 @@ def restore_newest(run: Run) -> tuple[Checkpoint, Payload] | None:
     return (restored, payload) if restored else None
 
 
-def _resumed(record: RunRecord, restored: Checkpoint | None, skipped: "list[UnusableCheckpoint]") -> RunRecord:
-    reasons = {bad.key: bad.reason for bad in skipped}
+def _resumed(record: RunRecord, restored: Checkpoint | None, skipped: list[UnusableCheckpoint]) -> RunRecord:
+    reasons = {unusable.key: unusable.reason for unusable in skipped}
     for checkpoint in record.checkpoints:
         if checkpoint.key in reasons:
             record = record.with_event("skipped", record.updated_at, f"{checkpoint.key}: {reasons[checkpoint.key]}")
+    damaged = {unusable.key for unusable in skipped if unusable.is_damaged}
     return record.changed(
         resumed_from_step=restored.step if restored else None,
-        checkpoints=[checkpoint for checkpoint in record.checkpoints if checkpoint.key not in reasons],
+        checkpoints=[checkpoint for checkpoint in record.checkpoints if checkpoint.key not in damaged],
     )
-
-
-@dataclass(frozen=True)
-class UnusableCheckpoint:
-    """A checkpoint that cannot be used, and why."""
-
-    key: str
-    reason: str

@@ -119,7 +119,7 @@ def gc(
     with configured_workspace() as workspace:
         found = orphans.find(workspace.store, timedelta(hours=older_than_hours))
         if not dry_run:
-            orphans.collect(workspace.store, found)
+            found = orphans.collect(workspace.store, found)
     if as_json:
         print_json(
             {

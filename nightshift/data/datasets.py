@@ -82,13 +82,15 @@ def pack(workspace: Workspace, raw: RawRef) -> DatasetRef:
         DataUnavailableError, StorageError: no source has it, or it cannot be stored.
     """
     spec, source = get_spec(raw.name), raw.source
-    cached = _cache_path(workspace, spec)
+    cached, made_here = _cache_path(workspace, spec), False
     if not _in_cache(workspace, spec) and not _from_bucket(workspace, spec):
+        made_here = True
         if not _raw_path(workspace, spec).exists():  # another machine fetched it, or it was deleted since
             source = fetch(workspace, spec.name).source
         with np.load(_raw_path(workspace, spec)) as arrays, _complete_file(cached) as file:
             _write_packed(spec, dict(arrays), Path(file.name))
-    if workspace.store.head(spec.key) is None:
+    # What was made here is whole: it replaces a damaged one.
+    if made_here or workspace.store.head(spec.key) is None:
         size = cached.stat().st_size
         with progress.current().transfer(f"storing {spec.name}", size) as advance, open(cached, "rb") as file:
             workspace.store.upload(spec.key, file, advance)
@@ -170,22 +172,30 @@ def _check_packed(spec: Spec, path: Path) -> None:
 
 
 def _from_bucket(workspace: Workspace, spec: Spec) -> bool:
-    """Copy the packed data set from the store into the cache, if it is there. A damaged one is deleted there."""
+    """Copy the packed data set from the store into the cache, if it is there and whole.
+
+    A copy that arrives damaged is fetched a second time. The store's is never deleted: the damage may be this
+    machine's disk, and the object is everybody's.
+    """
     stored = workspace.store.head(spec.key)
     if stored is None:
         return False
-    path = _cache_path(workspace, spec)
-    try:
-        what = f"{spec.name} from the bucket"
-        with progress.current().transfer(what, stored.size) as advance, _complete_file(path) as file:
-            workspace.store.download(spec.key, file, advance)
-            file.flush()
-            _check_packed(spec, Path(file.name))
-    except (ObjectNotFoundError, DataCorruptError) as error:
-        progress.current().warn(f"{workspace.store.url(spec.key)} is not usable ({error}): trying the next source")
-        workspace.store.delete(spec.key)
-        return False
-    return True
+    for is_last in (False, True):
+        try:
+            what = f"{spec.name} from the bucket"
+            with (
+                progress.current().transfer(what, stored.size) as advance,
+                _complete_file(_cache_path(workspace, spec)) as file,
+            ):
+                workspace.store.download(spec.key, file, advance)
+                file.flush()
+                _check_packed(spec, Path(file.name))
+        except (ObjectNotFoundError, DataCorruptError) as error:
+            again = "trying the next source" if is_last else "fetching it once more"
+            progress.current().warn(f"{workspace.store.url(spec.key)} is not usable ({error}): {again}")
+        else:
+            return True
+    return False
 
 
 @contextmanager

@@ -1,10 +1,46 @@
 """Where in the bucket a run keeps its things. docs/storage.md has them all."""
 
+import re
+from dataclasses import dataclass
+from typing import Literal
+
 from nightshift.ids import parse_run_id
 
 RECORDS = "runs/"
 PAYLOADS = "checkpoints/"
 REPORTS = "reports/"
+MODELS = "models/"
+DATASETS = "datasets/"
+PROBES = "probe/"
+
+_RUN = r"(?P<run_id>[A-Za-z0-9][A-Za-z0-9._-]{0,99})"
+_REPORT_FILES = r"(metrics\.jsonl|evaluation\.json|predictions\.safetensors|report\.html|plots/\w+\.svg)"
+_VERSION_FILES = r"(weights\.pth|weights\.safetensors|model\.pt2|predictions\.safetensors|card\.json)"
+_SHAPES = {
+    "payload": rf"{PAYLOADS}{_RUN}/\d+-\d+\.pt",
+    "report": rf"{REPORTS}{_RUN}/{_REPORT_FILES}",
+    "version": rf"{MODELS}[^/]+/{_RUN}/{_VERSION_FILES}",
+    "champion": rf"{MODELS}[^/]+/champion\.json",
+    "dataset": rf"{DATASETS}[0-9a-f]{{64}}/packed\.safetensors",
+    "probe": rf"{PROBES}[0-9a-f]{{16}}",
+}
+Kind = Literal["payload", "report", "version", "champion", "dataset", "probe"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What lies under a key of nightshift's, and which run it belongs to; no run: ''."""
+
+    kind: Kind
+    run_id: str
+
+
+def place_of(key: str) -> Place | None:
+    """What a key of exactly one of nightshift's shapes is for; None for any other, which belongs to somebody else."""
+    for kind, shape in _SHAPES.items():
+        if found := re.fullmatch(shape, key):
+            return Place(kind, found.groupdict().get("run_id", ""))  # type: ignore[arg-type]
+    return None
 
 
 def record_key(run_id: str) -> str:

@@ -1,7 +1,8 @@
 """Objects that no record names: left behind by whoever was killed between an upload and its commit.
 
 The store is listed first and the records are read after it, so that whatever was committed in between is seen. An
-object under the token of a live lease may be about to be committed, and is left alone at any age.
+object under the token of a live lease may be about to be committed, and is left alone at any age. Only keys of exactly
+our shapes are looked at: in a bucket without a prefix, all others are other people's.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +13,11 @@ from itertools import groupby
 
 from nightshift import progress
 from nightshift.errors import ConfigError, RunNotFoundError, StorageError
-from nightshift.records.keys import PAYLOADS, REPORTS, is_written_under
+from nightshift.records import champions
+from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, PROBES, REPORTS, Kind, is_written_under, place_of
 from nightshift.records.lease import is_live
 from nightshift.records.run import READERS, read_record
-from nightshift.records.versions import MODELS
 from nightshift.storage.store import Store, Stored, Upload
-
-_PROBES = "probe/"
 
 
 @dataclass(frozen=True)
@@ -40,37 +39,65 @@ class Orphans:
 def find(store: Store, older_than: timedelta) -> Orphans:
     """All orphans that are at least as old as `older_than`.
 
-    The objects are payloads that no record names, reports of runs without a record, versions of a model without a
-    card, and probes of the store. Data sets are a cache and stay.
+    The objects are payloads that no record names, reports of runs without a record, versions without a card that
+    neither a run may still finish nor a champion's history names, and probes of the store. Data sets are a cache and
+    stay.
 
     Raises:
         StorageError: the store cannot be listed.
     """
     before = store.now() - older_than
 
-    def old(items: Iterable[Stored]) -> list[Stored]:
-        return [item for item in items if item.modified <= before]
+    def old(prefix: str, kind: Kind) -> list[Stored]:
+        return [item for item in store.list(prefix) if item.modified <= before and _is(kind, item.key)]
 
-    uploads = [upload for upload in store.list_uploads("") if upload.started <= before]
-    found = old([*store.list(PAYLOADS), *store.list(REPORTS), *_without_card(store.list(MODELS))])
-    probes = old(store.list(_PROBES))
+    uploads = [
+        upload
+        for prefix in (PAYLOADS, MODELS, DATASETS)
+        for upload in store.list_uploads(prefix)
+        if upload.started <= before and place_of(upload.key)
+    ]
+    versions = [item for item in _without_card(store.list(MODELS)) if item.modified <= before]
+    found = [*old(PAYLOADS, "payload"), *old(REPORTS, "report"), *versions]
     is_needed = _need_of_runs(store, [*(item.key for item in found), *(upload.key for upload in uploads)])
     return Orphans(
-        objects=[item for item in found if not is_needed(item.key)] + probes,
+        objects=[item for item in found if not is_needed(item.key)] + old(PROBES, "probe"),
         uploads=[upload for upload in uploads if not is_needed(upload.key)],
     )
 
 
-def collect(store: Store, orphans: Orphans) -> None:
-    """Delete them. It may be interrupted and done again: none of them is ever named by anything."""
-    for upload in orphans.uploads:
+def collect(store: Store, orphans: Orphans) -> Orphans:
+    """Delete those that still are orphans, and return them. It may be interrupted and done again.
+
+    Each is looked at once more just before: since it was found, its run may have been resumed, and have published the
+    same keys.
+    """
+    uploads = [upload for upload in orphans.uploads if not _need_of_runs(store, [upload.key])(upload.key)]
+    for upload in uploads:
         store.abort_upload(upload)
+    objects = []
     for item in orphans.objects:
-        store.delete(item.key)
+        if _is_still_orphan(store, item):
+            store.delete(item.key)
+            objects.append(item)
+    return Orphans(objects, uploads)
+
+
+def _is_still_orphan(store: Store, item: Stored) -> bool:
+    now = store.head(item.key)
+    if not now or now.etag != item.etag:
+        return False
+    folder = item.key.rpartition("/")[0]
+    if _is("version", item.key) and store.head(f"{folder}/card.json"):
+        return False
+    return not _need_of_runs(store, [item.key])(item.key)
 
 
 def _need_of_runs(store: Store, keys: Iterable[str]) -> Callable[[str], bool]:
-    """A function of these keys: whether the run a key belongs to names it, or may be about to."""
+    """A function of these keys: whether the run a key belongs to names it or may be about to, or a champion's history.
+
+    A version without a card is needed as long as its run can still publish it, or has.
+    """
 
     def need_of(run_id: str) -> Callable[[str], bool]:
         try:
@@ -82,29 +109,50 @@ def _need_of_runs(store: Store, keys: Iterable[str]) -> Callable[[str], bool]:
             return lambda key: True
         named = {checkpoint.key for checkpoint in record.checkpoints}
         live = is_live(record.lease, store.now())
+        publishes = record.status not in ("failed", "cancelled")
         return lambda key: (
             key in named
-            or key.startswith(REPORTS)
-            or (live and (key.startswith(MODELS) or is_written_under(key, record.lease.token)))
+            or _is("report", key)
+            or (_is("version", key) and (live or publishes))
+            or (live and is_written_under(key, record.lease.token))
         )
 
-    run_ids = sorted({run_id for key in keys if (run_id := _run_id_in(key))})
+    keys = list(keys)
+    run_ids = sorted({place.run_id for key in keys if (place := place_of(key)) and place.run_id})
     with ThreadPoolExecutor(READERS) as pool:
         needs = dict(zip(run_ids, pool.map(need_of, run_ids), strict=True))
-    return lambda key: (run_id := _run_id_in(key)) in needs and needs[run_id](key)
+    once_live = {name: _once_live(store, name) for name in {key.split("/")[1] for key in keys if _is("version", key)}}
+
+    def is_needed(key: str) -> bool:
+        place = place_of(key)
+        if not place or not place.run_id:
+            return False
+        if place.kind == "version" and once_live[key.split("/")[1]](place.run_id):
+            return True
+        return needs[place.run_id](key)
+
+    return is_needed
 
 
-def _run_id_in(key: str) -> str:
-    """The run id in `checkpoints/<run_id>/…`, `reports/<run_id>/…` or `models/<name>/<run_id>/…`; else nothing."""
-    parts = key.split("/")
-    if key.startswith((PAYLOADS, REPORTS)):
-        return parts[1]
-    return parts[2] if key.startswith(MODELS) and len(parts) > 3 else ""
+def _once_live(store: Store, name: str) -> Callable[[str], bool]:
+    """Whether a version of this model is in the history of champions; if that cannot be read, any may be."""
+    try:
+        versions = {entry.version for entry in champions.read_history(store, name).transitions}
+    except StorageError as error:
+        progress.current().warn(f"the versions of {name} are left alone: {error}")
+        return lambda version: True
+    return versions.__contains__
+
+
+def _is(kind: Kind, key: str) -> bool:
+    place = place_of(key)
+    return place is not None and place.kind == kind
 
 
 def _without_card(models: Iterable[Stored]) -> Iterator[Stored]:
-    """The files of versions whose card was never written; the champion pointers are not files of a version."""
-    for _, files in groupby(models, key=lambda item: item.key.rpartition("/")[0]):
+    """The files of versions whose card was never written."""
+    ours = (item for item in models if _is("version", item.key))
+    for _, files in groupby(ours, key=lambda item: item.key.rpartition("/")[0]):
         version = list(files)
-        if _run_id_in(version[0].key) and not any(item.key.endswith("/card.json") for item in version):
+        if not any(item.key.endswith("/card.json") for item in version):
             yield from version

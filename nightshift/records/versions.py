@@ -13,12 +13,11 @@ from pydantic import AwareDatetime, Field
 from nightshift.config.train import TrainConfig
 from nightshift.errors import ModelNotFoundError, ObjectNotFoundError, StorageError
 from nightshift.ids import RunId, Sha256
+from nightshift.records.keys import MODELS
 from nightshift.refs import ModelRef
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
 from nightshift.storage.store import Store
-
-MODELS = "models/"
 
 
 class PublishedFile(Part):

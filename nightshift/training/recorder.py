@@ -80,7 +80,7 @@ class RunRecorder(Recorder):
     def restore(self) -> Payload | None:
         # Read before the restore adds events of its own.
         changes = self._run.record.events[-1].detail
-        found = restore_newest(self._run)
+        found = restore_newest(self._run, self._workspace.save_retry_seconds)
         if not found:
             return None
         checkpoint, payload = found

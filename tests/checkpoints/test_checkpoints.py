@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import math
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,21 @@ from hypothesis import strategies as st
 
 from nightshift import progress
 from nightshift.checkpoints.payload import read_payload
+from nightshift.checkpoints.restore import restore_newest
 from nightshift.checkpoints.retention import retained
 from nightshift.checkpoints.verify import verify_checkpoints
 from nightshift.errors import CheckpointCorruptError, StorageError, TrainingInterrupted
 from nightshift.progress import LogProgress
-from nightshift.records.run import Checkpoint, RunRecord, read_record
+from nightshift.records.keys import payload_key
+from nightshift.records.lease import Run
+from nightshift.records.run import Checkpoint, CheckpointMetrics, RunRecord, read_record
 from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.storage.store import Store
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
+from tests.records.test_lease import acquire
+from tests.stores import Faulty
 from tests.train_part import state_sha256
 
 
@@ -233,3 +241,61 @@ def test_a_failed_upload_commits_nothing(workspace: Workspace, cifar10: DatasetR
         train(Workspace(broken, workspace.home, 60, 0), cifar10)
     record, _ = read_record(workspace.store, "run")
     assert (record.status, record.checkpoints) == ("interrupted", [])
+
+
+def test_a_store_that_fails_at_every_checkpoint_ends_the_run_with_nothing_dropped(store: Store) -> None:
+    """One throttled GET counted as damage, and cost the newest checkpoint for good."""
+    run = run_with_checkpoints(store)
+    faulty = Faulty(store)
+    faulty.fail("download_bytes", StorageError("503 Slow Down"), times=math.inf)
+    run.store = faulty
+    with pytest.raises(StorageError, match="503"):
+        restore_newest(run, retry_seconds=0)
+    assert [checkpoint.step for checkpoint in read_record(store, "run")[0].checkpoints] == [1, 2]
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again_and_costs_no_step(store: Store) -> None:
+    run = run_with_checkpoints(store)
+    faulty = Faulty(store)
+    faulty.fail("download_bytes", StorageError("503 Slow Down"), times=2)
+    run.store = faulty
+    found = restore_newest(run, retry_seconds=30)
+    assert found
+    assert found[0].step == 2
+    assert run.record.events[-1].what != "skipped"
+
+
+def test_what_the_store_cannot_read_is_passed_over_and_stays_in_the_record(store: Store) -> None:
+    """Some stores answer 500 forever for an object in which a bit has flipped."""
+    run = run_with_checkpoints(store)
+    faulty = Faulty(store)
+    faulty.fail("download_bytes", StorageError("500 InternalError"), key="checkpoints/run/2-", times=math.inf)
+    run.store = faulty
+    found = restore_newest(run, retry_seconds=0)
+    assert found
+    assert found[0].step == 1
+    record, _ = read_record(store, "run")
+    assert [checkpoint.step for checkpoint in record.checkpoints] == [1, 2]
+    assert (record.resumed_from_step, record.events[-1].what) == (1, "skipped")
+
+
+def run_with_checkpoints(store: Store) -> Run:
+    """A run that is held, with checkpoints of steps 1 and 2."""
+    run = acquire(store)
+    for step in (1, 2):
+        body = io.BytesIO()
+        torch.save({"step": step}, body)
+        key = payload_key("run", step, run.token)
+        store.put(key, body.getvalue())
+        checkpoint = Checkpoint(
+            step=step,
+            epoch=0,
+            key=key,
+            bytes=len(body.getvalue()),
+            sha256=hashlib.sha256(body.getvalue()).hexdigest(),
+            written_at=store.now(),
+            metrics=CheckpointMetrics(train_seconds=1),
+        )
+        checkpoints = [*run.record.checkpoints, checkpoint]
+        run.update(partial(RunRecord.changed, checkpoints=checkpoints))
+    return run

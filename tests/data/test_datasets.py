@@ -79,6 +79,26 @@ def test_a_damaged_object_in_the_bucket_is_not_used_and_is_replaced(
     assert files(fresh) == [path.name]
 
 
+def test_one_machines_bad_disk_does_not_delete_the_data_set_of_all(
+    fresh: Workspace, small: Spec, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = provide(fresh, "small")
+    stored = fresh.store.head(ref.key)
+    cache(fresh, small).unlink()
+
+    def damaged_on_arrival(spec: Spec, path: Path) -> None:
+        raise DataCorruptError("a bit has flipped on this disk")
+
+    monkeypatch.setattr("nightshift.data.datasets._check_packed", damaged_on_arrival)
+    with pytest.raises(DataUnavailableError):
+        open_dataset(fresh, ref)
+    assert fresh.store.head(ref.key) == stored
+    assert [warning.rpartition(": ")[2] for warning in told.warnings] == [
+        "fetching it once more",
+        "trying the next source",
+    ]
+
+
 def test_raw_arrays_with_a_wrong_digest_get_neither_into_the_bucket_nor_into_the_cache(
     fresh: Workspace, small: Spec
 ) -> None:

@@ -7,13 +7,15 @@ from datetime import timedelta
 import pytest
 
 from nightshift.local.s3 import embedded_s3
-from nightshift.records import orphans
+from nightshift.records import champions, orphans
 from nightshift.records.lease import Run
 from nightshift.records.run import Checkpoint, CheckpointMetrics
+from nightshift.records.versions import publish_version
 from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 from tests.commands import Finished
 from tests.records.test_lease import acquire, hold
+from tests.records.test_versions import card_of
 from tests.stores import begin_upload
 
 NOW = timedelta(0)
@@ -72,7 +74,6 @@ def test_a_version_without_its_card_is_an_orphan_and_a_published_one_is_not(stor
         "models/cifar10/whole/card.json",
     ):
         store.put(key, b"content")
-    store.put("models/cifar10/champion.json", b"pointer")
     assert found(store) == ["models/cifar10/half/weights.pth"]
 
 
@@ -95,9 +96,60 @@ def test_the_payloads_of_a_damaged_record_are_left_alone_with_a_warning(
 
 
 def test_an_unfinished_upload_that_belongs_to_no_run_is_an_orphan(store: Store) -> None:
-    for key in ("models/cifar10/champion.json", "checkpoints//1-1.pt", "datasets/0/packed.safetensors"):
+    for key in ("models/cifar10/champion.json", "checkpoints/nobody/1-1.pt", f"datasets/{'0' * 64}/packed.safetensors"):
         begin_upload(store, key)
     assert len(found(store)) == 3
+
+
+def test_what_other_people_keep_in_the_same_bucket_is_left_alone(store: Store) -> None:
+    for key in (
+        "checkpoints/resnet/epoch-3.pt",
+        "checkpoints/resnet/3-1.pt.bak",
+        "checkpoints/team/resnet/3-1.pt",
+        "models/resnet/v1/model.onnx",
+        "models/resnet/v1/sub/weights.pth",
+        "reports/2026/november.pdf",
+        "probe/of-somebody",
+    ):
+        store.put(key, b"somebody else's")
+        begin_upload(store, key)
+    begin_upload(store, "videos/holiday.mp4")
+    assert found(store) == []
+
+
+def test_a_version_that_its_run_may_still_publish_is_left_alone(store: Store) -> None:
+    acquire(store).end("interrupted")
+    store.put("models/cifar10/run/weights.pth", b"half of a version")
+    assert found(store) == []
+
+
+def test_a_version_that_was_published_after_it_was_found_is_not_deleted(store: Store) -> None:
+    acquire(store).end("failed")
+    store.put("models/cifar10/run/weights.pth", b"half of a version")
+    orphaned = orphans.find(store, NOW)
+    assert orphaned.keys == ["models/cifar10/run/weights.pth"]
+    with hold(store) as run:  # resumed by hand meanwhile: it publishes the same keys and goes live
+        publish_version(store, card_of("run"), {"weights.pth": b"half of a version"})
+        run.end("finished")
+    assert orphans.collect(store, orphaned).keys == []
+    assert store.head("models/cifar10/run/weights.pth")
+
+
+def test_a_payload_that_was_committed_after_it_was_found_is_not_deleted(store: Store) -> None:
+    acquire(store).end("interrupted")
+    store.put("checkpoints/run/1-2.pt", b"payload")
+    orphaned = orphans.find(store, NOW)
+    assert orphaned.keys == ["checkpoints/run/1-2.pt"]
+    with hold(store) as run:
+        commit(run, "checkpoints/run/1-2.pt")
+    assert orphans.collect(store, orphaned).keys == []
+
+
+def test_a_version_that_the_history_of_champions_names_is_left_alone_without_its_card(store: Store) -> None:
+    publish_version(store, card_of("live"), {"weights.pth": b"weights"})
+    champions.promote_by_hand(store, "cifar10", "live")
+    store.delete("models/cifar10/live/card.json")
+    assert found(store) == []
 
 
 def test_another_prefix_of_the_bucket_is_not_touched(workspace: Workspace) -> None:
