@@ -92,6 +92,12 @@ class GateSettings(BaseModel):
     max_regression: float = Field(
         0.0, ge=0, le=1, description="How far the test accuracy may lie below the champion's, as a share of 1."
     )
+    max_slide: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="How far it may lie below the best champion since the last change by hand; none: max_regression.",
+    )
     require_significance: bool = Field(
         False, description="Promote only what McNemar's test finds better than the champion."
     )

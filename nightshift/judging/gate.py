@@ -5,12 +5,15 @@ say nothing of the difference: so half a point can be found that two separate in
 """
 
 import math
+from contextlib import suppress
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 
+from nightshift.errors import ModelNotFoundError, RunNotFoundError
 from nightshift.records import champions
 from nightshift.records.champions import History, Transition
+from nightshift.records.run import read_record
 from nightshift.records.versions import ModelCard, read_card, read_file
 from nightshift.refs import Comparison, ModelRef, Verdict
 from nightshift.settings import GateSettings
@@ -25,11 +28,14 @@ def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdic
     """Compare a published version with the champion, and make it the champion if it passes.
 
     The champion that is compared with is the one that is replaced: if another candidate was promoted meanwhile, the
-    comparison is made again, with that one. A run that passed before is not promoted a second time.
+    comparison is made again, with that one. The verdict on a finished run stands, and a run that passed before is not
+    promoted a second time.
 
     Raises:
         StorageError: the store fails.
     """
+    if earlier := _recorded_verdict(store, candidate.run_id):
+        return earlier
     decision = f"gate/{candidate.version}"
     card = read_card(store, candidate.name, candidate.version)
     verdict: Verdict
@@ -86,26 +92,80 @@ def compare(candidate: np.ndarray, champion: np.ndarray, name: str) -> Compariso
     )
 
 
+def _recorded_verdict(store: Store, run_id: str) -> Verdict | None:
+    """What the record of a finished run says that the gate has said; None if it was not asked, or is about to be."""
+    with suppress(RunNotFoundError):
+        result = read_record(store, run_id)[0].result
+        return result.verdict if result else None
+    return None
+
+
 def _judge(store: Store, card: ModelCard, history: History, settings: GateSettings) -> Verdict:
-    accuracy, champion, comparison = card.test_accuracy, history.champion, None
+    champion = history.champion
     if champion and champion.version == card.version:
-        promoted, reason = True, "it is the champion already"
-    elif accuracy < settings.min_accuracy:
-        promoted, reason = False, f"{accuracy:.2%} is below min_accuracy ({settings.min_accuracy:.2%})"
-    elif not champion:
-        promoted, reason = True, f"{accuracy:.2%}, and there was no champion"
+        return Verdict(promoted=True, reason="it is the champion already", comparison=None, champion=champion)
+    theirs = read_card(store, champion.name, champion.version) if champion else None
+    comparison = None
+    reason = _reason_to_refuse(store, card, theirs, history, settings)
+    if reason or not theirs:
+        promoted, reason = not reason, reason or f"{card.test_accuracy:.2%}, and there was no champion"
     else:
-        theirs = read_card(store, champion.name, champion.version)
-        if theirs.dataset_digest != card.dataset_digest:
-            promoted, reason = (
-                False,
-                f"champion {champion.version} was tested on other images, so the two cannot be compared. "
-                f"To promote it all the same: nightshift promote {card.version}",
-            )
-        else:
-            comparison = compare(_correct(store, card), _correct(store, theirs), champion.version)
-            promoted, reason = _weigh(comparison, settings)
+        comparison = compare(_correct(store, card), _correct(store, theirs), theirs.version)
+        promoted, reason = _weigh(comparison, settings)
+        if promoted and (slide := _slide(store, card, theirs, history, settings)):
+            promoted, reason = False, f"{reason}: {slide}"
     return Verdict(promoted=promoted, reason=reason, comparison=comparison, champion=champion)
+
+
+def _reason_to_refuse(
+    store: Store, card: ModelCard, champion: ModelCard | None, history: History, settings: GateSettings
+) -> str | None:
+    """Why a candidate is not even compared with the champion; None if it is, or if there is no champion."""
+    if champion and champion.weights_sha256 == card.weights_sha256:
+        return f"it has the same weights as champion {champion.version}: nothing changes"
+    for version in history.rejected_by_hand:
+        if card.weights_sha256 == _weights_of(store, history, version):
+            return (
+                f"it has the weights of {version}, from which somebody rolled back. "
+                f"To promote it all the same: nightshift promote {card.version}"
+            )
+    if card.test_accuracy < settings.min_accuracy:
+        return f"{card.test_accuracy:.2%} is below min_accuracy ({settings.min_accuracy:.2%})"
+    if champion and champion.dataset_digest != card.dataset_digest:
+        return (
+            f"champion {champion.version} was tested on other images, so the two cannot be compared. "
+            f"To promote it all the same: nightshift promote {card.version}"
+        )
+    return None
+
+
+def _weights_of(store: Store, history: History, version: str) -> str | None:
+    """The sha256 of a former champion's weights; None if neither the history nor its card says it."""
+    recorded = {entry.version: entry.weights_sha256 for entry in history.transitions}
+    with suppress(ModelNotFoundError):
+        return recorded.get(version) or read_card(store, history.name, version).weights_sha256
+    return None
+
+
+def _slide(store: Store, card: ModelCard, champion: ModelCard, history: History, settings: GateSettings) -> str | None:
+    """How the candidate lies too far below the best champion since the last change by hand; None if it does not.
+
+    Each night may be a little worse than the one before: without this, small steps down add up.
+    """
+    newest = history.since_last_change_by_hand
+    best = max(newest, key=lambda entry: entry.test_accuracy, default=None)
+    if not best or best.version == champion.version:
+        return None
+    with suppress(ModelNotFoundError):
+        theirs = read_card(store, history.name, best.version)
+        if theirs.dataset_digest == card.dataset_digest:
+            allowed = settings.max_regression if settings.max_slide is None else settings.max_slide
+            lost = int(_correct(store, theirs).sum()) - int(_correct(store, card).sum())
+            images = len(_correct(store, card))
+            if lost > allowed * images + 1e-6:
+                below = f"{100 * lost / images:.2f} points below {best.version}"
+                return f"{below}, the best champion since {best.at:%Y-%m-%d}; max_slide allows {100 * allowed:.2f}"
+    return None
 
 
 def _weigh(found: Comparison, settings: GateSettings) -> tuple[bool, str]:

@@ -6,6 +6,7 @@ It is one HTML file that needs no network, and the same as Markdown.
 import base64
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -15,7 +16,7 @@ from nightshift.judging import evaluation
 from nightshift.judging.evaluation import Metrics
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
-from nightshift.records.run import Result, RunRecord, list_records
+from nightshift.records.run import Result, RunRecord, newest_records
 from nightshift.records.versions import read_card
 from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
 from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
@@ -133,17 +134,19 @@ def _compared_with(workspace: Workspace, record: RunRecord, verdict: Verdict | N
 
 def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, found: Metrics | None) -> list[Night]:
     """The last finished runs of this model up to this one, oldest first."""
-    before = [
+    # However many trials a sweep has left among them.
+    others = (
         Night(
             other.run_id,
             other.created_at,
             other.result.test_accuracy,
             bool(other.result.verdict and other.result.verdict.promoted),
         )
-        for other in list_records(workspace.store, 3 * _NIGHTS)
+        for other in newest_records(workspace.store)
         if other.result and other.dataset.name == record.dataset.name and other.origin.promote
         if other.run_id != record.run_id and other.created_at <= record.created_at
-    ]
+    )
+    before = islice(others, _NIGHTS)
     this = (
         [Night(record.run_id, record.created_at, found.accuracy, bool(verdict and verdict.promoted))] if found else []
     )

@@ -11,8 +11,9 @@ from pydantic import AwareDatetime, Field
 
 from nightshift import processes
 from nightshift.errors import ModelNotFoundError, ObjectNotFoundError
-from nightshift.ids import RunId
-from nightshift.records.versions import MODELS, ModelCard, read_card
+from nightshift.ids import RunId, Sha256
+from nightshift.records.keys import MODELS
+from nightshift.records.versions import ModelCard, read_card
 from nightshift.refs import ChampionRef, Comparison
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
@@ -29,6 +30,8 @@ class Transition(Part):
     version: str
     run_id: RunId
     test_accuracy: float
+    weights_sha256: Sha256 | None = None
+    """None in histories that an older nightshift has written."""
     previous: str | None
     by: str
     reason: str
@@ -58,12 +61,30 @@ class History(Document):
         promotions = [entry for entry in self.transitions if entry.version == version and entry.what != "rolled back"]
         return promotions[-1].previous if promotions else None
 
+    @property
+    def rejected_by_hand(self) -> list[str]:
+        """The versions from which somebody rolled back, and which nobody has promoted by hand since."""
+        rejected: list[str] = []
+        for entry in self.transitions:
+            if entry.what == "rolled back" and entry.previous:
+                rejected.append(entry.previous)
+            elif entry.what == "promoted by hand":
+                rejected = [version for version in rejected if version != entry.version]
+        return rejected
+
+    @property
+    def since_last_change_by_hand(self) -> list[Transition]:
+        """The newest transitions: the last one that a person has made, and all after it."""
+        by_hand = [number for number, entry in enumerate(self.transitions) if entry.what != "promoted"]
+        return self.transitions[by_hand[-1] if by_hand else 0 :]
+
     def next(self, card: ModelCard, **fields: Any) -> Transition:
         """The transition that makes the version with this card the champion; `fields`: the others of Transition."""
         return Transition(
             version=card.version,
             run_id=card.run_id,
             test_accuracy=card.test_accuracy,
+            weights_sha256=card.weights_sha256,
             previous=self.champion.version if self.champion else None,
             by=processes.new_writer_id(),
             **fields,

@@ -5,13 +5,13 @@ A start too many would still do no harm, since the lease lets only one train.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
 from nightshift import processes, progress
-from nightshift.errors import PreconditionFailedError, RunNotFoundError
+from nightshift.errors import Interrupted, PreconditionFailedError, RunNotFoundError
 from nightshift.records.keys import RECORDS
 from nightshift.records.lease import is_live
 from nightshift.records.run import RunRecord, read_record, read_records, write_record
@@ -104,6 +104,17 @@ def close(store: Store, run_id: str, status: Literal["cancelled", "failed"], det
         now = store.now()
         if record.status in ("running", "interrupted") and not is_live(record.lease, now):
             _written(store, InterruptedRun(record, etag), record.changed(status=status).with_event(status, now, detail))
+
+
+@contextmanager
+def closed_if_it_fails(store: Store, run_id: str) -> Iterator[None]:
+    """Mark the run failed if the block ends with an error that will always come: nothing is to start it again then."""
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "transient", False) and not isinstance(error, Interrupted):
+            close(store, run_id, "failed", str(error) or type(error).__name__)
+        raise
 
 
 def _written(store: Store, run: InterruptedRun, record: RunRecord) -> bool:

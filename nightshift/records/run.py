@@ -240,6 +240,17 @@ def read_records(store: Store, stored: Iterable[Stored]) -> Iterator[tuple[RunRe
         yield from filter(None, pool.map(read, stored))
 
 
+def newest_records(store: Store) -> Iterator[RunRecord]:
+    """All records, about in the order in which they were last written to, the newest first; read as they are asked for.
+
+    Raises:
+        StorageError: the store cannot be listed.
+    """
+    stored = sorted(store.list(RECORDS), key=lambda item: item.modified, reverse=True)
+    for first in range(0, len(stored), 4 * READERS):
+        yield from (record for record, _ in read_records(store, stored[first : first + 4 * READERS]))
+
+
 def list_records(store: Store, limit: int | None = None) -> list[RunRecord]:
     """The records of the `limit` runs last written to, newest first; damaged ones are left out with a warning.
 

@@ -1,5 +1,6 @@
 """What may go live: a candidate meets the champion on the same images, and only one of two ever wins."""
 
+import hashlib
 import threading
 from typing import Any
 
@@ -10,12 +11,16 @@ from safetensors.numpy import save
 from nightshift.errors import StorageError
 from nightshift.judging import gate
 from nightshift.records import champions
+from nightshift.records.champions import History
+from nightshift.records.run import Result
 from nightshift.records.versions import publish_version
 from nightshift.refs import ModelRef, Verdict
 from nightshift.settings import GateSettings
+from nightshift.storage import documents
 from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 from tests.records.test_champions import transitions
+from tests.records.test_lease import hold
 from tests.records.test_versions import card_of
 
 IMAGES = 10_000
@@ -25,9 +30,13 @@ def published(store: Store, accuracy: float, version: str, **changed: Any) -> Mo
     """A version that has the first images right, as many as its accuracy says, and the others wrong."""
     labels = np.zeros(IMAGES, np.uint8)
     predicted = (np.arange(IMAGES) >= round(accuracy * IMAGES)).astype(np.uint8)
-    card = card_of(version, **{"test_accuracy": accuracy, **changed})
+    card = card_of(version, **{"test_accuracy": accuracy, "weights_sha256": sha256(version), **changed})
     publish_version(store, card, {gate.PREDICTIONS: save({"predicted": predicted, "labels": labels})})
     return card.ref()
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def promote(store: Store, model: ModelRef, **settings: Any) -> Verdict:
@@ -156,3 +165,71 @@ def test_two_that_do_not_differ_are_not_certain_to_be_equal() -> None:
     found = gate.compare(same, same, "champion")
     assert (found.difference, found.p_value) == (0, 1)
     assert found.low == -found.high < 0
+
+
+def test_the_same_weights_change_nothing(store: Store) -> None:
+    weights = sha256("the same seed on the same data")
+    promote(store, published(store, 0.50, "monday", weights_sha256=weights))
+    tuesday = promote(store, published(store, 0.50, "tuesday", weights_sha256=weights))
+    assert not tuesday.promoted
+    assert "same weights as champion monday" in tuesday.reason
+    assert [version for _, version, _ in transitions(store)] == ["monday"]
+
+
+def test_weights_that_somebody_rolled_back_from_do_not_come_back_by_themselves(store: Store) -> None:
+    promote(store, published(store, 0.40, "good"))
+    promote(store, published(store, 0.50, "bad"))
+    champions.roll_back(store, "cifar10")
+    again = published(store, 0.50, "again", weights_sha256=sha256("bad"))
+    refused = promote(store, again)
+    assert not refused.promoted
+    assert "the weights of bad, from which somebody rolled back" in refused.reason
+    assert promote(store, published(store, 0.45, "other")).promoted
+    champions.promote_by_hand(store, "cifar10", "bad")
+    champions.promote_by_hand(store, "cifar10", "other")
+    assert promote(store, again).promoted
+
+
+def test_a_rollback_in_a_history_that_names_no_weights_is_remembered_by_the_card(store: Store) -> None:
+    promote(store, published(store, 0.40, "good"))
+    promote(store, published(store, 0.50, "bad"))
+    champions.roll_back(store, "cifar10")
+    key = "models/cifar10/champion.json"
+    history, etag = documents.read(store, key, History)
+    nameless = [entry.changed(weights_sha256=None) for entry in history.transitions]
+    documents.write(store, key, history.changed(transitions=nameless), etag)
+    assert not promote(store, published(store, 0.50, "again", weights_sha256=sha256("bad"))).promoted
+
+
+def test_the_verdict_on_a_finished_run_stands(store: Store) -> None:
+    promote(store, published(store, 0.50, "champion"))
+    candidate = published(store, 0.40, "candidate")
+    rejected = promote(store, candidate)
+    assert not rejected.promoted
+    result = Result(test_accuracy=0.40, test_loss=1.0, weights_sha256="0" * 64, model=candidate.key, verdict=rejected)
+    with hold(store, "candidate") as run:
+        run.end("finished", result=result)
+    assert promote(store, candidate, max_regression=0.5) == rejected
+    assert [version for _, version, _ in transitions(store)] == ["champion"]
+
+
+def test_small_steps_down_do_not_add_up(store: Store) -> None:
+    """A model that loses 0.3 points a night, each of which max_regression allows: it slid to 91.6 % in 60 nights."""
+    live = []
+    for night in range(12):
+        verdict = promote(store, published(store, 0.94 - 0.003 * night, f"night-{night:02}"), max_regression=0.003)
+        assert verdict.champion
+        live.append(verdict.champion.test_accuracy)
+    assert min(live) >= 0.94 - 0.003 - 1e-9
+    assert "max_slide allows 0.30" in verdict.reason or "max_regression" in verdict.reason
+
+
+def test_max_slide_is_measured_from_the_best_champion_since_the_last_change_by_hand(store: Store) -> None:
+    gate_of_the_team = {"max_regression": 0.01, "max_slide": 0.015}
+    for version, accuracy in (("best", 0.90), ("lower", 0.89)):
+        assert promote(store, published(store, accuracy, version), **gate_of_the_team).promoted
+    too_low = promote(store, published(store, 0.884, "too-low"), **gate_of_the_team)
+    assert not too_low.promoted
+    assert "1.60 points below best, the best champion since" in too_low.reason
+    champions.promote_by_hand(store, "cifar10", published(store, 0.885, "wanted").version)
+    assert promote(store, published(store, 0.88, "after"), **gate_of_the_team).promoted

@@ -1,6 +1,7 @@
 """One page in the morning, whole in itself."""
 
 import re
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -8,15 +9,19 @@ from xml.etree import ElementTree
 import pytest
 
 from nightshift.errors import TrainingInterrupted
-from nightshift.judging import evaluation, gate
+from nightshift.judging import evaluation, gate, report
 from nightshift.judging.report import Report, build_report, publish_report
 from nightshift.records import orphans
-from nightshift.records.run import read_record
+from nightshift.records.lease import RunSpec
+from nightshift.records.lease import hold as hold_run
+from nightshift.records.run import Origin, Result, read_record
 from nightshift.refs import DatasetRef, ModelRef, Verdict
 from nightshift.settings import GateSettings
+from nightshift.storage.memory import MemoryStore
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
+from tests.records.test_lease import DATASET
 
 Candidates = tuple[Workspace, dict[int, ModelRef]]
 
@@ -109,3 +114,17 @@ def test_the_report_of_a_stored_run_is_no_orphan_and_that_of_no_run_is_one(
     found = orphans.find(store, timedelta(0)).keys
     store.delete("reports/nobody/report.html")
     assert found == ["reports/nobody/report.html"]
+
+
+def test_the_last_nights_are_there_however_many_trials_came_after_them(workspace: Workspace) -> None:
+    """The report read the 42 newest records: a sweep of as many trials hid all nights."""
+    store = MemoryStore()
+    for number in range(60):
+        origin = Origin(promote=number < 3)
+        spec = RunSpec(f"run-{number:02}", small_config(), DATASET, {"torch": "x"}, 40, origin)
+        with hold_run(store, spec, 60) as run:
+            result = Result(test_accuracy=0.5, test_loss=1, weights_sha256="0" * 64, model="models/cifar10/x/")
+            run.end("finished", result=result)
+    last = read_record(store, "run-02")[0].changed(created_at=store.now() + timedelta(days=1), run_id="this-one")
+    nights = report._nights(replace(workspace, store=store), last, None, None)
+    assert [night.run_id for night in nights] == ["run-00", "run-01", "run-02"]

@@ -6,7 +6,14 @@ from datetime import timedelta
 
 import pytest
 
-from nightshift.errors import ModelNotFoundError, PreconditionFailedError, TrainingInterrupted
+from nightshift.errors import (
+    ExportError,
+    LeaseLostError,
+    ModelNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+    TrainingInterrupted,
+)
 from nightshift.records import champions, recovery
 from nightshift.records.keys import RECORDS
 from nightshift.records.run import Checkpoint, CheckpointMetrics, Origin, RunRecord, Status, read_record, write_record
@@ -152,3 +159,20 @@ def test_recover_goes_on_with_an_interrupted_run_to_its_end(
     with pytest.raises(ModelNotFoundError, match="no champion"):  # the gate is not asked of a trial
         champions.read_champion(workspace.store, "cifar10")
     assert nightshift("recover", "--json").json == {"started": [], "live": []}
+
+
+def test_an_error_that_will_always_come_fails_the_run_and_one_that_can_pass_does_not(store: Store) -> None:
+    """After training, an ExportError left the record running: it was started again 20 times."""
+    for run_id, error, status in (
+        ("export", ExportError("a lambda cannot be exported"), "failed"),
+        ("bug", KeyError("bug"), "failed"),
+        ("outage", StorageError("503"), "running"),
+        ("stop", LeaseLostError("taken over"), "running"),
+    ):
+        with hold(store, run_id):
+            pass  # trained: evaluation and publication are still to come
+        with pytest.raises(type(error)), recovery.closed_if_it_fails(store, run_id):
+            raise error
+        record, _ = read_record(store, run_id)
+        assert (run_id, record.status) == (run_id, status)
+        assert (record.events[-1].detail == str(error)) == (status == "failed")
