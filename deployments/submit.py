@@ -23,6 +23,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.utilities.urls import url_for
 
 from deployments.client import connected
+from flows.nights import start_in_zone
 from flows.recover import newest_flow_run
 from nightshift import progress
 from nightshift.data.names import checked_config
@@ -72,8 +73,7 @@ def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
         flow_run = client.create_flow_run_from_deployment(deployment.id, parameters=chosen)
         run_id = None
         if "recipe" in chosen:
-            assert flow_run.expected_start_time is not None
-            run_id = durable_run_id(wanted, label, flow_run.expected_start_time, str(flow_run.id))
+            run_id = durable_run_id(wanted, label, start_in_zone(client, flow_run), str(flow_run.id))
         return Submitted(flow_run.id, flow_run.name, url_for(flow_run), run_id)
 
 

@@ -3,7 +3,6 @@
 import logging
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -18,6 +17,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling, Completed, Failed
 from pydantic import Field
 
+from flows.nights import this_start
 from flows.recover import CANCELLED, is_being_cancelled, newest_flow_run, start_again_if_lost
 from flows.verdicts import handle_rejection, verdict_message
 from nightshift import progress
@@ -45,8 +45,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 
 
 def _sweep_id(sweep_id: str | None) -> str:
-    scheduled = flow_run.get_scheduled_start_time() or datetime.now(UTC)
-    return durable_run_id(sweep_id, "sweep", scheduled, str(flow_run.get_id()))
+    return durable_run_id(sweep_id, "sweep", this_start(), str(flow_run.get_id()))
 
 
 def _flow_run_name() -> str:

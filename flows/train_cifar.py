@@ -1,7 +1,6 @@
 """The flow `train-cifar`: download → preprocess → train → evaluate → publish → promote → report."""
 
 import logging
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from prefect import flow
@@ -11,6 +10,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
+from flows.nights import this_start
 from flows.recover import is_being_cancelled
 from flows.verdicts import handle_rejection, verdict_message
 from nightshift.config.recipes import recipe_names
@@ -39,8 +39,7 @@ logging.getLogger("nightshift").setLevel(logging.INFO)
 
 
 def _run_id(run_id: str | None, recipe: str) -> str:
-    scheduled = flow_run.get_scheduled_start_time() or datetime.now(UTC)
-    return durable_run_id(run_id, deployment.get_name() or recipe, scheduled, str(flow_run.get_id()))
+    return durable_run_id(run_id, deployment.get_name() or recipe, this_start(), str(flow_run.get_id()))
 
 
 def _flow_run_name() -> str:
@@ -62,12 +61,14 @@ def train_cifar(
 
     Args:
         recipe: The named config to start from.
-        overrides: Fields of the config to replace, such as {"epochs": 3, "lr": 0.1}.
-        run_id: Durable name of the run, in which {date} stands for the day it is scheduled for. An unfinished run of
-            this name is resumed, a finished one trains nothing. None: a name is made.
+        overrides: Fields of the config to replace, such as {"epochs": 3, "lr": 0.1}. With {"seed": "date"} each night
+            has a seed of its own, such as 20261125.
+        run_id: Durable name of the run, in which {date} stands for the day it is scheduled for, in the schedule's zone.
+            An unfinished run of this name is resumed, a finished one trains nothing. None: a name is made.
         promote: Let it go live if it is better. A trial of a sweep is compared with the other trials instead.
     """
-    config, run_id, settings = checked_config(recipe, overrides), _run_id(run_id, recipe), Settings.load()
+    config = checked_config(recipe, overrides, this_start())
+    run_id, settings = _run_id(run_id, recipe), Settings.load()
     with open_workspace(settings) as workspace:
         if flow_run.get_run_count() > 1 + settings.max_recoveries:
             raise RecoveryLimitError(recovery.give_up(workspace.store, run_id, settings.max_recoveries))
@@ -75,10 +76,11 @@ def train_cifar(
             raw = download(workspace, config.data.dataset)
             dataset = preprocess(workspace, raw)
             checkpoint = train(workspace, run_id, config, dataset, promote)
-            evaluation = evaluate(workspace, checkpoint, dataset)
-            model = publish(workspace, checkpoint, dataset, evaluation)
-            verdict = ask_gate(workspace, model, settings.gate) if promote else None
-            report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
+            with recovery.closed_if_it_fails(workspace.store, run_id):
+                evaluation = evaluate(workspace, checkpoint, dataset)
+                model = publish(workspace, checkpoint, dataset, evaluation)
+                verdict = ask_gate(workspace, model, settings.gate) if promote else None
+                report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
         except TerminationSignal:
             if not is_being_cancelled():
                 raise

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from nightshift.config.train import (
@@ -101,8 +102,13 @@ def overrides_of(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config.flat().items() if base[name] != value}
 
 
-def make_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+def make_config(recipe: str, overrides: Mapping[str, Any] | None = None, night: datetime | None = None) -> TrainConfig:
     """A recipe's config with some fields replaced.
+
+    Args:
+        overrides: as for `TrainConfig.override`; besides, the seed `date` stands for a number that is another each
+            night, such as 20261125. The config has the number.
+        night: whose date that is; now, in UTC, by default.
 
     Raises:
         ConfigError: the recipe or a field does not exist, or a value is out of range.
@@ -110,4 +116,6 @@ def make_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> Trai
     overrides = dict(overrides or {})
     if "recipe" in overrides:
         raise ConfigError("recipe cannot be overridden: name the recipe itself (--recipe)")
+    if overrides.get("seed") == "date":
+        overrides["seed"] = int(f"{night or datetime.now(UTC):%Y%m%d}")
     return get_recipe(recipe).config.override(overrides)

@@ -1,6 +1,7 @@
 """Fast checks that what a config names exists: without torch, numpy, Prefect or a server."""
 
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,13 +12,15 @@ from nightshift.data.specs import get_spec
 from nightshift.errors import ConfigError
 
 
-def checked_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+def checked_config(
+    recipe: str, overrides: Mapping[str, Any] | None = None, night: datetime | None = None
+) -> TrainConfig:
     """A recipe's config with some fields replaced, after a check that everything it names exists.
 
     Raises:
         ConfigError: as `make_config` and `check_names`.
     """
-    config = make_config(recipe, overrides)
+    config = make_config(recipe, overrides, night)
     check_names(config)
     return config
 

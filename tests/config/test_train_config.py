@@ -1,6 +1,7 @@
 """TrainConfig: a mistake is refused with a message from which it can be corrected, and stored configs stay readable."""
 
 import json
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -259,3 +260,16 @@ def test_a_config_survives_being_stored(name: str) -> None:
     restored = TrainConfig.parse(json.loads(json.dumps(config.model_dump())))
     assert restored == config
     assert restored.digest == config.digest
+
+
+def test_a_stored_run_may_change_what_does_not_decide_its_result_and_nothing_else() -> None:
+    config = make_config("quick", {"nproc_per_node": 8})
+    assert config.resumed_with({"nproc_per_node": "auto"}) == make_config("quick", {"nproc_per_node": "auto"})
+    with pytest.raises(ConfigError, match=r"^optimizer.lr: decides the result"):
+        config.resumed_with({"lr": "0.1", "keep_last": "1"})
+
+
+def test_the_seed_date_is_another_number_each_night_and_the_config_has_the_number() -> None:
+    tokyo = timezone(timedelta(hours=9))
+    seeds = [make_config("quick", {"seed": "date"}, datetime(2026, 11, day, 2, tzinfo=tokyo)).seed for day in (25, 26)]
+    assert seeds == [20261125, 20261126]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import kubernetes_validate
 import pytest
+import yaml
 from jsonschema import Draft202012Validator, ValidationError
 from prefect.server.schemas.actions import WorkPoolCreate
 from pydantic import ValidationError as RefusedError
@@ -198,3 +199,18 @@ def test_the_rendezvous_has_a_name_and_only_ranks_are_let_in(start_pod: Callable
     assert policy["spec"] == {**ours, "policyTypes": ["Ingress"], "ingress": [{"from": [ours]}]}
     namespaces = {found["metadata"]["namespace"] for found in (service, policy)}
     assert namespaces == {read_pool("kubernetes")["variables"]["properties"]["namespace"]["default"]}
+
+
+def test_ranks_of_a_container_have_more_shared_memory_than_the_64_mb_of_its_default() -> None:
+    docker = read_pool("docker")["job_configuration"]["container_create_kwargs"]
+    assert docker["shm_size"] == "{{ shm_size }}"
+    pod = kubernetes_job()["spec"]["template"]["spec"]
+    assert pod["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}]
+    assert pod["containers"][0]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
+
+
+def test_what_watches_over_the_trainings_does_not_wait_in_their_pool() -> None:
+    planned = yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text())["deployments"]
+    pools = {deployment["name"]: deployment["work_pool"]["name"] for deployment in planned}
+    assert pools["every-5-minutes"] == pools["manual"] == "cpu-process"
+    assert pools["nightly"] == "gpu-process"

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from nightshift.checkpoints.payload import read_weights, weights_sha256
+from nightshift.records.keys import place_of
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
@@ -290,3 +291,9 @@ def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
     assert resumed.exit_code == 0, resumed.err
     assert resumed.json["resumed_from_step"] == record.step
     assert resumed.json["weights_sha256"] == whole.json["weights_sha256"]
+
+
+def test_every_key_that_a_flow_writes_is_known_to_gc(whole: Finished, workspace: Workspace) -> None:
+    keys = [item.key for item in workspace.store.list("") if not item.key.startswith("runs/")]
+    assert {place.kind for key in keys if (place := place_of(key))} >= {"payload", "report", "version", "champion"}
+    assert [key for key in keys if not place_of(key)] == []
