@@ -47,7 +47,7 @@ SLOW = {"deployments/server", "faults", "flows", "parallel"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that both processes end together; what `make test-fast` leaves out is marked.
 
-    That is all that needs a Prefect server, many processes that train, or programs from outside.
+    That is all that needs a Prefect server or many processes that train.
     """
     ranks = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
