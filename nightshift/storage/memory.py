@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO
 
-from nightshift.errors import ConfigError, ObjectNotFoundError, PreconditionFailedError
-from nightshift.storage.store import Stored, Upload
+from nightshift.errors import ObjectNotFoundError, PreconditionFailedError
+from nightshift.storage.store import Stored, Upload, split_url
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,9 @@ class MemoryStore:
         return f"s3://{self.bucket}/{self.prefix}{key}"
 
     def at(self, url: str) -> tuple["MemoryStore", str]:
-        bucket, _, key = url.removeprefix("s3://").partition("/")
-        if not url.startswith("s3://") or not bucket:
-            raise ConfigError(f"{url!r} is not of the form s3://BUCKET/KEY")
         other = copy.copy(self)
-        other.bucket, other.prefix = bucket, ""
+        other.prefix = ""
+        other.bucket, key = split_url(url)
         return other, key
 
     def now(self) -> datetime:

@@ -26,7 +26,6 @@ from urllib3.exceptions import HTTPError as BrokenAnswer
 
 from nightshift.errors import (
     BucketNotFoundError,
-    ConfigError,
     ObjectNotFoundError,
     PreconditionFailedError,
     StorageDeniedError,
@@ -35,7 +34,7 @@ from nightshift.errors import (
     UnfencedStoreError,
 )
 from nightshift.settings import S3Settings
-from nightshift.storage.store import Stored, Upload
+from nightshift.storage.store import Stored, Upload, split_url
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -99,11 +98,9 @@ class S3:
         return f"s3://{self.bucket}/{self.prefix}{key}"
 
     def at(self, url: str) -> tuple["S3", str]:
-        bucket, _, key = url.removeprefix("s3://").partition("/")
-        if not url.startswith("s3://") or not bucket:
-            raise ConfigError(f"{url!r} is not of the form s3://BUCKET/KEY")
         other = copy.copy(self)
-        other.bucket, other.prefix = bucket, ""
+        other.prefix = ""
+        other.bucket, key = split_url(url)
         return other, key
 
     def now(self) -> datetime:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, Protocol
 
+from nightshift.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -26,6 +28,18 @@ class Upload:
     key: str
     upload_id: str
     started: datetime
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """The bucket and the key of an address such as `Store.url` gives.
+
+    Raises:
+        ConfigError: it is not of the form s3://BUCKET/KEY.
+    """
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not url.startswith("s3://") or not bucket:
+        raise ConfigError(f"{url!r} is not of the form s3://BUCKET/KEY")
+    return bucket, key
 
 
 class Store(Protocol):
