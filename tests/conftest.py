@@ -40,14 +40,14 @@ LONGEST = (
     "test_launch.py",
     "test_faults.py",
 )
-SLOW = {"deployments/server", "faults", "flows", "parallel"}
+SLOW = {"deployments", "deployments/server", "faults", "flows", "parallel", "publishing"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that both processes end together; what `make test-fast` leaves out is marked.
 
-    That is all that needs a Prefect server or many processes that train.
+    That is all that needs a Prefect server or many processes that train, or exports networks; and the manifests.
     """
     ranks = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))

@@ -98,6 +98,7 @@ def test_a_run_that_is_repeated_is_not_promoted_twice(store: Store) -> None:
     assert [version for _, version, _ in transitions(store)] == ["first", "second", "third"]
 
 
+@pytest.mark.slow
 def test_two_promotions_raced_a_hundred_times_leave_the_pointer_right_every_time(workspace: Workspace) -> None:
     store = workspace.store
     base, good, better = (
