@@ -103,13 +103,13 @@ def live(workspace: Workspace, cifar10: DatasetRef, tmp_path: Path) -> None:
     model = publish_model(workspace, checkpoint, cifar10, evaluation)
     verdict = gate.promote(store, model, GateSettings())
     publish_report(workspace, checkpoint, evaluation, model, verdict, price_per_hour=None)
-    store.put("reports/no-such-run/html", b"")
+    store.put("reports/no-such-run/report.html", b"")
 
-    store.upload("checkpoints/run/large-0.pt", io.BytesIO(bytes(17 * MIB)))
-    store.download_bytes("checkpoints/run/large-0.pt")
+    store.upload("checkpoints/run/1000-0.pt", io.BytesIO(bytes(17 * MIB)))
+    store.download_bytes("checkpoints/run/1000-0.pt")
     store.put("models/tiny/unfinished/weights.pth", b"a version without its card")
-    store.put("probe/left-behind", b"")
-    begin_upload(store, "checkpoints/run/unfinished-0.pt")
+    store.put("probe/0123456789abcdef", b"")
+    begin_upload(store, "checkpoints/run/1001-0.pt")
     orphans.collect(store, orphans.find(store, timedelta(0)))
 
 
