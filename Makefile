@@ -2,6 +2,7 @@
 
 UV_VERSION := 0.13.9
 STAMP := .venv/.ready
+MINUTES := 60
 
 setup: $(STAMP)
 	@:
@@ -37,6 +38,7 @@ test-fast: setup
 soak: setup
 	@.venv/bin/python -m tests.faults.soak
 	@.venv/bin/python -m pytest -m soak --numprocesses 0
+	@.venv/bin/python -m tests.faults.nights --minutes $(MINUTES)
 
 bench: setup
 	@test -x .venv-bench/bin/python || .venv/bin/uv venv --quiet .venv-bench --python .venv/bin/python
