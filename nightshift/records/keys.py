@@ -14,7 +14,7 @@ DATASETS = "datasets/"
 PROBES = "probe/"
 
 _RUN = r"(?P<run_id>[A-Za-z0-9][A-Za-z0-9._-]{0,99})"
-_REPORT_FILES = r"(metrics\.jsonl|evaluation\.json|predictions\.safetensors|report\.html|plots/\w+\.svg)"
+_REPORT_FILES = r"(metrics\.jsonl|evaluation\.json|predictions\.safetensors|report\.html|plots/[\w-]+\.svg)"
 _VERSION_FILES = r"(weights\.pth|weights\.safetensors|model\.pt2|predictions\.safetensors|card\.json)"
 _SHAPES = {
     "payload": rf"{PAYLOADS}{_RUN}/\d+-\d+\.pt",

@@ -147,7 +147,7 @@ def bits(home: Path, server: S3, cifar10: DatasetRef) -> str:
 
 def begin(flow: Machine, other: Machine, workspace: Workspace) -> None:
     """Start a run on both, and wait until it has checkpoints."""
-    settings = [part for name in SETTINGS for part in ("--set", f"{name}={getattr(CONFIG, name)}")]
+    settings = [part for name in SETTINGS for part in ("--set", f"{name}={CONFIG.value_of(name)}")]
     other.start("join")
     trained = flow.start("train", "--recipe", "tutorial", "--run-id", "run", "--json", *settings)
     eventually(lambda: has_checkpoints(workspace) or trained.poll() is not None, timeout=180)

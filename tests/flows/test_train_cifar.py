@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from nightshift.checkpoints.payload import read_weights, weights_sha256
-from nightshift.records.keys import place_of
+from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, REPORTS, place_of
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
@@ -294,6 +294,6 @@ def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
 
 
 def test_every_key_that_a_flow_writes_is_known_to_gc(whole: Finished, workspace: Workspace) -> None:
-    keys = [item.key for item in workspace.store.list("") if not item.key.startswith("runs/")]
+    keys = [item.key for prefix in (PAYLOADS, REPORTS, MODELS, DATASETS) for item in workspace.store.list(prefix)]
     assert {place.kind for key in keys if (place := place_of(key))} >= {"payload", "report", "version", "champion"}
     assert [key for key in keys if not place_of(key)] == []
