@@ -39,21 +39,27 @@ LONGEST = (
     "test_nodes.py",
     "test_launch.py",
     "test_faults.py",
+    "test_exact_resume.py",
+    "test_local_s3.py",
+    "test_lease.py",
+    "test_checkpoints.py",
 )
 SLOW = {"deployments", "deployments/server", "faults", "flows", "parallel", "publishing"}
+SLOW_FIXTURES = {"prefect_api", "candidates", "start"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that both processes end together; what `make test-fast` leaves out is marked.
 
-    That is all that needs a Prefect server or many processes that train, or exports networks; and the manifests.
+    That is all that needs a Prefect server, published models, commands as a user starts them or many processes that
+    train; and the manifests.
     """
     ranks = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
     for item in items:
         room = item.path.parent.relative_to(Path(__file__).parent).as_posix()
-        if room in SLOW or "prefect_api" in getattr(item, "fixturenames", ()):
+        if room in SLOW or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
 
 

@@ -40,7 +40,9 @@ def processes() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in STOPS)) for name in CONFIGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("quick", "tutorial"))) for name in CONFIGS]
+)
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(
     name: str, processes: ProcessPoolExecutor, home: Path, server: S3, prefix: str, cifar10: DatasetRef
 ) -> None:
