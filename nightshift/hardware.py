@@ -38,6 +38,19 @@ def find_device(choice: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device
     return torch.device("cuda" if available and choice != "cpu" else "cpu")
 
 
+@contextmanager
+def failures_explained(device: torch.device) -> Iterator[None]:
+    """Turn the failure of a device into one that a new process may survive; this process' context is lost.
+
+    Raises:
+        DeviceError: for torch's OutOfMemoryError and AcceleratorError.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        raise DeviceError(f"{device} has failed: {str(error).splitlines()[0]}") from error
+
+
 def ranks_here(config: HardwareConfig) -> int:
     """How many ranks this machine is to have; auto: one per GPU, and one without GPUs.
 
@@ -101,18 +114,6 @@ class Hardware:
         finally:
             torch.use_deterministic_algorithms(before)
             deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
-
-    @contextmanager
-    def failures_explained(self) -> Iterator[None]:
-        """Turn the failure of a device into one that a new process may survive; this process' context is lost.
-
-        Raises:
-            DeviceError: for torch's OutOfMemoryError and AcceleratorError.
-        """
-        try:
-            yield
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            raise DeviceError(f"{self.device} has failed: {str(error).splitlines()[0]}") from error
 
     def describe(self, world_size: int = 1) -> dict[str, str]:
         """What decides the bits besides config and data, and the code's version; for the run record."""

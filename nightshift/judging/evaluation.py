@@ -15,7 +15,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, open_dataset
 from nightshift.errors import ObjectNotFoundError, StorageError
-from nightshift.hardware import find_device
+from nightshift.hardware import failures_explained, find_device
 from nightshift.ids import Sha256
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
@@ -233,9 +233,9 @@ def _evaluate(
 ) -> Metrics:
     weights = read_weights(workspace.store, checkpoint)
     dataset = open_dataset(workspace, dataset_ref)
-    logits = predict_test_images(
-        load_model(config, weights, len(dataset.classes), find_device(config.hardware.device)), dataset, config
-    )
+    device = find_device(config.hardware.device)
+    with failures_explained(device):
+        logits = predict_test_images(load_model(config, weights, len(dataset.classes), device), dataset, config)
     labels = dataset.test_labels
     body = save_safetensors({"predicted": logits.argmax(1).to(torch.uint8), "labels": labels.clone()})
     key = report_key(checkpoint.run_id, "predictions.safetensors")

@@ -12,7 +12,7 @@ from nightshift.data import batches
 from nightshift.data.datasets import open_dataset
 from nightshift.data.names import check_extras, check_names
 from nightshift.errors import RunNotFoundError
-from nightshift.hardware import Hardware, find_device, ranks_here
+from nightshift.hardware import Hardware, failures_explained, find_device, ranks_here
 from nightshift.ids import RunId
 from nightshift.records.lease import RunSpec, check_matches, hold
 from nightshift.records.run import Origin, read_record
@@ -83,7 +83,7 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
         hardware = Hardware.resolve(config.hardware, plan.total_steps)
         with hardware.numerics():
             if not ranks.leads:
-                with hardware.failures_explained():
+                with failures_explained(device):
                     return Loop(config, dataset, plan, hardware, ranks, Recorder()).run(orders)
             spec = RunSpec(
                 job.run_id, config, job.dataset, hardware.describe(ranks.world_size), plan.total_steps, job.origin
@@ -95,7 +95,7 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
             with (
                 hold(workspace.store, spec, workspace.lease_seconds, patience) as run,
                 ranks.loss_explained(),
-                hardware.failures_explained(),
+                failures_explained(device),
             ):
                 recorder = RunRecorder(run, config, plan, hardware, workspace)
                 return Loop(config, dataset, plan, hardware, ranks, recorder).run(orders)
