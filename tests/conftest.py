@@ -36,7 +36,6 @@ LONGEST = (
     "test_server.py",
     "test_train_cifar.py",
     "test_kills.py",
-    "test_nodes.py",
     "test_launch.py",
     "test_faults.py",
     "test_exact_resume.py",

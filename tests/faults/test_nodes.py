@@ -45,7 +45,10 @@ def may_make_networks() -> bool:
     return made
 
 
-pytestmark = pytest.mark.skipif(not may_make_networks(), reason="needs root and `ip netns`")
+pytestmark = [
+    pytest.mark.soak,  # each takes two minutes, for many processes start
+    pytest.mark.skipif(not may_make_networks(), reason="needs root and `ip netns`"),
+]
 
 
 @dataclass
@@ -177,7 +180,6 @@ def test_a_machine_that_is_lost_and_comes_back_costs_no_bit(
     assert "run run: trained" in other.finish()
 
 
-@pytest.mark.soak
 def test_a_cut_cable_is_waited_for_and_there_is_one_leader_all_the_time(
     machines: tuple[Machine, Machine], workspace: Workspace, bits: str
 ) -> None:
@@ -193,7 +195,6 @@ def test_a_cut_cable_is_waited_for_and_there_is_one_leader_all_the_time(
     assert tokens(workspace) == sorted(tokens(workspace))
 
 
-@pytest.mark.soak
 def test_a_machine_that_has_lost_the_other_stops_when_it_is_told_to(
     machines: tuple[Machine, Machine], workspace: Workspace, bits: str
 ) -> None:
