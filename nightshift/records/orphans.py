@@ -8,7 +8,7 @@ our shapes are looked at: in a bucket without a prefix, all others are other peo
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import groupby
 
 from nightshift import progress
@@ -18,6 +18,8 @@ from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, PROBES, REPORTS,
 from nightshift.records.lease import is_live
 from nightshift.records.run import READERS, read_record
 from nightshift.storage.store import Store, Stored, Upload
+
+_A_MINUTE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ def find(store: Store, older_than: timedelta) -> Orphans:
     Raises:
         StorageError: the store cannot be listed.
     """
-    before = store.now() - older_than
+    now = store.now()
+    before = now - older_than
 
-    def old(prefix: str, kind: Kind) -> list[Stored]:
+    def old(prefix: str, kind: Kind, before: datetime = before) -> list[Stored]:
         return [item for item in store.list(prefix) if item.modified <= before and _is(kind, item.key)]
 
     uploads = [
@@ -61,7 +64,9 @@ def find(store: Store, older_than: timedelta) -> Orphans:
     found = [*old(PAYLOADS, "payload"), *old(REPORTS, "report"), *versions]
     is_needed = _need_of_runs(store, [*(item.key for item in found), *(upload.key for upload in uploads)])
     return Orphans(
-        objects=[item for item in found if not is_needed(item.key)] + old(PROBES, "probe"),
+        # A probe is in use for milliseconds, and no lease protects it.
+        objects=[item for item in found if not is_needed(item.key)]
+        + old(PROBES, "probe", min(before, now - _A_MINUTE)),
         uploads=[upload for upload in uploads if not is_needed(upload.key)],
     )
 

@@ -16,7 +16,7 @@ from nightshift.workspace import Workspace
 from tests.commands import Finished
 from tests.records.test_lease import acquire, hold
 from tests.records.test_versions import card_of
-from tests.stores import begin_upload
+from tests.stores import begin_upload, memory_store, wait_until
 
 NOW = timedelta(0)
 A_DAY = timedelta(days=1)
@@ -174,3 +174,11 @@ def test_gc_shows_what_it_would_delete_and_then_deletes_it(
         assert done.exit_code == 0, done.err
         assert done.json.items() >= counts.items()
         assert len(found(workspace.store)) == (2 if arguments else 0)
+
+
+def test_a_probe_that_is_in_use_is_left_alone_at_any_age_and_a_forgotten_one_is_an_orphan() -> None:
+    store = memory_store()
+    store.put("probe/0123456789abcdef", b"first")
+    assert found(store) == []
+    wait_until(store, store.now() + timedelta(minutes=1))
+    assert found(store) == ["probe/0123456789abcdef"]
