@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.error import HTTPError
 
 import pytest
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
@@ -110,10 +109,11 @@ def prefect(stack: dict[str, Any]) -> Prefect:
 def ask(stack: dict[str, Any]) -> Callable[..., Any]:
     """Ask the server's API: what is at a path, or what it says to a body."""
 
-    # SQLite is locked now and then, and the server answers 503; Prefect's own client asks again too.
+    # SQLite is locked now and then, and the server answers 503, or not within half a minute; Prefect's own client asks
+    # again too.
     @retry(
-        retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and error.code == 503),
-        stop=stop_after_delay(60),
+        retry=retry_if_exception(lambda error: isinstance(error, TimeoutError) or getattr(error, "code", None) == 503),
+        stop=stop_after_delay(120),
         wait=wait_fixed(0.5),
     )
     def request(path: str, **body: Any) -> Any:
