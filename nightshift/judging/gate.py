@@ -160,8 +160,8 @@ def _slide(store: Store, card: ModelCard, champion: ModelCard, history: History,
         theirs = read_card(store, history.name, best.version)
         if theirs.dataset_digest == card.dataset_digest:
             allowed = settings.max_regression if settings.max_slide is None else settings.max_slide
-            lost = int(_correct(store, theirs).sum()) - int(_correct(store, card).sum())
-            images = len(_correct(store, card))
+            ours = _correct(store, card)
+            lost, images = int(_correct(store, theirs).sum()) - int(ours.sum()), len(ours)
             if lost > allowed * images + 1e-6:
                 below = f"{100 * lost / images:.2f} points below {best.version}"
                 return f"{below}, the best champion since {best.at:%Y-%m-%d}; max_slide allows {100 * allowed:.2f}"
