@@ -37,6 +37,8 @@ from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.storage.store import Store
 
 _POLL_SECONDS = 2.0
+_CLOCKS_DIFFER = timedelta(seconds=1)
+"""By how much two processes may take the store's clock differently: it tells whole seconds."""
 
 # The owners of this process' own leases. A lease whose owner is no longer here was left by a training that has ended.
 _held: set[str] = set()
@@ -159,7 +161,7 @@ class Run:
         now = self.store.now()
 
         def give_back(record: RunRecord) -> RunRecord:
-            lease = record.lease.changed(expires_at=now)
+            lease = record.lease.changed(expires_at=now - _CLOCKS_DIFFER)
             return record.changed(status=status, result=result, lease=lease).with_event(status, now, detail)
 
         with self._lock:

@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 from tests.conftest import eventually, small_config
-from tests.stores import Faulty, wait_until
+from tests.stores import Clock, Faulty, memory_store, wait_until
 
 DATASET = DatasetRef(name="cifar10", digest="0" * 64, key="datasets/0/packed.safetensors", source="cache")
 
@@ -237,6 +239,14 @@ def test_how_a_run_ended_is_recorded_and_its_lease_given_back(store: Store, erro
     assert record.status == status
     assert record.lease.expires_at <= store.now()
     assert acquire(store).token == 2
+
+
+def test_a_lease_that_was_given_back_is_free_to_a_process_whose_clock_is_half_a_second_behind() -> None:
+    store = memory_store()
+    with suppress(TrainingInterrupted), hold(store):
+        raise TrainingInterrupted("stop")
+    store.clock = Clock(timedelta(seconds=-0.5))
+    assert acquire_run(store, replace(spec(), process="another process"), 60).record.lease.token == 2
 
 
 def test_another_config_is_refused_with_the_fields_named(store: Store) -> None:
