@@ -29,19 +29,11 @@ def forked() -> ForkServerContext:
     return context
 
 
-_start = LocalElasticAgent.__init__
-
-
 @contextmanager
 def ranks_are_forked() -> Iterator[None]:
     """Let torch's agent fork the ranks, which it starts as new Pythons otherwise."""
     forked()
-    with mock.patch.object(LocalElasticAgent, "__init__", partialmethod(_start, start_method="forkserver")):
-        yield
-
-
-@contextmanager
-def ranks_are_spawned() -> Iterator[None]:
-    """Let it start them as it does for users."""
-    with mock.patch.object(LocalElasticAgent, "__init__", _start):
+    with mock.patch.object(
+        LocalElasticAgent, "__init__", partialmethod(LocalElasticAgent.__init__, start_method="forkserver")
+    ):
         yield

@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +31,8 @@ from nightshift.training.run import Job, train_as_rank
 from nightshift.workspace import Workspace
 
 _ENDED = "ended"
+_NOTICE_SECONDS = 2
+"""How long a launcher may take to see that a rank is dead. It looks ten times a second."""
 
 
 class Ending(BaseModel):
@@ -97,6 +101,7 @@ def run_rank(setup: RankSetup, job_text: str | None) -> str:
                 ending = Ending(run_id=job.run_id, checkpoint=last)
         except RankLostError:
             if not _has_ended(board):
+                _let_the_lost_rank_be_named(lambda: signals.received or "restart" in channel.orders)
                 raise
         except NightshiftError as error:
             ending = Ending(run_id=job.run_id, error=type(error).__name__, message=str(error))
@@ -117,6 +122,13 @@ def _agree_on_job(ranks: JoinedRanks, setup: RankSetup, job_text: str | None) ->
         raise RankLostError("none of the machines that have met knows what to train")
     board = TCPStore(setup.host, setup.port, is_master=False, timeout=timedelta(days=1))
     return Job.model_validate_json(jobs[0]), PrefixStore(theirs[0][1], board)
+
+
+def _let_the_lost_rank_be_named(is_told: Callable[[], object]) -> None:
+    """Wait until the launcher has seen why: it names the first rank that ends, and this one is only a consequence."""
+    deadline = time.monotonic() + _NOTICE_SECONDS
+    while not is_told() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _has_ended(board: Store) -> bool:

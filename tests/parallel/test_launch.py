@@ -1,6 +1,5 @@
 """Several ranks: the same batches as one, the same bits each time, whatever rank is killed or stopped."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -30,33 +29,38 @@ from nightshift.training.optimizers import build_optimizer
 from nightshift.workspace import Workspace
 from tests.commands import Command, Finished
 from tests.conftest import eventually, small_config
-from tests.forked import ranks_are_spawned
+from tests.parallel.struck import Blow, struck_by
 from tests.train_part import state_sha256
 
 
-class At(LogProgress):
-    """Does something to the ranks, once, when the training has come to a step."""
+class Warnings(LogProgress):
+    """Keeps what a user would be warned of."""
 
-    def __init__(self, step: int, action: Callable[[list[int]], object], times: int = 1) -> None:
-        self.step, self.action, self.left = step, action, times
+    def __init__(self) -> None:
         self.warnings: list[str] = []
-
-    def trained(self, report: StepReport, epoch_ended: bool) -> None:
-        if report.step >= self.step and self.left:
-            self.left -= 1
-            self.action(sorted(child.pid for child in multiprocessing.active_children() if child.pid))
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
 
 
-def kill(number: int) -> Callable[[list[int]], None]:
-    return lambda pids: os.kill(pids[number], signal.SIGKILL)
+class At(LogProgress):
+    """Does something, once, when the training reports that it has come to a step."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self.step, self.action = step, action
+        self.is_done = False
+
+    def trained(self, report: StepReport, epoch_ended: bool) -> None:
+        if report.step >= self.step and not self.is_done:
+            self.is_done = True
+            self.action()
 
 
-def train(workspace: Workspace, cifar10: DatasetRef, run_id: str, config: TrainConfig, at: At | None = None) -> str:
+def train(
+    workspace: Workspace, cifar10: DatasetRef, run_id: str, config: TrainConfig, shown_by: LogProgress | None = None
+) -> str:
     """sha256 of everything a run ends with."""
-    with progress.shown_by(at or LogProgress()):
+    with progress.shown_by(shown_by or LogProgress()):
         last = train_run(workspace, run_id, config, cifar10)
     return state_sha256(read_payload(workspace.store, last))
 
@@ -126,26 +130,23 @@ def test_two_ranks_take_bit_for_bit_the_steps_of_one_process_that_adds_the_gradi
 def test_a_run_of_which_a_rank_is_killed_ends_with_the_same_bits(
     rank: int, workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
 ) -> None:
-    at = At(15, kill(rank))
-    # A forked rank that has lost another ends as quickly as the other does; then either may be named.
-    with ranks_are_spawned():
-        assert train(workspace, cifar10, "run", TWO, at) == uninterrupted[0]
+    seen = Warnings()
+    with struck_by(Blow(rank, 15, signal.SIGKILL)):
+        assert train(workspace, cifar10, "run", TWO, seen) == uninterrupted[0]
     assert record_of(workspace, "run").resumed_from_step == 10
     assert record_of(workspace, "run").curve == uninterrupted[1].curve
-    assert any("SIGKILL" in warning for warning in at.warnings), at.warnings
+    assert [f"rank {rank} failed" in warning and "SIGKILL" in warning for warning in seen.warnings] == [True]
 
 
 def test_a_run_begun_with_two_ranks_goes_on_with_one_and_with_two_again(
     workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
 ) -> None:
-    for step, ranks in ((7, 2), (23, 1), (99, 2)):
-        config = TWO.override({"nproc_per_node": ranks})
-        at = At(step, lambda pids: os.kill(pids[-1] if pids else os.getpid(), signal.SIGTERM))
-        if step < 40:
-            with pytest.raises(TrainingInterrupted, match="which is saved"):
-                train(workspace, cifar10, "run", config, at)
-        else:
-            train(workspace, cifar10, "run", config, at)
+    one = TWO.override({"nproc_per_node": 1})
+    with struck_by(Blow(1, 7, signal.SIGTERM)), pytest.raises(TrainingInterrupted, match="which is saved"):
+        train(workspace, cifar10, "run", TWO)
+    with pytest.raises(TrainingInterrupted, match="which is saved"):
+        train(workspace, cifar10, "run", one, At(20, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    train(workspace, cifar10, "run", TWO)
     record = record_of(workspace, "run")
     assert record.step == 40
     details = [event.detail for event in record.events if event.what == "resumed"]
@@ -161,10 +162,10 @@ def test_sigterm_to_any_rank_stops_all_at_the_same_step_and_saves_it(
     workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
 ) -> None:
     config = TWO.override({"checkpoint_every_steps": None})
-    with pytest.raises(TrainingInterrupted, match="which is saved"):
-        train(workspace, cifar10, "run", config, At(5, lambda pids: os.kill(pids[1], signal.SIGTERM)))
+    with struck_by(Blow(1, 5, signal.SIGTERM)), pytest.raises(TrainingInterrupted, match="which is saved"):
+        train(workspace, cifar10, "run", config)
     stopped = record_of(workspace, "run")
-    assert (stopped.status, len(stopped.checkpoints)) == ("interrupted", 1)
+    assert (stopped.status, stopped.step, len(stopped.checkpoints)) == ("interrupted", 5, 1)
     assert train(workspace, cifar10, "run", config) == uninterrupted[0]
     assert record_of(workspace, "run").resumed_from_step == stopped.step
 
@@ -174,8 +175,8 @@ def test_a_rank_that_fails_again_and_again_fails_the_run_with_its_reason(
 ) -> None:
     reason = r"rank 1 failed after all had been started again 1 times: .*SIGKILL"
     few = Workspace(workspace.store, workspace.home, 60, 5, NodesSettings(max_restarts=1))
-    with ranks_are_spawned(), pytest.raises(RankFailedError, match=reason):
-        train(few, cifar10, "run", TWO.override({"checkpoint_every_steps": None}), At(1, kill(1), times=2))
+    with struck_by(Blow(1, 1, signal.SIGKILL, times=2)), pytest.raises(RankFailedError, match=reason):
+        train(few, cifar10, "run", TWO.override({"checkpoint_every_steps": None}))
     assert record_of(workspace, "run").status == "failed"
 
 
@@ -187,7 +188,7 @@ def test_what_a_user_did_wrong_is_told_as_by_one_process(workspace: Workspace, c
 def test_a_second_trainer_of_a_run_of_several_ranks_is_refused(workspace: Workspace, cifar10: DatasetRef) -> None:
     owners: list[bool] = []
 
-    def look(pids: list[int]) -> None:
+    def look() -> None:
         owners.append(is_live(record_of(workspace, "run").lease, workspace.store.now(), process="another"))
 
     train(workspace, cifar10, "run", TWO, At(5, look))
