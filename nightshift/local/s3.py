@@ -4,16 +4,16 @@ It speaks the protocol that is used in production, so a laptop and a GPU worker 
 """
 
 import json
-import os
 import secrets
 import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from nightshift.errors import LocalServiceError, StorageError
+from nightshift.local.private import made_once
 from nightshift.local.supervisor import Server, using, wait_until
 from nightshift.settings import S3Settings
 from nightshift.storage.s3 import S3, Credentials
@@ -54,17 +54,12 @@ def _answers(store: S3) -> bool:
 
 def embedded_credentials(directory: Path) -> Credentials:
     """The server's key pair, made once and kept in a file that only the user can read."""
-    path = directory / "credentials.json"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not path.exists():
-        pair = {"access_key": secrets.token_hex(10), "secret_key": secrets.token_urlsafe(30)}
-        draft = directory / f"credentials.{os.getpid()}"
-        with open(os.open(draft, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(pair, file)
-        with suppress(FileExistsError):  # another process was first, and its pair counts
-            path.hardlink_to(draft)
-        draft.unlink()
-    return Credentials(**json.loads(path.read_text()))
+    made = made_once(directory / "credentials.json", _new_pair)
+    return Credentials(**json.loads(made))
+
+
+def _new_pair() -> str:
+    return json.dumps({"access_key": secrets.token_hex(10), "secret_key": secrets.token_urlsafe(30)})
 
 
 def _plan(directory: Path, credentials: Credentials) -> Server:
