@@ -30,7 +30,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from common import Summary, copy_data_cache, machine, show, tell, temporary_home, write_json
 from resume_time import environment, import_seconds
@@ -40,7 +39,7 @@ from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, open_dataset
-from nightshift.local.prefect import local_prefect
+from nightshift.local.prefect import PrefectServer, ask, local_prefect
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.run import read_record
 from nightshift.storage.s3 import S3
@@ -78,24 +77,25 @@ def run_command(home: Path, run_id: str, overrides: Mapping[str, Any]) -> dict[s
     return moments | {"end": time.time()}
 
 
-def recorded(api_url: str, flow_run_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def recorded(prefect: PrefectServer, flow_run_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The flow run and its task runs. Waits for them, as the server records the tasks' states a little later."""
-    with httpx.Client(base_url=api_url) as client:
-        deadline = time.monotonic() + _RECORDED_SECONDS
-        while time.monotonic() < deadline:
-            runs = client.post("/task_runs/filter", json={"flow_runs": {"id": {"any_": [flow_run_id]}}}).json()
-            if len(runs) == len(_TASKS) and all(run["end_time"] for run in runs):
-                return client.get(f"/flow_runs/{flow_run_id}").json(), runs
-            time.sleep(0.1)
+    deadline, wanted = time.monotonic() + _RECORDED_SECONDS, {"flow_runs": {"id": {"any_": [flow_run_id]}}}
+    while time.monotonic() < deadline:
+        runs = ask(prefect, "task_runs/filter", wanted)
+        if len(runs) == len(_TASKS) and all(run["end_time"] for run in runs):
+            return ask(prefect, f"flow_runs/{flow_run_id}"), runs
+        time.sleep(0.1)
     raise RuntimeError(f"the Prefect server has not recorded the {len(_TASKS)} tasks of flow run {flow_run_id}")
 
 
-def flow_parts(home: Path, store: S3, api_url: str, run_id: str, overrides: Mapping[str, Any]) -> dict[str, float]:
+def flow_parts(
+    home: Path, store: S3, prefect: PrefectServer, run_id: str, overrides: Mapping[str, Any]
+) -> dict[str, float]:
     """Run the flow. Returns its seconds by part, in order."""
     moments = run_command(home, run_id, overrides)
     record, _ = read_record(store, run_id)
     assert record.origin.flow_run_id
-    flow, runs = recorded(api_url, record.origin.flow_run_id)
+    flow, runs = recorded(prefect, record.origin.flow_run_id)
     tasks = {run["name"].rpartition("-")[0]: (seconds(run["start_time"]), seconds(run["end_time"])) for run in runs}
     begun, ended = seconds(flow["start_time"]), seconds(flow["end_time"])
     parts = {
@@ -160,12 +160,12 @@ def main(
     flows: list[dict[str, float]] = []
     loops: list[float] = []
     imports: list[float] = []
-    with temporary_home() as home, embedded_s3(home) as store, local_prefect(home) as (api_url, wait_for_prefect):
+    with temporary_home() as home, embedded_s3(home) as store, local_prefect(home) as (prefect, wait_for_prefect):
         copy_data_cache(home)
         wait_for_prefect()
         for number in range(rounds + 1):
             tell(f"round {number} of {rounds}" if number else "once before, not counted")
-            parts = flow_parts(home, store, api_url, f"flow-overhead-{number}", overrides)
+            parts = flow_parts(home, store, prefect, f"flow-overhead-{number}", overrides)
             if number:
                 flows.append(parts)
                 loops.append(bare_loop_apart(home, config))

@@ -9,6 +9,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
 from nightshift.errors import PrefectServerError
+from nightshift.local.prefect import login_is_missing
 
 
 @contextmanager
@@ -22,6 +23,8 @@ def connected() -> Iterator[SyncPrefectClient]:
         with get_client(sync_client=True) as client:
             yield client
     except PrefectHTTPStatusError as error:
+        if error.response.status_code == 401:
+            raise login_is_missing(PREFECT_API_URL.value()) from error
         raise PrefectServerError(f"{PREFECT_API_URL.value()} answers {error.response.text or error}") from error
     except httpx.TransportError as error:
         raise PrefectServerError(

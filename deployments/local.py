@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nightshift.local import supervisor
-from nightshift.local.prefect import POOL, WAITING_POOL, local_prefect, online_workers
+from nightshift.local.prefect import POOL, WAITING_POOL, PrefectServer, local_prefect, login_file, online_workers
 from nightshift.local.s3 import embedded_s3
 from nightshift.local.supervisor import Server, using, wait_until
 from nightshift.settings import Settings
@@ -22,6 +22,8 @@ class Running:
     """What `up` has left running."""
 
     api_url: str
+    login_file: Path
+    """What the server asks for is in this file, which only the user can read."""
     s3_endpoint: str
     deployments: list[str]
 
@@ -39,25 +41,24 @@ def up(settings: Settings) -> Running:
     """
     home = settings.home.resolve()
     with ExitStack() as stack:
-        api_url, wait_for_server = stack.enter_context(local_prefect(home))
+        server, wait_for_server = stack.enter_context(local_prefect(home))
         supervisor.keep(home / "prefect")
         endpoint = settings.s3.endpoint_url or "AWS"
         if not settings.s3.bucket:
             endpoint = stack.enter_context(embedded_s3(home)).endpoint
             supervisor.keep(home / "s3")
         wait_for_server()
-        # Prefect reads it when it is imported.
-        os.environ["PREFECT_API_URL"] = api_url
+        os.environ.update(server.environment)
         from deployments.apply import apply
 
         deployments = apply(settings.notify)
         for name, pool in _WORKERS.items():
-            plan = partial(_worker, home, api_url, pool, settings.save_retry_seconds)
+            plan = partial(_worker, home, server, pool, settings.save_retry_seconds)
             stack.enter_context(using(home / name, plan))
             supervisor.keep(home / name)
         for name, pool in _WORKERS.items():
-            wait_until(partial(_is_served, api_url, pool), home / name, timeout=60)
-    return Running(api_url, endpoint, deployments)
+            wait_until(partial(_is_served, server, pool), home / name, timeout=60)
+    return Running(server.api_url, login_file(home), endpoint, deployments)
 
 
 def down(settings: Settings) -> list[str]:
@@ -65,17 +66,17 @@ def down(settings: Settings) -> list[str]:
     return [name for name in _SERVERS if supervisor.release(settings.home.resolve() / name)]
 
 
-def _is_served(api_url: str, pool: str) -> bool:
-    return bool(online_workers(api_url, pool))
+def _is_served(server: PrefectServer, pool: str) -> bool:
+    return bool(online_workers(server, pool))
 
 
-def _worker(home: Path, api_url: str, pool: str, save_retry_seconds: float) -> Server:
+def _worker(home: Path, server: PrefectServer, pool: str, save_retry_seconds: float) -> Server:
     return Server(
         command=[str(Path(sys.executable).with_name("nightshift")), "worker", "--pool", pool],
         environment={
             "NIGHTSHIFT_HOME": str(home),
             "PREFECT_HOME": str(home / "prefect"),
-            "PREFECT_API_URL": api_url,
+            **server.environment,
             "DO_NOT_TRACK": "1",
         },
         facts={},

@@ -22,7 +22,7 @@ from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
 from nightshift.data.datasets import fetch, pack
 from nightshift.judging import evaluation
-from nightshift.local.prefect import local_prefect
+from nightshift.local.prefect import PrefectServer, local_prefect
 from nightshift.local.s3 import embedded_s3
 from nightshift.publishing.publish import publish_model as publish
 from nightshift.refs import DatasetRef, ModelRef
@@ -44,7 +44,7 @@ LONGEST = (
     "test_checkpoints.py",
 )
 SLOW = {"deployments", "deployments/server", "faults", "flows", "parallel", "publishing"}
-SLOW_FIXTURES = {"prefect_api", "candidates", "start"}
+SLOW_FIXTURES = {"prefect_server", "candidates", "start"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -120,11 +120,17 @@ def cifar10(home: Path, server: S3, shared: Path) -> DatasetRef:
 
 
 @pytest.fixture(scope="session")
-def prefect_api(home: Path) -> Iterator[str]:
-    """The session's Prefect server."""
-    with local_prefect(home) as (api_url, wait):
+def prefect_server(home: Path) -> Iterator[PrefectServer]:
+    """The session's Prefect server, and the login it asks for."""
+    with local_prefect(home) as (prefect, wait):
         wait()
-        yield api_url
+        yield prefect
+
+
+@pytest.fixture(scope="session")
+def prefect_api(prefect_server: PrefectServer) -> str:
+    """Its URL; commands that know the session's home know the login too."""
+    return prefect_server.api_url
 
 
 def small_config(recipe: str = "tutorial", **overrides: Any) -> TrainConfig:

@@ -98,16 +98,25 @@ def use_server() -> None:
 
     Raises:
         ConfigError: the user has chosen none, and none runs on this machine.
+        PrefectServerError: it asks for a login, and ours is not it.
     """
-    from nightshift.local.prefect import server_url
-    from nightshift.settings import Settings
-
-    url = server_url(Settings.load().home)
-    if not url:
+    if not use_server_if_any():
         raise ConfigError(
             "no Prefect server: set PREFECT_API_URL to yours, or start one on this machine with `nightshift up`"
         )
-    os.environ["PREFECT_API_URL"] = url
+
+
+def use_server_if_any() -> bool:
+    """As `use_server`, but there may be none. Returns whether there is one."""
+    from nightshift.local.prefect import check_login, chosen_server
+    from nightshift.settings import Settings
+
+    server = chosen_server(Settings.load().home)
+    if not server:
+        return False
+    check_login(server)
+    os.environ.update(server.environment)
+    return True
 
 
 def console() -> "Console":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nightshift.errors import NightshiftError
-from nightshift.local.prefect import POOL, online_workers, server_url
+from nightshift.local.prefect import POOL, chosen_server, online_workers
 from nightshift.settings import Settings
 from nightshift.workspace import Workspace, open_workspace
 
@@ -71,19 +71,23 @@ def _clock(workspace: Workspace) -> Check:
 
 def _prefect(settings: Settings) -> list[Check]:
     name, release = "Prefect", f"Prefect {version('prefect')}"
-    api_url = server_url(settings.home)
-    if not api_url:
-        return [Check(name, True, f"{release}, no server configured: a local one is started when it is needed")]
     try:
-        workers = online_workers(api_url)
-    except (OSError, ValueError) as error:
-        return [Check(name, False, f"{api_url} does not answer ({error}): start it, or correct PREFECT_API_URL")]
+        server = chosen_server(settings.home)
+        if not server:
+            return [Check(name, True, f"{release}, no server configured: a local one is started when it is needed")]
+        try:
+            workers = online_workers(server)
+        except (OSError, ValueError) as error:
+            trouble = f"{server.api_url} does not answer ({error}): start it, or correct PREFECT_API_URL"
+            return [Check(name, False, trouble)]
+    except NightshiftError as error:
+        return [Check(name, False, str(error))]
     detail = (
         f"online: {', '.join(workers)}"
         if workers
         else f"none online in the work pool {POOL}. Start one: nightshift worker"
     )
-    return [Check(name, True, f"{release}, server at {api_url}"), Check("worker", bool(workers), detail)]
+    return [Check(name, True, f"{release}, server at {server.api_url}"), Check("worker", bool(workers), detail)]
 
 
 def _device() -> Check:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from nightshift.cli.common import configured_workspace, error_console
+from nightshift.cli.common import configured_workspace, error_console, use_server
 from nightshift.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool], 
     """
     from nightshift import progress
     from nightshift.cli.terminal import TerminalProgress
-    from nightshift.local.prefect import configured_api_url, local_prefect
+    from nightshift.local.prefect import configured_server, local_prefect
     from nightshift.settings import Settings
 
     settings = Settings.load()
@@ -35,8 +35,11 @@ def flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool], 
         display = stack.enter_context(TerminalProgress(error_console()))
         stack.enter_context(progress.shown_by(display))
         wait_for_server = None
-        if not configured_api_url():
-            os.environ["PREFECT_API_URL"], wait_for_server = stack.enter_context(local_prefect(settings.home))
+        if configured_server():
+            use_server()
+        else:
+            server, wait_for_server = stack.enter_context(local_prefect(settings.home))
+            os.environ.update(server.environment)
 
         def run_flow(run_id: str, config: "TrainConfig", promote: bool) -> "RunRecord":
             with display.waiting("starting"):

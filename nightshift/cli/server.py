@@ -1,6 +1,7 @@
 """The commands for a Prefect server and its workers: `up`, `down`, `deploy`, `worker`."""
 
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ def up(as_json: AsJson = False) -> None:
                 "s3_endpoint": running.s3_endpoint,
                 "deployments": running.deployments,
                 "prefect_api_url": running.api_url,
+                "prefect_login_file": str(running.login_file),
             }
         )
         return
@@ -41,11 +43,21 @@ def up(as_json: AsJson = False) -> None:
                 "S3": running.s3_endpoint,
                 "deployments": "  ".join(running.deployments),
                 "train now": "nightshift submit --watch",
-                "with Prefect": f"export PREFECT_API_URL={running.api_url}",
                 "stop it all": "nightshift down",
             }
         ),
         soft_wrap=True,
+    )
+    login = f"cat {shlex.quote(str(running.login_file))}"
+    # Not the login itself: it would stay in logs and in the terminal's history. No table either, which would break a
+    # line that is to be copied.
+    console().print(
+        f"\nPrefect asks for a login, in the browser once. It is what this prints:\n\n  {login}\n\n"
+        "For commands of Prefect's own, first type:\n\n"
+        f'  export PREFECT_API_URL={running.api_url} PREFECT_API_AUTH_STRING="$({login})"',
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
     )
 
 

@@ -1,6 +1,5 @@
 """The commands that train in this process: `train`, `resume`, `join`, `recover`."""
 
-import os
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +16,7 @@ from nightshift.cli.common import (
     error_console,
     print_error,
     print_json,
+    use_server_if_any,
 )
 from nightshift.cli.config import Overrides, parse_overrides, recipe_option
 from nightshift.cli.in_process import flow_runner, quieten
@@ -119,21 +119,18 @@ def recover(
     verbose: Verbose = False,
 ) -> None:
     """Start interrupted runs again: on the Prefect server if they came from there, else in this process."""
-    from nightshift.local.prefect import server_url
     from nightshift.records import recovery
     from nightshift.settings import Settings
 
     settings, started, failed = Settings.load(), [], False
-    url = server_url(settings.home)
-    if url:
-        os.environ["PREFECT_API_URL"] = url
+    on_server = use_server_if_any()
     with configured_workspace() as workspace, ExitStack() as stack:
         found = recovery.find(workspace.store, timedelta(hours=within_hours))
-        if url:
+        if on_server:
             from flows.recover import start_deployed
 
             started += start_deployed(workspace.store, found, settings.max_recoveries)
-        here = [run for run in found.interrupted if not (url and run.record.origin.deployment)]
+        here = [run for run in found.interrupted if not (on_server and run.record.origin.deployment)]
         run_flow = None
         for record in recovery.claim_due(workspace.store, here, settings.max_recoveries):
             run_flow = run_flow or stack.enter_context(flow_runner(verbose))

@@ -5,17 +5,22 @@ It runs in a process of its own. Nothing here imports Prefect.
 
 import json
 import os
+import secrets
 import socket
 import sys
 import tomllib
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from nightshift.errors import LocalServiceError, PrefectServerError
 from nightshift.local import supervisor
+from nightshift.local.private import made_once
 from nightshift.local.supervisor import Server, using, wait_until
 
 # A first start creates the database, which takes about 20 s on two busy cores.
@@ -28,76 +33,176 @@ WAITING_POOL = "cpu-process"
 """The work pool of the flows that train nothing and wait for those that do. Its workers run any number of flows."""
 
 
-def configured_api_url() -> str | None:
+@dataclass(frozen=True)
+class PrefectServer:
+    """A Prefect server, and what its API asks of whoever uses it: a login, a key (Prefect Cloud), or nothing."""
+
+    api_url: str
+    login: str | None = field(default=None, repr=False)
+    key: str | None = field(default=None, repr=False)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes a process and its children clients of this server. Prefect reads it when it is imported."""
+        return {"PREFECT_API_URL": self.api_url} | ({"PREFECT_API_AUTH_STRING": self.login} if self.login else {})
+
+
+def configured_server() -> PrefectServer | None:
     """The Prefect server the user has chosen, by environment or by the active profile."""
-    if os.environ.get("PREFECT_API_URL"):
-        return os.environ["PREFECT_API_URL"]
-    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
-    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")).expanduser()
-    try:
-        known = tomllib.loads(profiles.read_text())
-        active = os.environ.get("PREFECT_PROFILE") or known["active"]
-        return known["profiles"][active].get("PREFECT_API_URL")  # type: ignore[no-any-return]
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
-        return None
+    url = _configured("PREFECT_API_URL")
+    return PrefectServer(url, _configured("PREFECT_API_AUTH_STRING"), _configured("PREFECT_API_KEY")) if url else None
 
 
-def server_url(home: Path) -> str | None:
-    """The server the user has chosen, or else the one that `nightshift up` keeps running here."""
-    return configured_api_url() or supervisor.kept_facts(home.resolve() / "prefect").get("api_url")
+def chosen_server(home: Path) -> PrefectServer | None:
+    """The server the user has chosen, or else the one that `nightshift up` keeps running here.
+
+    Who has chosen our own by its URL, as another shell knows it, needs no login: it is here.
+
+    Raises:
+        LocalServiceError: it is our own, and an older nightshift has started it without a login.
+    """
+    directory, chosen = home.resolve() / "prefect", configured_server()
+    ours = supervisor.running_facts(directory)
+    if ours and (chosen.api_url.rstrip("/") == ours["api_url"] if chosen else supervisor.is_kept(directory)):
+        return _with_login(directory, ours)
+    return chosen
 
 
 @contextmanager
-def local_prefect(home: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+def local_prefect(home: Path) -> Iterator[tuple[PrefectServer, Callable[[], None]]]:
     """The server whose files are under `home`. It is started if it is not running, and not waited for.
 
     Yields:
-        Its API's URL, and a function to call before the first use: it waits until the server answers, and raises
+        The server, and a function to call before the first use: it waits until the server answers, and raises
         LocalServiceError if it does not.
+
+    Raises:
+        LocalServiceError: it runs already, and an older nightshift has started it without a login.
     """
     directory = home / "prefect"
     with using(directory, lambda: _plan(directory)) as facts:
-        api_url = facts["api_url"]
-        yield api_url, lambda: wait_until(lambda: _answers(api_url), directory, _START_SECONDS)
+        server = _with_login(directory, facts)
+        yield server, lambda: wait_until(lambda: _answers(server.api_url), directory, _START_SECONDS)
+
+
+def login_file(home: Path) -> Path:
+    """Where the login of our own server is."""
+    return home.resolve() / "prefect" / "login"
 
 
 def _plan(directory: Path) -> Server:
     port = _port(directory)
-    api_url = f"http://127.0.0.1:{port}/api"
+    ui_url = f"http://127.0.0.1:{port}"
+    api_url = f"{ui_url}/api"
     return Server(
         # With its background services: without them the states of tasks are not recorded.
         command=[sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         environment={
             "PREFECT_HOME": str(directory),
             "PREFECT_API_URL": api_url,
+            # Whoever may use the API may have workers run commands. Without a login that is every user of the machine;
+            # and by default every web page may ask, and read the answer.
+            "PREFECT_SERVER_API_AUTH_STRING": made_once(directory / "login", _new_login),
+            "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ui_url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             # By default leases are in memory. A restart would lose them, and a run would die when it renews its own.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "DO_NOT_TRACK": "1",
         },
-        facts={"api_url": api_url},
+        facts={"api_url": api_url, "asks_for_login": True},
     )
 
 
-def online_workers(api_url: str, pool: str = POOL) -> list[str]:
+def _new_login() -> str:
+    return f"nightshift:{secrets.token_urlsafe(32)}"
+
+
+def _with_login(directory: Path, facts: Mapping[str, Any]) -> PrefectServer:
+    login = directory / "login"
+    if not facts.get("asks_for_login"):
+        trouble = "was started by an older nightshift and lets anyone run commands here"
+    elif not login.exists():
+        trouble = f"asks for the login that was in {login}"
+    else:
+        return PrefectServer(facts["api_url"], login.read_text())
+    raise LocalServiceError(
+        f"the Prefect server at {facts['api_url']} {trouble}: stop it with `nightshift down`, or wait until the "
+        "command that uses it has ended, then try again"
+    )
+
+
+def _configured(name: str) -> str | None:
+    """A setting of Prefect's, by environment or by the active profile."""
+    if os.environ.get(name):
+        return os.environ[name]
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")).expanduser()
+    try:
+        known = tomllib.loads(profiles.read_text())
+        active = os.environ.get("PREFECT_PROFILE") or known["active"]
+        return known["profiles"][active].get(name)  # type: ignore[no-any-return]
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        return None
+
+
+def online_workers(server: PrefectServer, pool: str = POOL) -> list[str]:
     """The names of a pool's workers that have reported lately.
 
     Raises:
-        OSError: the server does not answer, or refuses the credentials.
+        PrefectServerError: the server asks for a login, and this is not it.
+        OSError: it does not answer.
     """
-    headers = {"Content-Type": "application/json"}
-    if login := os.environ.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
-    elif key := os.environ.get("PREFECT_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    url = f"{api_url.rstrip('/')}/work_pools/{pool}/workers/filter"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, b"{}", headers), timeout=10) as response:
-            return [worker["name"] for worker in json.load(response) if worker["status"] == "ONLINE"]
+        workers = ask(server, f"work_pools/{pool}/workers/filter", {})
     except urllib.error.HTTPError as error:
         if error.code == 404:  # no such pool yet
+            error.close()
             return []
         raise
+    return [worker["name"] for worker in workers if worker["status"] == "ONLINE"]
+
+
+def check_login(server: PrefectServer) -> None:
+    """Ask for nothing but to be let in. A server that does not answer is no matter here.
+
+    Raises:
+        PrefectServerError: the server asks for a login, and this is not it.
+    """
+    with suppress(OSError, ValueError):
+        ask(server, "admin/version")
+
+
+def ask(server: PrefectServer, path: str, body: Mapping[str, Any] | None = None, timeout: float = 10) -> Any:
+    """What the API has at a path, or says to a body.
+
+    Raises:
+        PrefectServerError: the server asks for a login, and this is not it.
+        OSError: it does not answer within `timeout` seconds; HTTPError, which is one: it refuses the request.
+        ValueError: the answer is no JSON.
+    """
+    headers = {"Content-Type": "application/json"}
+    if server.login:
+        headers["Authorization"] = f"Basic {b64encode(server.login.encode()).decode()}"
+    elif server.key:
+        headers["Authorization"] = f"Bearer {server.key}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.api_url.rstrip('/')}/{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            error.close()
+            raise login_is_missing(server.api_url) from None
+        raise
+
+
+def login_is_missing(api_url: str) -> PrefectServerError:
+    """The error to raise when a server answers 401."""
+    return PrefectServerError(
+        f"{api_url} asks for a login: set PREFECT_API_AUTH_STRING to it (for Prefect Cloud, PREFECT_API_KEY). "
+        "`nightshift up` prints where the login of its own server is"
+    )
 
 
 def _port(directory: Path) -> int:

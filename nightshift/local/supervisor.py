@@ -71,18 +71,22 @@ def keep(directory: Path) -> None:
 
 def release(directory: Path) -> bool:
     """Undo `keep`, and wait until the server has stopped, unless somebody uses it. Returns whether it was kept."""
-    kept = directory / "kept"
-    if not kept.exists():
+    if not is_kept(directory):
         return False
-    kept.unlink()
+    (directory / "kept").unlink()
     while _supervised(directory) and not _is_used(directory):
         time.sleep(0.05)
     return True
 
 
-def kept_facts(directory: Path) -> Mapping[str, Any]:
-    """The facts of the server, if it is kept and runs; otherwise an empty mapping."""
-    if not (directory / "kept").exists() or not _supervised(directory):
+def is_kept(directory: Path) -> bool:
+    """Whether the server stays without users."""
+    return (directory / "kept").exists()
+
+
+def running_facts(directory: Path) -> Mapping[str, Any]:
+    """The facts of the server, if it runs; otherwise an empty mapping."""
+    if not directory.exists() or not _supervised(directory):
         return {}
     facts: Mapping[str, Any] = json.loads((directory / "server.json").read_text())
     return facts
@@ -182,7 +186,7 @@ def _supervise(directory: Path, own_lock: int, stop_seconds: float, command: Seq
                     if restarts > _MAX_RESTARTS:
                         sys.exit(f"{command[0]} has died {restarts} times; giving up")
                     server, started = _spawn(directory, command), time.monotonic()
-                if (directory / "kept").exists():
+                if is_kept(directory):
                     was_kept, idle_since = True, None
                     continue
                 if not _try_lock(users, fcntl.LOCK_EX):

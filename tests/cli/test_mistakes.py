@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nightshift.local.prefect import PrefectServer
 from nightshift.local.s3 import embedded_s3
 from nightshift.storage.s3 import S3
 from tests.commands import Command, Finished
@@ -115,14 +116,14 @@ def test_a_home_that_cannot_be_written_is_told_with_the_variable_to_set(
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_data_set(
-    start: Callable[..., Command], server: S3, home: Path, prefect_api: str, tmp_path: Path
+    start: Callable[..., Command], server: S3, home: Path, prefect_server: PrefectServer, tmp_path: Path
 ) -> None:
     command = start(
         *("train", "--recipe", "tutorial"),
         NIGHTSHIFT_HOME=str(tmp_path / "home"),
         NIGHTSHIFT_S3__ENDPOINT_URL=server.endpoint,
         NIGHTSHIFT_S3__BUCKET=server.bucket,
-        PREFECT_API_URL=prefect_api,
+        **prefect_server.environment,
         **credentials(home),
     )
     # A limit on the size of its files stands in for a full disk: the package fits under it, the data set does not.

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
     from pgserver.postgres_server import PostgresServer, get_server
 
-from nightshift.local.prefect import online_workers
+from nightshift.local.prefect import PrefectServer, online_workers
 from nightshift.records.lease import acquire
 from nightshift.records.run import Origin
 from nightshift.refs import DatasetRef
@@ -58,7 +58,7 @@ def api_url(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
     def answers() -> bool:
         assert server.poll() is None, (tmp_path / "log").read_text()
         try:
-            return online_workers(api_url) == []
+            return online_workers(PrefectServer(api_url)) == []
         except OSError:
             return False
 

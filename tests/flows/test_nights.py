@@ -10,6 +10,7 @@ from prefect.client.schemas.schedules import CronSchedule
 
 from flows.nights import start_in_zone
 from nightshift.ids import durable_run_id
+from nightshift.local.prefect import PrefectServer
 
 ZONES = ["Europe/Helsinki", "Asia/Tokyo", "America/New_York"]
 CHANGES_OF_THE_CLOCKS = [date(2027, 3, 14), date(2027, 3, 28), date(2027, 10, 31), date(2027, 11, 7)]
@@ -39,17 +40,17 @@ def names(client: SyncPrefectClient, zone: str, first: date, last: date) -> list
 @pytest.mark.parametrize("zone", ZONES)
 @pytest.mark.parametrize("change", CHANGES_OF_THE_CLOCKS, ids=str)
 def test_every_night_has_a_name_of_its_own_which_is_its_date_where_it_is_scheduled(
-    prefect_api: str, zone: str, change: date
+    prefect_server: PrefectServer, zone: str, change: date
 ) -> None:
     """In UTC, 02:00 in Helsinki had one name twice when the clocks changed, and in Tokyo the day before's."""
     nights = [change + timedelta(days=number) for number in range(-2, 3)]
-    with SyncPrefectClient(prefect_api) as client:
+    with SyncPrefectClient(prefect_server.api_url, auth_string=prefect_server.login) as client:
         found = names(client, zone, nights[0], nights[-1])
     assert found == [f"nightly-{night}" for night in nights]
 
 
-def test_a_run_that_is_started_by_hand_belongs_to_the_zone_of_its_deployment(prefect_api: str) -> None:
-    with SyncPrefectClient(prefect_api) as client:
+def test_a_run_that_is_started_by_hand_belongs_to_the_zone_of_its_deployment(prefect_server: PrefectServer) -> None:
+    with SyncPrefectClient(prefect_server.api_url, auth_string=prefect_server.login) as client:
         deployment = client.create_deployment(
             client.create_flow_from_name("nights"),
             "by-hand",

@@ -8,7 +8,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from nightshift.checkpoints.payload import read_weights, weights_sha256
+from nightshift.local.prefect import PrefectServer, ask
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, REPORTS, place_of
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
@@ -80,22 +80,15 @@ def whole(run: Callable[..., Finished]) -> Finished:
     return run("train", *TUTORIAL, "--run-id", "whole", "--json")
 
 
-def ask(api_url: str, what: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(
-        f"{api_url}/{what}/filter", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return json.load(response)
+def newest_flow_run(prefect: PrefectServer, run_id: str) -> Any:
+    wanted = {"flow_runs": {"name": {"like_": run_id}}, "sort": "START_TIME_DESC"}
+    return ask(prefect, "flow_runs/filter", wanted)[0]
 
 
-def newest_flow_run(api_url: str, run_id: str) -> Any:
-    return ask(api_url, "flow_runs", {"flow_runs": {"name": {"like_": run_id}}, "sort": "START_TIME_DESC"})[0]
-
-
-def flow_run_state(api_url: str, run_id: str) -> tuple[str, dict[str, str]]:
+def flow_run_state(prefect: PrefectServer, run_id: str) -> tuple[str, dict[str, str]]:
     """The state of the newest flow run of this run id, and those of its tasks by name."""
-    found = newest_flow_run(api_url, run_id)
-    tasks = ask(api_url, "task_runs", {"flow_runs": {"id": {"any_": [found["id"]]}}})
+    found = newest_flow_run(prefect, run_id)
+    tasks = ask(prefect, "task_runs/filter", {"flow_runs": {"id": {"any_": [found["id"]]}}})
     return found["state"]["type"], {task["name"].rpartition("-")[0]: task["state"]["type"] for task in tasks}
 
 
@@ -121,11 +114,11 @@ def test_the_published_version_has_its_formats_and_a_card(whole: Finished, works
     assert card["weights_sha256"] == whole.json["weights_sha256"] == weights_sha256(safetensors.torch.load(tensors))
 
 
-def test_prefect_knows_the_flow_run_and_its_seven_tasks(whole: Finished, prefect_api: str) -> None:
+def test_prefect_knows_the_flow_run_and_its_seven_tasks(whole: Finished, prefect_server: PrefectServer) -> None:
     tasks = ("download", "preprocess", "train", "evaluate", "publish", "promote", "report")
     completed = dict.fromkeys(tasks, "COMPLETED")
-    assert flow_run_state(prefect_api, "whole")[0] == "COMPLETED"
-    eventually(lambda: flow_run_state(prefect_api, "whole")[1] == completed)  # recorded from events, after a while
+    assert flow_run_state(prefect_server, "whole")[0] == "COMPLETED"
+    eventually(lambda: flow_run_state(prefect_server, "whole")[1] == completed)  # recorded from events, after a while
 
 
 def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Finished], workspace: Workspace) -> None:
@@ -184,7 +177,7 @@ def test_what_was_trained_is_exported_champion_and_of_use(
 
 
 def test_the_flow_predict_writes_where_it_is_told(
-    whole: Finished, home: Path, prefix: str, prefect_api: str, workspace: Workspace, cifar10: DatasetRef
+    whole: Finished, home: Path, prefix: str, prefect_server: PrefectServer, workspace: Workspace, cifar10: DatasetRef
 ) -> None:
     with safe_open(home / "datasets" / f"{cifar10.digest}.safetensors", framework="np") as packed:
         picture = io.BytesIO()
@@ -192,7 +185,7 @@ def test_the_flow_predict_writes_where_it_is_told(
     workspace.store.put("inbox/a.png", picture.getvalue())
     code = "import sys; from flows.predict import predict; print(predict(sys.argv[1:2], sys.argv[2]).predicted)"
     places = (workspace.store.url("inbox/"), workspace.store.url("predictions.csv"))
-    ours = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix, "PREFECT_API_URL": prefect_api}
+    ours = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix, **prefect_server.environment}
     done = subprocess.run(
         [sys.executable, "-c", code, *places], env={**os.environ, **ours}, cwd=home, capture_output=True, text=True
     )
@@ -215,7 +208,7 @@ def test_a_person_sees_epochs_and_a_summary_and_nothing_else(worse: Finished) ->
 
 
 def test_a_rejection_is_a_result_and_by_setting_a_failure(
-    worse: Finished, run: Callable[..., Finished], workspace: Workspace, prefect_api: str
+    worse: Finished, run: Callable[..., Finished], workspace: Workspace, prefect_server: PrefectServer
 ) -> None:
     record, _ = read_record(workspace.store, "worse")
     assert record.status == "finished"
@@ -225,18 +218,18 @@ def test_a_rejection_is_a_result_and_by_setting_a_failure(
     assert not verdict.promoted
     assert verdict.champion
     assert verdict.champion.run_id == "whole"
-    state = newest_flow_run(prefect_api, "worse")["state"]
+    state = newest_flow_run(prefect_server, "worse")["state"]
     assert (state["type"], state["message"]) == ("COMPLETED", f"worse is not promoted: {verdict.reason}")
     failed = run(*WORSE, NIGHTSHIFT_GATE__FAIL_WHEN_REJECTED="true")
     assert failed.exit_code == 1
     assert "worse is not promoted" in failed.err
     assert "Traceback" not in failed.err
-    assert newest_flow_run(prefect_api, "worse")["state"]["type"] == "FAILED"
+    assert newest_flow_run(prefect_server, "worse")["state"]["type"] == "FAILED"
 
 
-def test_prefect_shows_the_report_and_the_progress_as_artifacts(whole: Finished, prefect_api: str) -> None:
-    flow_run = newest_flow_run(prefect_api, "whole")["id"]
-    found = ask(prefect_api, "artifacts", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
+def test_prefect_shows_the_report_and_the_progress_as_artifacts(whole: Finished, prefect_server: PrefectServer) -> None:
+    flow_run = newest_flow_run(prefect_server, "whole")["id"]
+    found = ask(prefect_server, "artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
     by_key = {artifact["key"]: artifact for artifact in found if artifact["key"]}  # results have none
     assert set(by_key) == {"report", "training"}
     assert (by_key["training"]["type"], by_key["training"]["data"]) == ("progress", 100)
@@ -267,7 +260,11 @@ def test_a_finished_run_returns_its_result_and_trains_nothing(
 
 
 def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
-    whole: Finished, run: Callable[..., Finished], start: Callable[..., Command], workspace: Workspace, prefect_api: str
+    whole: Finished,
+    run: Callable[..., Finished],
+    start: Callable[..., Command],
+    workspace: Workspace,
+    prefect_server: PrefectServer,
 ) -> None:
     killed = start("train", *TUTORIAL, "--run-id", "stopped", "--set", "checkpoint_every_steps=20")
     killed.wait_for_line("epoch 1/3")
@@ -285,7 +282,7 @@ def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
     assert record.resumed_from_step
     assert record.resumed_from_step >= 20
     assert f"after step {record.step} of 600" in stopped.json["error"]
-    assert flow_run_state(prefect_api, "stopped")[0] == "CRASHED"
+    assert flow_run_state(prefect_server, "stopped")[0] == "CRASHED"
 
     resumed = run("resume", "stopped", "--json")
     assert resumed.exit_code == 0, resumed.err

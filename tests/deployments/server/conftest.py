@@ -6,7 +6,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
+from nightshift.local import prefect as local
+from nightshift.local.prefect import PrefectServer
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.run import RunRecord, read_record
 from nightshift.refs import DatasetRef
@@ -56,14 +57,14 @@ def told() -> Iterator[tuple[str, list[dict[str, str]]]]:
 
 
 @pytest.fixture(scope="module")
-def block(prefect_api: str, told: tuple[str, list[dict[str, str]]]) -> str:
+def block(prefect_server: PrefectServer, told: tuple[str, list[dict[str, str]]]) -> str:
     """A notification block on the server, which sends to that webhook."""
     make = f"""
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 message = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
 CustomWebhookNotificationBlock(name="webhook", url="{told[0]}", json_data=message).save("nightshift")
 """
-    subprocess.run([sys.executable, "-c", make], env={**os.environ, "PREFECT_API_URL": prefect_api}, check=True)
+    subprocess.run([sys.executable, "-c", make], env={**os.environ, **prefect_server.environment}, check=True)
     return "custom-webhook/nightshift"
 
 
@@ -80,7 +81,7 @@ def nightshift(home: Path, prefix: str, block: str, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="module")
-def stack(nightshift: Nightshift, prefect_api: str, cifar10: DatasetRef) -> Iterator[dict[str, Any]]:
+def stack(nightshift: Nightshift, prefect_server: PrefectServer, cifar10: DatasetRef) -> Iterator[dict[str, Any]]:
     """What `nightshift up` says it has started."""
     started = nightshift("up", "--json")
     assert started.exit_code == 0, started.err
@@ -89,13 +90,15 @@ def stack(nightshift: Nightshift, prefect_api: str, cifar10: DatasetRef) -> Iter
 
 
 @pytest.fixture(scope="module")
-def prefect(stack: dict[str, Any]) -> Prefect:
-    """Run `prefect …` on that server, with nobody there to answer a prompt."""
+def prefect(stack: dict[str, Any], nightshift: Nightshift) -> Prefect:
+    """Run `prefect …` as a user does in a shell of their own, after what `up` says to type first."""
+    printed = nightshift("up").out.splitlines()
+    first = next(line for line in printed if line.startswith("  export "))
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "prefect", *arguments],
-            env={**os.environ, "PREFECT_API_URL": stack["prefect_api_url"]},
+            ["sh", "-c", f'{first}\nexec "$@"', "sh", sys.executable, "-m", "prefect", *arguments],
+            # Nobody is there to answer a prompt.
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -106,7 +109,7 @@ def prefect(stack: dict[str, Any]) -> Prefect:
 
 
 @pytest.fixture(scope="module")
-def ask(stack: dict[str, Any]) -> Callable[..., Any]:
+def ask(stack: dict[str, Any], prefect_server: PrefectServer) -> Callable[..., Any]:
     """Ask the server's API: what is at a path, or what it says to a body."""
 
     # SQLite is locked now and then, and the server answers 503, or not within half a minute; Prefect's own client asks
@@ -117,10 +120,7 @@ def ask(stack: dict[str, Any]) -> Callable[..., Any]:
         wait=wait_fixed(0.5),
     )
     def request(path: str, **body: Any) -> Any:
-        url, headers = f"{stack['prefect_api_url']}/{path}", {"Content-Type": "application/json"}
-        data = json.dumps(body).encode() if body else None
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as response:
-            return json.load(response)
+        return local.ask(prefect_server, path, body or None, timeout=30)
 
     return request
 
