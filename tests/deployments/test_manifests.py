@@ -94,8 +94,8 @@ def images() -> Iterator[tuple[str, str]]:
         for found in objects(path):
             if found["kind"] == "Deployment":
                 yield from ((path.name, c["image"]) for c in found["spec"]["template"]["spec"]["containers"])
-    for kind in ("docker", "kubernetes"):
-        yield f"gpu-{kind}", read_pool(kind)["variables"]["properties"]["image"]["default"]
+    yield "gpu-docker", read_pool("docker")["job_configuration"]["image"]
+    yield "gpu-kubernetes", kubernetes_job()["spec"]["template"]["spec"]["containers"][0]["image"]
 
 
 def is_pinned(image: str) -> bool:

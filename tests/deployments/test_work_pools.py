@@ -12,6 +12,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 from prefect.server.schemas.actions import WorkPoolCreate
+from prefect.utilities.schema_tools import validate
 from pydantic import ValidationError as RefusedError
 
 from nightshift.settings import NodesSettings, Settings
@@ -29,6 +30,37 @@ from tests.deployments.manifests import (
 )
 
 RENDEZVOUS = DEPLOYMENTS / "kubernetes" / "rendezvous.yaml"
+HARMLESS = {
+    *("name", "labels", "annotations", "env", "stream_output", "auto_remove"),
+    *("s3_bucket", "s3_endpoint_url", "s3_prefix", "s3_region"),
+    *("nodes", "gpu_count", "cpu_request", "cpu_limit", "memory_request", "memory_limit", "mem_limit", "memswap_limit"),
+    *("shm_size", "tolerations", "node_selector"),
+    *("finished_job_ttl", "job_watch_timeout_seconds", "pod_watch_timeout_seconds", "termination_grace_period_seconds"),
+}
+"""All that a job variable may be."""
+CHOSEN = {
+    "command": "sh -c 'id > /tmp/evil'",
+    "working_dir": "/tmp/evil",
+    "image": "evil:1",
+    "image_pull_policy": "Always",
+    "registry_credentials": {"username": "evil"},
+    "volumes": ["/:/host"],
+    "credentials_directory": "/root",
+    "network_mode": "host",
+    "networks": ["database"],
+    "privileged": True,
+    "container_create_kwargs": {"privileged": True},
+    "job_manifest": {"spec": {}},
+    "namespace": "kube-system",
+    "service_account_name": "admin",
+    "secret_name": "another",
+    "cluster_config": {"config": {}, "context_name": "another"},
+}
+"""What would choose what is executed, as whom, or what it may reach; and so would these in the environment."""
+CHOOSING = (
+    *("LD_PRELOAD", "PATH", "PYTHONPATH", "PYTHONSTARTUP", "BASH_ENV", "NCCL_NET_PLUGIN", "TORCHINDUCTOR_CACHE_DIR"),
+    *("PREFECT_API_URL", "PREFECT_HOME", "NIGHTSHIFT_HOME", "NIGHTSHIFT_NODES__RENDEZVOUS", "CUDA_VISIBLE_DEVICES"),
+)
 HEARTBEAT_AND_LOG = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "PREFECT_LOGGING_EXTRA_LOGGERS": "nightshift"}
 
 
@@ -95,6 +127,34 @@ def test_a_work_pool_with_a_mistake_is_refused(path: Path, change: Mutation, err
         accept(mutated(json.loads(path.read_text()), change))
 
 
+def may_be_asked_for(template: dict[str, Any], **values: Any) -> bool:
+    """Whether the server takes these job variables for a flow run of this pool."""
+    return not validate(values, template["variables"], allow_none_with_default=True)
+
+
+@pytest.mark.parametrize("path", POOLS, ids=by_stem)
+def test_a_job_variable_says_how_much_a_run_gets_and_where_its_data_lies_and_nothing_else(path: Path) -> None:
+    variables = json.loads(path.read_text())["variables"]
+    assert set(variables["properties"]) <= HARMLESS
+    assert variables["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("path", POOLS, ids=by_stem)
+def test_whoever_starts_a_run_cannot_choose_what_is_executed(path: Path) -> None:
+    template = json.loads(path.read_text())
+    assert not any(may_be_asked_for(template, **{name: value}) for name, value in CHOSEN.items())
+    assert not any(may_be_asked_for(template, env={name: "/tmp/evil"}) for name in CHOOSING)
+    assert not may_be_asked_for(template, **{"env.LD_PRELOAD": "/tmp/evil.so"})
+    assert may_be_asked_for(template, env=dict.fromkeys(("NIGHTSHIFT_MAX_RECOVERIES", "OMP_NUM_THREADS"), "0"))
+    assert may_be_asked_for(template, s3_bucket="another", name="a run")
+
+
+@pytest.mark.parametrize("kind", ["process", "docker", "kubernetes"])
+def test_a_worker_takes_no_command_even_from_a_server_that_has_not_looked(kind: str) -> None:
+    """A flow run can be made without its deployment, and then the server looks at no job variable."""
+    assert render(kind, **CHOSEN) == render(kind)
+
+
 @pytest.mark.parametrize("kind", ["process", "docker", "kubernetes"])
 def test_every_flow_run_has_a_heartbeat_and_nightshifts_log_whatever_its_deployment_adds(kind: str) -> None:
     assert render(kind).env.items() >= HEARTBEAT_AND_LOG.items()
@@ -156,9 +216,6 @@ def test_no_deployment_may_ask_for_less_than_one_node() -> None:
 def test_the_first_pod_runs_the_flow_and_the_others_join_it(start_pod: Callable[..., Started]) -> None:
     programs = [start_pod(index, nodes=3).program for index in range(3)]
     assert programs == ["python -m prefect.engine", "nightshift join", "nightshift join"]
-    assert (
-        start_pod(0, nodes=3, command="python -m another.engine 'a word'").program == "python -m another.engine a word"
-    )
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -198,7 +255,7 @@ def test_the_rendezvous_has_a_name_and_only_ranks_are_let_in(start_pod: Callable
 
     assert policy["spec"] == {**ours, "policyTypes": ["Ingress"], "ingress": [{"from": [ours]}]}
     namespaces = {found["metadata"]["namespace"] for found in (service, policy)}
-    assert namespaces == {read_pool("kubernetes")["variables"]["properties"]["namespace"]["default"]}
+    assert namespaces == {read_pool("kubernetes")["job_configuration"]["namespace"]}
 
 
 def test_ranks_of_a_container_have_more_shared_memory_than_the_64_mb_of_its_default() -> None:
