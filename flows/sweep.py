@@ -30,6 +30,7 @@ from nightshift.settings import Settings
 from nightshift.storage.store import Store
 from nightshift.sweeps.stored import Sweep, Trial, begin, best_model, end, plan, read_trial, result, results
 from nightshift.sweeps.study import ask, bad_trials
+from nightshift.text import plain
 from nightshift.workspace import open_workspace
 from tasks.promote import promote as ask_gate
 
@@ -130,7 +131,7 @@ def table(results: list[TrialResult]) -> list[dict[str, Any]]:
             "status": trial.status,
             "test accuracy": trial.test_accuracy,
             "training seconds": round(trial.train_seconds, 1),
-            "reason": trial.reason,
+            "reason": plain(trial.reason),
         }
         for trial in results
     ]

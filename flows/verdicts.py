@@ -4,10 +4,11 @@ from prefect.events import emit_event
 
 from nightshift.errors import NotPromotedError
 from nightshift.refs import Verdict
+from nightshift.text import plain
 
 
 def verdict_message(run_id: str, verdict: Verdict) -> str:
-    return f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}"
+    return plain(f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}")
 
 
 def handle_rejection(run_id: str, verdict: Verdict, fail_when_rejected: bool) -> None:
@@ -19,6 +20,6 @@ def handle_rejection(run_id: str, verdict: Verdict, fail_when_rejected: bool) ->
     if verdict.promoted:
         return
     resource = {"prefect.resource.id": f"nightshift.run.{run_id}", "prefect.resource.name": run_id}
-    emit_event("nightshift.rejected", resource, payload={"reason": verdict.reason})
+    emit_event("nightshift.rejected", resource, payload={"reason": plain(verdict.reason)})
     if fail_when_rejected:
         raise NotPromotedError(verdict_message(run_id, verdict))

@@ -11,6 +11,8 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Protocol
 
+from nightshift.text import plain
+
 _log = logging.getLogger("nightshift")
 
 
@@ -46,7 +48,7 @@ class LogProgress:
 
     @contextmanager
     def transfer(self, what: str, size: int | None) -> Iterator[Callable[[int], object]]:
-        _log.info("%s%s", what, f" ({size / 1e6:.0f} MB)" if size else "")
+        _log.info("%s%s", plain(what), f" ({size / 1e6:.0f} MB)" if size else "")
         yield lambda count: None
 
     def trained(self, report: StepReport, epoch_ended: bool) -> None:
@@ -61,10 +63,10 @@ class LogProgress:
             )
 
     def say(self, message: str) -> None:
-        _log.info(message)
+        _log.info(plain(message))
 
     def warn(self, message: str) -> None:
-        _log.warning(message)
+        _log.warning(plain(message))
 
 
 class _Watched:

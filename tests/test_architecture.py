@@ -125,6 +125,21 @@ def test_a_page_names_only_files_and_make_targets_there_are(page: str) -> None:
     assert set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)?)(?=`|\n```)", text)) <= targets
 
 
+def test_text_reaches_a_screen_in_one_place_only() -> None:
+    """Elsewhere nobody makes a console, takes markup, or escapes: `text` and `Screen` do."""
+    ways_around = re.compile(
+        r"\bConsole\(|from_markup|rich\.markup|markup=True|\bText\(|html\.escape|csv\.writer\(|\| *safe\b|escape=False"
+    )
+    sources = [
+        path
+        for folder in ("nightshift", "flows", "tasks", "deployments")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".html", ".md"}
+    ]
+    names = {path.relative_to(ROOT).as_posix() for path in sources if ways_around.search(path.read_text())}
+    assert names == {"nightshift/cli/screen.py"}
+
+
 def test_every_task_fits_on_less_than_thirty_lines() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tasks").glob("*.py")}
     # The package says what all tasks share; it is none itself.

@@ -1,6 +1,6 @@
 """What the commands share: the application, its options, its errors as sentences, and how results are printed."""
 
-import json
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import typer
 
 from nightshift import __version__
 from nightshift.errors import DISK_IS_FULL, ConfigError, DiskError, Interrupted, NightshiftError
+from nightshift.text import as_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from nightshift.cli.screen import Screen
     from nightshift.workspace import Workspace
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -49,6 +49,8 @@ def _options(
 
 def main() -> None:
     """Run the command line; every error becomes a sentence and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal without UTF-8 is no reason to fail
     try:
         sys.exit(app(standalone_mode=False))
     except (Exception, KeyboardInterrupt) as error:
@@ -69,18 +71,21 @@ def _end_with(error: BaseException) -> NoReturn:
     if not isinstance(error, NightshiftError):
         raise error
     if "--json" in sys.argv:
-        print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+        print(as_json({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
     print_error(error)
     sys.exit(error.exit_code)
 
 
 def print_error(error: NightshiftError) -> None:
-    """One line on standard error: what kind of ending it is, and the message."""
-    from rich.markup import escape
+    """On standard error: what kind of ending it is, and the message."""
+    from nightshift.cli.screen import styled
 
     colour, word = ("yellow", "Interrupted") if isinstance(error, Interrupted) else ("red", "Error")
-    console = error_console()
-    console.print(f"[{colour}]{word}:[/] {escape(str(error))}", highlight=False, soft_wrap=not console.is_terminal)
+    screen = error_console()
+    first, *others = str(error).split("\n")
+    screen.print(styled(f"{word}:", colour), first, soft_wrap=not screen.is_terminal)
+    for line in others:
+        screen.print(line, soft_wrap=not screen.is_terminal)
 
 
 @contextmanager
@@ -119,17 +124,17 @@ def use_server_if_any() -> bool:
     return True
 
 
-def console() -> "Console":
-    from rich.console import Console
+def console() -> "Screen":
+    from nightshift.cli.screen import Screen
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Screen(width=None if sys.stdout.isatty() else 160)
 
 
-def error_console() -> "Console":
-    from rich.console import Console
+def error_console() -> "Screen":
+    from nightshift.cli.screen import Screen
 
-    return Console(stderr=True)
+    return Screen(stderr=True)
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
+    print(as_json(value, indent=1))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nightshift.cli.common import configured_workspace, error_console, use_server
 from nightshift.errors import Interrupted
+from nightshift.text import plain_lines
 
 if TYPE_CHECKING:
     from nightshift.config.train import TrainConfig
@@ -67,10 +68,19 @@ def quieten(verbose: bool) -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")  # else Prefect's client puts a notice about telemetry on the screen
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "nightshift")
     if verbose:
-        logging.basicConfig(level=logging.INFO)
+        handler = logging.StreamHandler()
+        handler.setFormatter(_PlainFormatter(logging.BASIC_FORMAT))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         return
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     warnings.simplefilter("ignore")
+
+
+class _PlainFormatter(logging.Formatter):
+    """Messages and tracebacks of whatever library, with nothing in them that a terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(plain_lines(super().format(record)))
 
 
 def _interruption(stop: BaseException | None) -> Interrupted | None:

@@ -72,7 +72,7 @@ def export(
     if as_json:
         print_json({"path": str(out), "bytes": len(body), "sha256": sha256, "format": kind})
     else:
-        console().print(f"{out}  {size_text(len(body))}  sha256 {sha256}", highlight=False, soft_wrap=True)
+        console().print(f"{out}  {size_text(len(body))}  sha256 {sha256}", soft_wrap=True)
 
 
 @app.command(rich_help_panel="Models")
@@ -84,8 +84,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Predict the classes of images: CSV on standard output, or a file."""
-    from rich.markup import escape
-
+    from nightshift.cli.screen import styled
     from nightshift.publishing import prediction
 
     if out is not None:
@@ -111,9 +110,9 @@ def predict(
         )
     screen = error_console()
     for item in bad:
-        screen.print(f"[yellow]![/] {escape(item.image)}: {escape(str(item.error))}", highlight=False, soft_wrap=True)
+        screen.print(styled("!", "yellow"), f"{item.image}: {item.error}", soft_wrap=True)
     summary = f"· {good} predicted by {classifier.version}, {len(bad)} not readable{f', in {out}' if out else ''}"
-    screen.print(summary, highlight=False, markup=False, soft_wrap=True)
+    screen.print(summary, soft_wrap=True)
 
 
 @app.command(rich_help_panel="Models")
@@ -140,7 +139,7 @@ def report(
     if as_json:
         print_json({"run_id": run, "path": str(path), "bytes": path.stat().st_size})
     else:
-        console().print(str(path), highlight=False, soft_wrap=True)
+        console().print(path, soft_wrap=True)
     if open_it and not webbrowser.open(path.as_uri()):
         error_console().print("There is no browser here: open the file by hand.")
 
@@ -152,18 +151,20 @@ def _show(store: "Store", champion: "ChampionRef", as_json: bool) -> None:
     if as_json:
         print_json({**champion.model_dump(), "history": [entry.model_dump(mode="json") for entry in history]})
         return
+    from nightshift.cli.screen import styled
     from nightshift.cli.terminal import facts_table, percent, transitions_table
 
     screen = console()
     screen.print(
         facts_table(
             {
-                "champion": f"[bold]{champion.version}[/]",
+                "champion": styled(champion.version, "bold"),
                 "model": champion.name,
                 "test accuracy": percent(champion.test_accuracy),
                 "before it": champion.previous or "–",
             }
         )
     )
-    screen.print("\n[bold]history[/]")
+    screen.print()
+    screen.print(styled("history", "bold"))
     screen.print(transitions_table(history))

@@ -44,13 +44,14 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
             }
         )
         return
+    from nightshift.cli.screen import styled
     from nightshift.cli.terminal import checkpoints_table, curve_table, facts_table, percent, status_text
 
     screen = console()
     screen.print(
         facts_table(
             {
-                "run": f"[bold]{record.run_id}[/]",
+                "run": styled(record.run_id, "bold"),
                 "status": status_text(record.status),
                 "step": f"{record.step:,} of {record.total_steps:,}",
                 "owner": f"{record.lease.owner}, lease until {record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC",
@@ -68,21 +69,20 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
     )
     for title, table in (("checkpoints", checkpoints_table(record)), ("curve", curve_table(record))):
         if table.row_count:
-            screen.print(f"\n[bold]{title}[/]")
+            screen.print()
+            screen.print(styled(title, "bold"))
             screen.print(table)
-    screen.print("\n[bold]events[/]")
+    screen.print()
+    screen.print(styled("events", "bold"))
     for event in record.events:
-        screen.print(
-            f"  {event.at:%Y-%m-%d %H:%M:%S} UTC  {event.what:<11} step {event.step:,}  {event.detail}",
-            highlight=False,
-            markup=False,
-        )
+        screen.print(f"  {event.at:%Y-%m-%d %H:%M:%S} UTC  {event.what:<11} step {event.step:,}  {event.detail}")
 
 
 @app.command(rich_help_panel="Look at what is stored")
 def verify(run: RunArgument, as_json: AsJson = False) -> None:
     """Read every checkpoint of a run back and check it."""
     from nightshift.checkpoints.verify import verify_checkpoints
+    from nightshift.cli.screen import joined, styled
     from nightshift.records.run import read_record
 
     screen, checked, bad = console(), 0, []
@@ -93,12 +93,12 @@ def verify(run: RunArgument, as_json: AsJson = False) -> None:
             if problem:
                 bad.append({"key": problem.key, "reason": problem.reason})
             if not as_json:
-                verdict = f"[red]bad[/]: {problem.reason}" if problem else "[green]good[/]"
-                screen.print(f"  {checkpoint.key}  {verdict}", highlight=False)
+                verdict = joined(styled("bad", "red"), f": {problem.reason}") if problem else styled("good", "green")
+                screen.print(joined(f"  {checkpoint.key}  ", verdict))
     if as_json:
         print_json({"ok": not bad, "checked": checked, "bad": bad})
     else:
-        screen.print(f"{checked} checked, {len(bad)} bad", highlight=False)
+        screen.print(f"{checked} checked, {len(bad)} bad")
     if bad:
         raise typer.Exit(1)
 
@@ -107,7 +107,8 @@ def verify(run: RunArgument, as_json: AsJson = False) -> None:
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
     older_than_hours: Annotated[
-        float, typer.Option("--older-than-hours", min=0, help="Leave what is younger; it may be about to be used.")
+        float,
+        typer.Option("--older-than-hours", min=0, help="Leave what is younger; it may be about to be used."),
     ] = 24,
     as_json: AsJson = False,
 ) -> None:
@@ -134,11 +135,10 @@ def gc(
     from nightshift.cli.terminal import size_text
 
     for key in found.keys:
-        console().print(f"  {key}", highlight=False)
+        console().print(f"  {key}")
     console().print(
         f"{'would delete' if dry_run else 'deleted'} {len(found.objects)} objects ({size_text(found.bytes)}), "
-        f"{'would abort' if dry_run else 'aborted'} {len(found.uploads)} unfinished uploads",
-        highlight=False,
+        f"{'would abort' if dry_run else 'aborted'} {len(found.uploads)} unfinished uploads"
     )
 
 
@@ -173,6 +173,7 @@ def recipes(as_json: AsJson = False) -> None:
 def doctor(as_json: AsJson = False) -> None:
     """Check storage, Prefect, GPU, disk and clock."""
     from nightshift.cli.doctor import examine
+    from nightshift.cli.screen import styled
     from nightshift.settings import Settings
 
     checks = examine(Settings.load())
@@ -181,8 +182,8 @@ def doctor(as_json: AsJson = False) -> None:
         print_json({"ok": ok, "checks": [vars(check) for check in checks]})
     else:
         for check in checks:
-            mark = "[green]✓[/]" if check.ok else "[red]✗[/]"
-            console().print(f"{mark} {check.name:<20} {check.detail}", highlight=False, soft_wrap=True)
+            mark = styled("✓", "green") if check.ok else styled("✗", "red")
+            console().print(mark, f"{check.name:<20} {check.detail}", soft_wrap=True)
     if not ok:
         raise typer.Exit(1)
 

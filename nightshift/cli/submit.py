@@ -116,12 +116,12 @@ def _follow(submitted: "Submitted", watch: bool, as_json: bool) -> tuple[str, bo
     from deployments import submit as submission
 
     screen, state, is_good = error_console() if as_json else console(), "Scheduled", True
-    screen.print(f"run {submitted.run_id or submitted.name}  {submitted.url or ''}", highlight=False, soft_wrap=True)
+    screen.print(f"run {submitted.run_id or submitted.name}  {submitted.url or ''}", soft_wrap=True)
     if watch:
         try:
             for reached in submission.watch(submitted):
                 state, is_good = reached.name or reached.type.value, reached.is_completed()
-                screen.print(f"  {reached.timestamp:%H:%M:%S}  {state}  {reached.message or ''}", highlight=False)
+                screen.print(f"  {reached.timestamp:%H:%M:%S}  {state}  {reached.message or ''}")
         except KeyboardInterrupt:
             raise Interrupted("no longer watched; the run goes on") from None
     return state, is_good

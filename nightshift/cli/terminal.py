@@ -1,11 +1,9 @@
 """What a person sees: a live bar while it runs, tables when it is done."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,10 +16,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from nightshift.cli.screen import Screen, styled
 from nightshift.progress import StepReport
 from nightshift.records.champions import Transition
 from nightshift.records.run import RunRecord
+from nightshift.text import plain
 
 _STATUS_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
@@ -29,11 +30,11 @@ _STATUS_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yello
 class TerminalProgress:
     """Progress as bars on a terminal; elsewhere as one line an event and one an epoch."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Screen) -> None:
         self._console = console
         self._transfers = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -42,7 +43,11 @@ class TerminalProgress:
             disable=not console.is_terminal,
         )
         self._waiting = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
         )
         self._training = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -73,7 +78,7 @@ class TerminalProgress:
                 yield lambda count: None
             return
         with self._transfers:
-            task = self._transfers.add_task(what, total=size)
+            task = self._transfers.add_task(plain(what), total=size)
             yield lambda count: self._transfers.advance(task, count)
             self._transfers.remove_task(task)
 
@@ -85,7 +90,7 @@ class TerminalProgress:
             yield
             return
         with self._waiting:
-            task = self._waiting.add_task(what, total=None)
+            task = self._waiting.add_task(plain(what), total=None)
             yield
             self._waiting.remove_task(task)
 
@@ -108,21 +113,20 @@ class TerminalProgress:
             width = len(str(report.epochs))
             self._console.print(
                 f"  epoch {report.epoch:{width}}/{report.epochs}   loss {report.loss:.3f}   "
-                f"training accuracy {report.accuracy:6.1%}   {report.images_per_second:7,.0f} images/s",
-                highlight=False,
+                f"training accuracy {report.accuracy:6.1%}   {report.images_per_second:7,.0f} images/s"
             )
         if report.step == report.total_steps:
             self.__exit__()
 
     def say(self, message: str) -> None:
-        self._console.print(f"[dim]·[/] {escape(message)}", highlight=False, soft_wrap=True)
+        self._console.print(styled("·", "dim"), message, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self._console.print(f"[yellow]![/] {escape(message)}", highlight=False, soft_wrap=True)
+        self._console.print(styled("!", "yellow"), message, soft_wrap=True)
 
 
-def status_text(status: str) -> str:
-    return f"[{_STATUS_COLOURS.get(status, 'white')}]{status}[/]"
+def status_text(status: str) -> Text:
+    return styled(status, _STATUS_COLOURS.get(status, "white"))
 
 
 def percent(value: float | None) -> str:
@@ -133,12 +137,12 @@ def size_text(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def facts_table(facts: dict[str, Any]) -> Table:
+def facts_table(facts: Mapping[str, str | Text]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, value)
     return table
 
 
@@ -148,7 +152,7 @@ def lines_table(lines: list[dict[str, Any]]) -> Table:
     for name in lines[0]:
         table.add_column(name, overflow="fold")
     for line in lines:
-        table.add_row(*("–" if value is None else escape(str(value)) for value in line.values()))
+        table.add_row(*("–" if value is None else str(value) for value in line.values()))
     return table
 
 

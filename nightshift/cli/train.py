@@ -23,6 +23,8 @@ from nightshift.cli.in_process import flow_runner, quieten
 from nightshift.errors import ConfigError, Interrupted, NightshiftError, SettingsError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from nightshift.config.train import TrainConfig
     from nightshift.records.run import RunRecord
     from nightshift.refs import Verdict
@@ -104,7 +106,7 @@ def join(
     if as_json:
         print_json({"run_id": ending.run_id, "ended": ending.error or "trained", "detail": detail})
     else:
-        console().print(f"run {ending.run_id}: {detail}", highlight=False, soft_wrap=True)
+        console().print(f"run {ending.run_id}: {detail}", soft_wrap=True)
     # The machine that runs the flow reports a failed run. This one has done its part.
     if ending.interrupted:
         raise typer.Exit(3)
@@ -113,7 +115,8 @@ def join(
 @app.command(rich_help_panel="Train")
 def recover(
     within_hours: Annotated[
-        float, typer.Option("--within-hours", min=0, help="Look only at runs that were written to in so many hours.")
+        float,
+        typer.Option("--within-hours", min=0, help="Look only at runs that were written to in so many hours."),
     ] = 24,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -145,8 +148,8 @@ def recover(
     if as_json:
         print_json({"started": started, "live": found.live})
     else:
-        console().print(f"started: {', '.join(started) or 'none'}", highlight=False)
-        console().print(f"live: {', '.join(found.live) or 'none'}", highlight=False)
+        console().print(f"started: {', '.join(started) or 'none'}")
+        console().print(f"live: {', '.join(found.live) or 'none'}")
     if failed:
         raise typer.Exit(1)
 
@@ -163,13 +166,14 @@ def _run_and_print(run_id: str, config: "TrainConfig", as_json: bool, verbose: b
 def _print_summary(record: "RunRecord") -> None:
     from rich.panel import Panel
 
+    from nightshift.cli.screen import styled
     from nightshift.cli.terminal import facts_table, percent, status_text
 
     assert record.result is not None
     epochs = record.train_config().schedule.epochs
-    facts = {
+    facts: dict[str, str | Text] = {
         "status": status_text(record.status),
-        "test accuracy": f"[bold]{percent(record.result.test_accuracy)}[/]",
+        "test accuracy": styled(percent(record.result.test_accuracy), "bold"),
         "training": f"{record.train_seconds:,.1f} s, {record.step:,} steps, {epochs} epochs",
         "data": f"{record.dataset.name} from the {record.dataset.source}",
         "checkpoints": f"{len(record.checkpoints)} in checkpoints/{record.run_id}/",
@@ -179,10 +183,15 @@ def _print_summary(record: "RunRecord") -> None:
     }
     if record.resumed_from_step is not None:
         facts["resumed"] = f"from step {record.resumed_from_step:,}"
-    console().print(Panel(facts_table(facts), title=f"run {record.run_id}", title_align="left", expand=False))
+    console().print(
+        Panel(facts_table(facts), title=styled(f"run {record.run_id}", ""), title_align="left", expand=False)
+    )
 
 
-def _verdict_text(verdict: "Verdict | None") -> str:
+def _verdict_text(verdict: "Verdict | None") -> "str | Text":
+    from nightshift.cli.screen import joined, styled
+
     if not verdict:
         return "–"
-    return f"{'[green]promoted[/]' if verdict.promoted else '[yellow]not promoted[/]'}: {verdict.reason}"
+    word = styled("promoted", "green") if verdict.promoted else styled("not promoted", "yellow")
+    return joined(word, f": {verdict.reason}")

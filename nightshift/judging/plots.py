@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from nightshift.judging.evaluation import Bin, Mistake
 from nightshift.records.run import RunRecord
+from nightshift.text import figure_label
 from nightshift.tracking.metrics import CheckpointLine, Line, TrainingLine
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6b7280"
@@ -85,12 +86,12 @@ def night(record: RunRecord, lines: Sequence[Line]) -> dict[str, str]:
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """How many images of each class (rows) were classified as which (columns)."""
-    counts = np.asarray(matrix)
+    counts, names = np.asarray(matrix), [figure_label(name) for name in classes]
     figure, axes = _figure("predicted", "true", size=(6.4, 6.0))
     axes.grid(visible=False)
     axes.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="cividis", vmin=0, vmax=1)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
     for (row, column), count in np.ndenumerate(counts):
         bright = count > counts[row].sum() / 2
         axes.text(column, row, str(count), ha="center", va="center", fontsize=10, color="black" if bright else "white")
@@ -139,7 +140,9 @@ def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
             axes = figure.add_subplot(rows, columns, place + 1)
             axes.imshow(pixels, interpolation="nearest")
             axes.set_axis_off()
-            axes.set_title(f"{mistake.label}\n→ {mistake.predicted}\n{mistake.probability:.1%}", fontsize=12)
+            label, predicted = figure_label(mistake.label), figure_label(mistake.predicted)
+            title = f"{label}\n→ {predicted}\n{mistake.probability:.1%}"
+            axes.set_title(title, fontsize=12)
     return _svg(figure)
 
 

@@ -4,11 +4,13 @@ It is one HTML file that needs no network, and the same as Markdown.
 """
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from nightshift import progress
 from nightshift.data.datasets import open_dataset
@@ -19,6 +21,7 @@ from nightshift.records.lease import attached
 from nightshift.records.run import Result, RunRecord, newest_records
 from nightshift.records.versions import read_card
 from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
+from nightshift.text import markdown, plain
 from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
 from nightshift.workspace import Workspace
 
@@ -118,8 +121,8 @@ def build_report(
         name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode() for name, svg in plots.items()
     }
     return Report(
-        html=_TEMPLATES.get_template("report.html").render(context, plots=sources),
-        markdown=_TEMPLATES.get_template("report.md").render(context),
+        html=_HTML.get_template("report.html").render(context, plots=sources),
+        markdown=_MARKDOWN.get_template("report.md").render(context),
         plots=plots,
         url=url,
     )
@@ -178,11 +181,12 @@ def _plots(
     return figures
 
 
-def _environment() -> Environment:
-    # Markdown is escaped too: a run's message must not become markup on Prefect's page.
+def _environment(shown: Callable[[object], str]) -> Environment:
+    """Templates in which every value passes through `shown`, which no template can forget."""
     environment = Environment(
         loader=PackageLoader("nightshift.judging"),
         autoescape=True,
+        finalize=shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -192,4 +196,5 @@ def _environment() -> Environment:
     return environment
 
 
-_TEMPLATES = _environment()
+_HTML = _environment(lambda value: value if isinstance(value, Markup) else plain(value))
+_MARKDOWN = _environment(lambda value: Markup(markdown(value)))  # noqa: S704

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from nightshift.records import champions
 from nightshift.records.versions import read_card, read_file
 from nightshift.refs import PredictionsRef
 from nightshift.storage.store import Store
+from nightshift.text import as_json, csv_cell
 
 _BATCH = 256
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -98,6 +98,8 @@ class Classifier:
 def write(predictions: Iterable[Prediction], file: IO[str], kind: OutputFormat) -> tuple[int, list[Prediction]]:
     """Write a line per image, as CSV with a header or as JSON Lines.
 
+    JSON Lines hold names exactly. CSV is for people and spreadsheets too, so it holds them as `csv_cell` shows them.
+
     Returns:
         How many were predicted, and those that could not be read.
 
@@ -115,9 +117,9 @@ def write(predictions: Iterable[Prediction], file: IO[str], kind: OutputFormat) 
         else:
             good += 1
         if kind == "csv":
-            table.writerow(asdict(prediction))
+            table.writerow({name: csv_cell(value) for name, value in asdict(prediction).items()})
         else:
-            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+            file.write(as_json(asdict(prediction)) + "\n")
     if not good:
         named = "".join(f"\n  {prediction.image}: {prediction.error}" for prediction in bad[:20])
         raise NoImagesError(f"none of {len(bad)} images can be read:{named}")

@@ -27,10 +27,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from rich.console import Console
-
 from nightshift import progress
 from nightshift.checkpoints.verify import verify_checkpoints
+from nightshift.cli.screen import Screen
 from nightshift.cli.terminal import TerminalProgress
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
@@ -289,7 +288,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    console, started = Console(stderr=True), time.monotonic()
+    console, started = Screen(stderr=True), time.monotonic()
     with (
         tempfile.TemporaryDirectory() as directory,
         embedded_s3(Path(directory)) as store,

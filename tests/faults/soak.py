@@ -37,6 +37,7 @@ from torch import Tensor
 
 from nightshift import progress
 from nightshift.checkpoints.payload import read_weights, weights_sha256
+from nightshift.cli.screen import Screen
 from nightshift.cli.terminal import TerminalProgress
 from nightshift.config.train import TrainConfig
 from nightshift.data.datasets import fetch, pack
@@ -268,7 +269,7 @@ def main() -> None:
     # Half of them at random instants, the others at each point in turn.
     halves = zip(itertools.repeat(RANDOM), itertools.cycle(POINTS), strict=False)
     points = itertools.islice(itertools.chain.from_iterable(halves), arguments.kills)
-    console, started = Console(stderr=True), time.monotonic()
+    console, started = Screen(stderr=True), time.monotonic()
     with (
         tempfile.TemporaryDirectory() as directory,
         embedded_s3(Path(directory)) as store,

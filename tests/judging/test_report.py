@@ -4,12 +4,16 @@ import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from nightshift.errors import TrainingInterrupted
-from nightshift.judging import evaluation, gate, report
+from nightshift.judging import evaluation, gate, plots, report
+from nightshift.judging.evaluation import ClassMetrics, Metrics, Mistake
 from nightshift.judging.report import Report, build_report, publish_report
 from nightshift.records import orphans
 from nightshift.records.lease import RunSpec
@@ -21,6 +25,7 @@ from nightshift.storage.memory import MemoryStore
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
+from tests.hostile import HOSTILE, is_harmless
 from tests.records.test_lease import DATASET
 
 Candidates = tuple[Workspace, dict[int, ModelRef]]
@@ -97,13 +102,60 @@ def test_a_report_of_a_run_that_is_not_evaluated_has_its_course_so_far(
     assert "no verdict yet" in page.html
 
 
-def test_a_message_cannot_become_markup(candidates: Candidates, page: Report) -> None:
-    workspace, models = candidates
-    record, _ = read_record(workspace.store, models[1].run_id)
-    hostile = record.with_event("failed", datetime.now(UTC), "<script>alert(1)</script>|")
-    made = build_report(workspace, hostile, Verdict(promoted=False, reason="<b>", comparison=None, champion=None), None)
-    assert "<script>" not in made.html + made.markdown
-    assert "<b>" not in made.markdown
+@pytest.fixture(scope="module")
+def hostile_page(home: Path) -> Report:
+    """Of a run in which everything that has a name of somebody's has each of the hostile ones."""
+    store, texts = MemoryStore(), list(HOSTILE.values())
+    with hold_run(store, RunSpec("run", small_config(), DATASET, {text: text for text in texts}, 40), 60) as run:
+        run.end("failed", texts[0])
+        record = run.record
+    for text in texts:
+        record = record.with_event(text, datetime.now(UTC), text)
+    metrics = Metrics(
+        **dict.fromkeys(("checkpoint", "dataset_digest", "weights_sha256", "predictions_sha256"), "0" * 64),
+        **dict.fromkeys(("accuracy", "top5", "loss", "calibration_error"), 0.5),
+        tta=texts[0],
+        predictions=texts[0],
+        images=len(texts),
+        interval=(0.4, 0.6),
+        reliability=[],
+        classes=[ClassMetrics(name=text, images=1, precision=0.5, recall=0.5, f1=0.5) for text in texts],
+        confusion=np.eye(len(texts), dtype=int).tolist(),
+        mistakes=[],
+    )
+    store.put("reports/run/evaluation.json", metrics.model_dump_json().encode())
+    verdict = Verdict(promoted=False, reason=" ".join(texts), comparison=None, champion=None)
+    return build_report(Workspace(store, home, 60, 5), record, verdict, None)
+
+
+def test_no_text_becomes_markup_on_the_page(hostile_page: Report) -> None:
+    assert is_harmless(hostile_page.html)
+    links = Links()
+    links.feed(hostile_page.html)
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in links.found)
+    assert not links.tags & {"script", "a"}
+    assert "&lt;script&gt;" in hostile_page.html
+
+
+def test_no_text_becomes_markup_in_markdown_or_a_further_cell_of_a_table(hostile_page: Report) -> None:
+    assert is_harmless(hostile_page.markdown)
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(hostile_page.markdown)
+    tables = {"table", "thead", "tbody", "tr", "th", "td"}
+    assert set(re.findall(r"<(\w+)", html)) == {"h1", "h2", "p", "strong"} | tables
+    assert html.count("<strong>") == 1  # our own "Not promoted"
+    blocks = re.findall(r"(?:^\|.*\n)+", hostile_page.markdown, re.MULTILINE)
+    assert len(blocks) == 7
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_a_class_may_have_any_name_in_the_figures(hostile_page: Report) -> None:
+    names = list(HOSTILE.values())
+    found = [Mistake(image=0, label=name, predicted=name, probability=0.5) for name in names]
+    figures = [plots.mistakes(found, np.zeros((len(names), 32, 32, 3), np.uint8)), *hostile_page.plots.values()]
+    for figure in figures:
+        ElementTree.fromstring(figure)
+        assert is_harmless(figure)
 
 
 def test_the_report_of_a_stored_run_is_no_orphan_and_that_of_no_run_is_one(

@@ -17,6 +17,7 @@ from nightshift.publishing.prediction import Classifier, Prediction
 from nightshift.refs import DatasetRef, ModelRef
 from nightshift.settings import GateSettings
 from nightshift.workspace import Workspace
+from tests.hostile import HOSTILE, is_harmless
 
 Candidates = tuple[Workspace, dict[int, ModelRef]]
 
@@ -118,6 +119,21 @@ def test_csv_has_a_line_an_image_whatever_its_name() -> None:
         {"image": 'a,"b".png', "label": "cat", "probability": "0.5", "error": ""},
         {"image": "c.png", "label": "", "probability": "", "error": "damaged"},
     ]
+
+
+def test_csv_is_safe_in_a_spreadsheet_and_json_lines_are_exact_whatever_a_file_is_called() -> None:
+    names = [*HOSTILE.values(), "\udcff.png", "-1+1.png"]
+    given = [Prediction(name, name, 0.5) for name in names]
+    table, lines = io.StringIO(), io.StringIO()
+    prediction.write(given, table, "csv")
+    prediction.write(given, lines, "jsonl")
+    assert is_harmless(table.getvalue())
+    rows = list(csv.DictReader(io.StringIO(table.getvalue())))
+    assert len(rows) == len(names)
+    assert not any(row["image"].startswith(("=", "-")) for row in rows)
+    assert {row["probability"] for row in rows} == {"0.5"}
+    assert lines.getvalue().isascii()
+    assert [json.loads(line)["image"] for line in lines.getvalue().splitlines()] == names
 
 
 def test_it_is_an_error_if_no_image_at_all_can_be_read(
