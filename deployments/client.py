@@ -26,7 +26,7 @@ def connected() -> Iterator[SyncPrefectClient]:
         if error.response.status_code == 401:
             raise login_is_missing(PREFECT_API_URL.value()) from error
         raise PrefectServerError(f"{PREFECT_API_URL.value()} answers {error.response.text or error}") from error
-    except httpx.TransportError as error:
+    except (httpx.TransportError, httpx.InvalidURL) as error:
         raise PrefectServerError(
             f"{PREFECT_API_URL.value()} does not answer ({error}): start the server, or correct PREFECT_API_URL"
         ) from error

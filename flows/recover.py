@@ -32,7 +32,7 @@ from nightshift.settings import Settings
 from nightshift.storage.store import Store
 from nightshift.workspace import open_workspace
 
-WithinHours = Annotated[float, Field(ge=0)]
+WithinHours = Annotated[float, Field(ge=0, le=876_000)]
 _ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
 _PREFECTS_TURN = timedelta(minutes=5)
 """How long a run whose flow run the server knows is left to the automations, which take two minutes."""

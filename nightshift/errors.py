@@ -41,6 +41,8 @@ The message of each says what was wrong, where, and what to do next.
 
 import errno
 
+from nightshift.text import masked
+
 DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errno of an OSError when there is no room: on the disk, in the quota, or under the limit on a file's size."""
 
@@ -48,11 +50,15 @@ DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 class NightshiftError(Exception):
     """Base of all errors raised on purpose.
 
-    `exit_code` is the command line's exit status; `transient` says whether trying again can help.
+    `exit_code` is the command line's exit status; `transient` says whether trying again can help. Whatever the message
+    quotes, it holds no password of a URL: messages are printed, logged, and stored in records.
     """
 
     exit_code = 1
     transient = False
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(masked(str(message)))
 
 
 class UserError(NightshiftError):

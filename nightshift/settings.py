@@ -18,22 +18,26 @@ from nightshift.errors import SettingsError
 from nightshift.explain import near_miss, problem_of
 
 _PREFIX = "NIGHTSHIFT_"
+# Much more makes a socket, a lock or a date raise, in the middle of the night.
+_A_DAY, _A_WEEK, _OFTEN = 86_400, 604_800, 10_000
 
 
 class S3Settings(BaseModel):
     """Which bucket to use. With neither bucket nor endpoint, the embedded server is used."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     endpoint_url: str | None = Field(
-        None, pattern=r"^https?://", description="An S3-compatible endpoint; none for AWS."
+        None, pattern=r"^https?://\S+$", description="An S3-compatible endpoint; none for AWS."
     )
-    bucket: str | None = Field(None, min_length=3, max_length=63, description="The bucket, which must exist.")
+    bucket: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]{3,63}$", description="The bucket, which must exist.")
     prefix: str = Field(
         "", pattern=r"^([^/].*)?$", description="Put before every key, for a bucket shared with others."
     )
-    region: str = Field("us-east-1", description="The bucket's region.")
-    timeout_seconds: float = Field(60, gt=0, description="How long to wait for an answer before asking again.")
+    region: str = Field("us-east-1", pattern=r"^[A-Za-z0-9-]{1,63}$", description="The bucket's region.")
+    timeout_seconds: float = Field(
+        60, gt=0, le=_A_DAY, description="How long to wait for an answer before asking again."
+    )
     checksums: Literal["when_supported", "when_required"] = Field(
         "when_supported", description="`when_required` for a store that refuses checksum trailers."
     )
@@ -53,14 +57,22 @@ class S3Settings(BaseModel):
 class NodesSettings(BaseModel):
     """The machines that train a run together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    count: str = Field("1", pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="How many machines there are, N or MIN:MAX.")
-    rendezvous: str | None = Field(
-        None, pattern=r"^[^:]+:\d+$", description="HOST:PORT where all meet, free on the machine that runs the flow."
+    count: str = Field(
+        "1", pattern=r"^[1-9][0-9]{0,4}(:[1-9][0-9]{0,4})?$", description="How many machines there are, N or MIN:MAX."
     )
-    wait_seconds: int = Field(600, ge=1, description="How long to wait for other machines to come, or to come back.")
-    max_restarts: int = Field(10, ge=0, description="How many times a run's processes are restarted in place.")
+    rendezvous: str | None = Field(
+        None,
+        pattern=r"^[^:\s]+:[0-9]{1,5}$",
+        description="HOST:PORT where all meet, free on the machine that runs the flow.",
+    )
+    wait_seconds: int = Field(
+        600, ge=1, le=_A_WEEK, description="How long to wait for other machines to come, or to come back."
+    )
+    max_restarts: int = Field(
+        10, ge=0, le=_OFTEN, description="How many times a run's processes are restarted in place."
+    )
 
     @model_validator(mode="after")
     def _several_need_a_rendezvous(self) -> Self:
@@ -68,6 +80,8 @@ class NodesSettings(BaseModel):
             raise ValueError(f"several machines need a place to meet: set {_PREFIX}NODES__RENDEZVOUS too")
         if self.fewest > self.most:
             raise ValueError(f"{_PREFIX}NODES__COUNT is MIN:MAX, the smaller number first")
+        if self.rendezvous and not 0 < int(self.rendezvous.rpartition(":")[2]) < 65_536:
+            raise ValueError(f"{_PREFIX}NODES__RENDEZVOUS is HOST:PORT, the port from 1 to 65535")
         return self
 
     @property
@@ -86,7 +100,7 @@ class NodesSettings(BaseModel):
 class GateSettings(BaseModel):
     """What a candidate must reach to become the champion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     min_accuracy: float = Field(0.0, ge=0, le=1, description="Below this test accuracy nothing is promoted.")
     max_regression: float = Field(
@@ -108,17 +122,17 @@ class Settings(BaseSettings):
     """Where things are on this machine. Only `flows/` and the command line construct it."""
 
     model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, env_nested_delimiter="__", env_file=".env", extra="ignore", frozen=True
+        env_prefix=_PREFIX, env_nested_delimiter="__", env_file=".env", extra="ignore", frozen=True, allow_inf_nan=False
     )
 
     home: Path = Field(Path(".nightshift"), description="Local cache, embedded S3 and Prefect server.")
     s3: S3Settings = Field(S3Settings(), description="The bucket; none for the embedded server.")
     # The holder stops a sixth of the lease before its end. That must exceed one second, the resolution of store clocks.
     lease_seconds: float = Field(
-        60, ge=6, le=86_400, description="A run may be taken over after its trainer was silent for so long."
+        60, ge=6, le=_A_DAY, description="A run may be taken over after its trainer was silent for so long."
     )
     save_retry_seconds: float = Field(
-        120, ge=0, description="How long a failing save is retried before training goes on without it."
+        120, ge=0, le=_A_WEEK, description="How long a failing save is retried before training goes on without it."
     )
     nodes: NodesSettings = Field(NodesSettings(), description="The machines that train a run together.")
     gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
@@ -128,7 +142,9 @@ class Settings(BaseSettings):
         pattern=r"^[\w-]+/[\w-]+$",
         description="A notification block of the Prefect server, TYPE/NAME, that reports failed and rejected runs.",
     )
-    max_recoveries: int = Field(20, ge=0, description="How many times an interrupted run is restarted automatically.")
+    max_recoveries: int = Field(
+        20, ge=0, le=_OFTEN, description="How many times an interrupted run is restarted automatically."
+    )
 
     @classmethod
     def load(cls) -> Self:
@@ -137,15 +153,16 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: a variable does not parse, or is not one of ours.
         """
-        known = set(_variables(cls))
-        for name in (*os.environ, *dotenv_values(".env")):
-            if name.upper().startswith(_PREFIX) and name.upper() not in known:
-                raise SettingsError(f"{name} is not a setting of nightshift.{near_miss(name, sorted(known))}")
+        known, given = set(_variables(cls)), {name.upper(): name for name in (*os.environ, *_in_file())}
+        for name in sorted(given.keys() - known):
+            if name.startswith(_PREFIX):
+                raise SettingsError(f"{given[name]} is not a setting of nightshift.{near_miss(name, sorted(known))}")
         try:
             settings = cls()
-        except UnparsableError:
+        except (UnparsableError, RecursionError):
+            whole = [name for name in _wholes(cls) if name in given]
             raise SettingsError(
-                f"{_PREFIX}S3: not a JSON object; set {_PREFIX}S3__BUCKET and its like instead"
+                f"{' or '.join(whole)}: not a JSON object; set single values instead, such as {_PREFIX}S3__BUCKET"
             ) from None
         except ValidationError as error:
             problems = "; ".join(
@@ -153,7 +170,35 @@ class Settings(BaseSettings):
                 for detail in error.errors()
             )
             raise SettingsError(f"{problems}. Correct it in the environment or in .env.") from None
-        return settings.model_copy(update={"home": settings.home.expanduser().resolve()})
+        try:
+            home = settings.home.expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # nobody's ~name, links in a circle, a name too long
+            raise SettingsError(
+                f"{_PREFIX}HOME: {str(settings.home)!r} is no directory that can be found ({error}): set it to another"
+            ) from None
+        return settings.model_copy(update={"home": home})
+
+
+def _in_file() -> dict[str, str | None]:
+    """The variables of `.env`; none if there is no such file."""
+    try:
+        found = dotenv_values(".env")
+    except UnicodeDecodeError:
+        raise SettingsError(".env is not text in UTF-8: save it as such, or set the variables elsewhere") from None
+    except OSError as error:
+        raise SettingsError(f".env cannot be read ({error.strerror}): mend it or take it away") from None
+    for name, value in found.items():
+        if not name or "=" in name or "\0" in f"{name}{value}":
+            raise SettingsError(f".env: {name!r} is nothing that an environment can hold: correct or delete its line")
+    return found
+
+
+def _wholes(model: type[BaseModel]) -> list[str]:
+    """The variables that would hold several settings as one JSON object."""
+    kinds = {name: field.annotation for name, field in model.model_fields.items()}
+    return [
+        _PREFIX + name.upper() for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
+    ]
 
 
 def _variables(model: type[BaseModel], prefix: str = _PREFIX) -> Iterator[str]:

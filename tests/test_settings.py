@@ -48,8 +48,21 @@ def test_an_endpoint_without_a_bucket_is_refused_with_the_variable_to_set(enviro
         ("NIGHTSHIFT_LEASE_SECONDS", "abc"),
         ("NIGHTSHIFT_LEASE_SECONDS", "5"),
         ("NIGHTSHIFT_S3", "abc"),
+        ("NIGHTSHIFT_LEASE_SECONDS", "nan"),
+        ("NIGHTSHIFT_SAVE_RETRY_SECONDS", "inf"),
+        ("NIGHTSHIFT_PRICE_PER_HOUR", "inf"),
+        ("NIGHTSHIFT_MAX_RECOVERIES", "9" * 5000),
+        ("NIGHTSHIFT_HOME", "~nosuchuser/x"),
+        ("NIGHTSHIFT_NODES", "[1]"),
+        ("NIGHTSHIFT_NODES", '{"count":' * 3000),
+        ("NIGHTSHIFT_NODES__COUNT", "1:" + "9" * 5000),
+        ("NIGHTSHIFT_NODES__RENDEZVOUS", "http://user:secret@host:5"),
         ("NIGHTSHIFT_S3__ENDPOINT_URL", "localhost:9000"),
+        ("NIGHTSHIFT_S3__ENDPOINT_URL", "http://user:sec ret@localhost:9000"),
+        ("NIGHTSHIFT_S3__TIMEOUT_SECONDS", "1e300"),
+        ("NIGHTSHIFT_S3__REGION", ""),
         ("NIGHTSHIFT_S3__BUCKET", "ab"),
+        ("NIGHTSHIFT_S3__BUCKET", "a/../b"),
         ("NIGHTSHIFT_S3__CHECKSUMS", "sometimes"),
         ("NIGHTSHIFT_S3__ALLOW_UNFENCED", "perhaps"),
     ],
@@ -58,7 +71,9 @@ def test_a_value_that_does_not_parse_is_refused_with_its_variable(
     environment: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     environment.setenv(variable, value)
-    assert f"{variable}:" in settings_refusal()
+    message = settings_refusal()
+    assert f"{variable}:" in message
+    assert "secret" not in message
 
 
 @pytest.mark.parametrize(
@@ -94,6 +109,50 @@ def test_the_file_in_the_current_directory_is_read_and_the_environment_wins(envi
     environment.setenv("NIGHTSHIFT_S3__PREFIX", "environment")
     settings = Settings.load()
     assert (settings.lease_seconds, settings.s3.bucket, settings.s3.prefix) == (7, "team", "environment")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("NIGHTSHIFT_HOME=caf\xe9".encode("latin-1"), ".env is not text in UTF-8"),
+        (b"NIGHTSHIFT_HOME='a\0b'", "'NIGHTSHIFT_HOME' is nothing that an environment can hold"),
+        (b"'a=b'=1", "'a=b' is nothing that an environment can hold"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_with_its_name(
+    environment: pytest.MonkeyPatch, content: bytes, reason: str
+) -> None:
+    Path(".env").write_bytes(content)
+    assert reason in settings_refusal()
+
+
+def test_a_home_behind_links_in_a_circle_is_refused(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    environment.setenv("NIGHTSHIFT_HOME", str(tmp_path / "one" / "home"))
+    assert "NIGHTSHIFT_HOME:" in settings_refusal()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"NIGHTSHIFT_S3__ENDPOINT_URL": "http://user:secret@["},
+        {"NIGHTSHIFT_S3__ENDPOINT_URL": "http://user:secret@.."},
+        {"NIGHTSHIFT_S3__REGION": "-"},
+        {"AWS_PROFILE": "no-such-profile"},
+    ],
+)
+def test_settings_of_which_no_client_can_be_made_are_refused_without_their_password(
+    environment: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    from nightshift.storage.s3 import S3
+
+    environment.setenv("NIGHTSHIFT_S3__BUCKET", "team")
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(SettingsError, match="there is no way to the bucket") as refusal:
+        S3(Settings.load().s3)
+    assert "secret" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("home", [None, "here", "/there", "~/mine"])

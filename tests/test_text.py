@@ -9,6 +9,7 @@ from html import escape
 import pytest
 from markdown_it import MarkdownIt
 
+from nightshift.errors import StorageError
 from nightshift.text import as_json, csv_cell, figure_label, markdown, masked, plain, plain_lines
 from tests.hostile import HOSTILE, is_harmless
 
@@ -47,6 +48,12 @@ def test_a_password_in_a_url_is_masked_and_nothing_else(text: str, shown: str | 
 def test_masking_a_long_text_takes_no_longer_than_reading_it() -> None:
     for hostile in ("//a:" * 250_000, "//" * 500_000, "x@//a:" * 200_000, "@" * 1_000_000):
         masked(hostile)
+
+
+def test_no_error_of_nightshifts_holds_a_password() -> None:
+    error = StorageError("http://user:secret@host:9000 does not answer")
+    assert str(error) == "http://user:***@host:9000 does not answer"
+    assert "secret" not in repr(error)
 
 
 @texts

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
+LONGEST_HOURS = 876_000
+"""A hundred years: what was so long ago still has a date."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's log and all warnings.")]
 

@@ -74,7 +74,7 @@ def down(as_json: AsJson = False) -> None:
     if as_json:
         print_json({"stopped": stopped})
     else:
-        console().print(f"stopped: {', '.join(stopped) or 'nothing was running'}", highlight=False)
+        console().print(f"stopped: {', '.join(stopped) or 'nothing was running'}")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -89,7 +89,7 @@ def deploy(as_json: AsJson = False) -> None:
     if as_json:
         print_json({"deployments": deployments})
     else:
-        console().print(f"deployed: {', '.join(deployments)}", highlight=False)
+        console().print(f"deployed: {', '.join(deployments)}")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -111,7 +111,7 @@ def _settings_for_workers() -> "Settings":
 
     from nightshift.settings import Settings
 
-    load_dotenv(".env")
     settings = Settings.load()
+    load_dotenv(".env")
     os.environ["NIGHTSHIFT_HOME"] = str(settings.home.resolve())
     return settings

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nightshift.cli.common import AsJson, RunArgument, app, configured_workspace, console, print_json
+from nightshift.cli.common import LONGEST_HOURS, AsJson, RunArgument, app, configured_workspace, console, print_json
 
 if TYPE_CHECKING:
     from nightshift.records.run import RunRecord
@@ -108,7 +108,9 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
     older_than_hours: Annotated[
         float,
-        typer.Option("--older-than-hours", min=0, help="Leave what is younger; it may be about to be used."),
+        typer.Option(
+            "--older-than-hours", min=0, max=LONGEST_HOURS, help="Leave what is younger; it may be about to be used."
+        ),
     ] = 24,
     as_json: AsJson = False,
 ) -> None:

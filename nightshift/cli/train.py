@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nightshift.cli.common import (
+    LONGEST_HOURS,
     AsJson,
     RunArgument,
     Verbose,
@@ -116,7 +117,9 @@ def join(
 def recover(
     within_hours: Annotated[
         float,
-        typer.Option("--within-hours", min=0, help="Look only at runs that were written to in so many hours."),
+        typer.Option(
+            "--within-hours", min=0, max=LONGEST_HOURS, help="Look only at runs that were written to in so many hours."
+        ),
     ] = 24,
     as_json: AsJson = False,
     verbose: Verbose = False,

@@ -3,8 +3,8 @@
 It runs in a process of its own. Nothing here imports Prefect.
 """
 
-import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -17,8 +17,9 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from nightshift.errors import LocalServiceError, PrefectServerError
+from nightshift.errors import LocalServiceError, PrefectServerError, SettingsError
 from nightshift.local import supervisor
 from nightshift.local.private import made_once
 from nightshift.local.supervisor import Server, using, wait_until
@@ -48,9 +49,28 @@ class PrefectServer:
 
 
 def configured_server() -> PrefectServer | None:
-    """The Prefect server the user has chosen, by environment or by the active profile."""
+    """The Prefect server the user has chosen, by environment or by the active profile.
+
+    Raises:
+        SettingsError: what the user has chosen is no URL.
+    """
     url = _configured("PREFECT_API_URL")
-    return PrefectServer(url, _configured("PREFECT_API_AUTH_STRING"), _configured("PREFECT_API_KEY")) if url else None
+    if not url:
+        return None
+    if not _is_url(url):
+        raise SettingsError(
+            "PREFECT_API_URL is no URL such as http://127.0.0.1:4200/api: correct it, in the environment or in the "
+            "profile of Prefect's"
+        )
+    return PrefectServer(url, _configured("PREFECT_API_AUTH_STRING"), _configured("PREFECT_API_KEY"))
+
+
+def _is_url(text: object) -> bool:
+    try:
+        found = urlsplit(str(text))
+        return bool(found.hostname and found.port != 0) and re.fullmatch(r"https?://\S+", str(text)) is not None
+    except ValueError:  # its port is no port, or its host is half an IPv6 address
+        return False
 
 
 def chosen_server(home: Path) -> PrefectServer | None:
@@ -135,13 +155,14 @@ def _configured(name: str) -> str | None:
     """A setting of Prefect's, by environment or by the active profile."""
     if os.environ.get(name):
         return os.environ[name]
-    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
-    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")).expanduser()
     try:
+        home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+        profiles = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")).expanduser()
         known = tomllib.loads(profiles.read_text())
         active = os.environ.get("PREFECT_PROFILE") or known["active"]
         return known["profiles"][active].get(name)  # type: ignore[no-any-return]
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+        # There is none, or none that Prefect could read. A home that is ~nobody's is a RuntimeError.
         return None
 
 
@@ -149,17 +170,19 @@ def online_workers(server: PrefectServer, pool: str = POOL) -> list[str]:
     """The names of a pool's workers that have reported lately.
 
     Raises:
-        PrefectServerError: the server asks for a login, and this is not it.
-        OSError: it does not answer.
+        PrefectServerError: the server does not answer as one does, or asks for a login, and this is not it.
     """
+    import httpx  # here, because it takes half a second, and a mistake is reported before
+
     try:
         workers = ask(server, f"work_pools/{pool}/workers/filter", {})
-    except urllib.error.HTTPError as error:
-        if error.code == 404:  # no such pool yet
-            error.close()
-            return []
-        raise
-    return [worker["name"] for worker in workers if worker["status"] == "ONLINE"]
+        return [worker["name"] for worker in workers if worker["status"] == "ONLINE"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.NOT_FOUND:
+            return []  # no such pool yet
+        raise PrefectServerError(
+            f"{server.api_url} does not answer as a Prefect server does ({error}): start it, or correct PREFECT_API_URL"
+        ) from error
 
 
 def check_login(server: PrefectServer) -> None:
@@ -168,7 +191,9 @@ def check_login(server: PrefectServer) -> None:
     Raises:
         PrefectServerError: the server asks for a login, and this is not it.
     """
-    with suppress(OSError, ValueError):
+    import httpx
+
+    with suppress(httpx.HTTPError, httpx.InvalidURL, ValueError):
         ask(server, "admin/version")
 
 
@@ -177,24 +202,24 @@ def ask(server: PrefectServer, path: str, body: Mapping[str, Any] | None = None,
 
     Raises:
         PrefectServerError: the server asks for a login, and this is not it.
-        OSError: it does not answer within `timeout` seconds; HTTPError, which is one: it refuses the request.
+        httpx.HTTPError, httpx.InvalidURL: it does not answer within `timeout` seconds, or refuses the request.
         ValueError: the answer is no JSON.
     """
-    headers = {"Content-Type": "application/json"}
+    import httpx
+
+    headers = {}
     if server.login:
         headers["Authorization"] = f"Basic {b64encode(server.login.encode()).decode()}"
     elif server.key:
         headers["Authorization"] = f"Bearer {server.key}"
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{server.api_url.rstrip('/')}/{path}", data, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            error.close()
-            raise login_is_missing(server.api_url) from None
-        raise
+    method = "GET" if body is None else "POST"
+    # With the login in the URL, if there is one.
+    response = httpx.request(
+        method, f"{server.api_url.rstrip('/')}/{path}", json=body, headers=headers, timeout=timeout
+    )
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise login_is_missing(server.api_url)
+    return response.raise_for_status().json()
 
 
 def login_is_missing(api_url: str) -> PrefectServerError:

@@ -28,6 +28,7 @@ from nightshift.errors import (
     BucketNotFoundError,
     ObjectNotFoundError,
     PreconditionFailedError,
+    SettingsError,
     StorageDeniedError,
     StorageError,
     StorageUnreachableError,
@@ -35,6 +36,7 @@ from nightshift.errors import (
 )
 from nightshift.settings import S3Settings
 from nightshift.storage.store import Stored, Upload, split_url
+from nightshift.text import masked
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -64,27 +66,15 @@ class S3:
     """A `Store` in a bucket."""
 
     def __init__(self, settings: S3Settings, credentials: Credentials | None = None, attempts: int = 5) -> None:
+        """Raises SettingsError if no client can be made of the settings."""
         assert settings.bucket is not None
         self._made_of = settings, credentials, attempts
         self.bucket = settings.bucket
         self.prefix = settings.prefix.strip("/") + "/" if settings.prefix.strip("/") else ""
-        self.endpoint = settings.endpoint_url or f"AWS S3 ({settings.region})"
+        self.endpoint = masked(settings.endpoint_url or f"AWS S3 ({settings.region})")
         self._allow_unfenced = settings.allow_unfenced
         self._clock = _ServerClock()
-        self._client: S3Client = boto3.client(
-            "s3",
-            endpoint_url=settings.endpoint_url,
-            region_name=settings.region,
-            aws_access_key_id=credentials.access_key if credentials else None,
-            aws_secret_access_key=credentials.secret_key if credentials else None,
-            config=Config(
-                retries={"mode": "standard", "total_max_attempts": attempts},
-                connect_timeout=5,
-                read_timeout=settings.timeout_seconds,
-                s3={"addressing_style": "path"},
-                request_checksum_calculation=settings.checksums,
-            ),
-        )
+        self._client = _client(settings, credentials, attempts)
         self._client.meta.events.register("after-call.s3", self._clock.read)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -243,8 +233,31 @@ class S3:
                 f"{what}: {self.endpoint} does not answer. Check that the server is up and that "
                 "NIGHTSHIFT_S3__ENDPOINT_URL is right"
             ) from error
-        except (BotoCoreError, S3DownloadFailedError) as error:
+        except (BotoCoreError, S3DownloadFailedError, UnicodeEncodeError) as error:  # a key is text in UTF-8
             raise StorageError(f"{what}: {error}") from error
+
+
+def _client(settings: S3Settings, credentials: Credentials | None, attempts: int) -> "S3Client":
+    try:
+        return boto3.client(
+            "s3",
+            endpoint_url=settings.endpoint_url,
+            region_name=settings.region,
+            aws_access_key_id=credentials.access_key if credentials else None,
+            aws_secret_access_key=credentials.secret_key if credentials else None,
+            config=Config(
+                retries={"mode": "standard", "total_max_attempts": attempts},
+                connect_timeout=5,
+                read_timeout=settings.timeout_seconds,
+                s3={"addressing_style": "path"},
+                request_checksum_calculation=settings.checksums,
+            ),
+        )
+    except (BotoCoreError, ValueError) as error:  # no host in the endpoint, no such region or profile
+        raise SettingsError(
+            f"there is no way to the bucket: {error}. Correct NIGHTSHIFT_S3__ENDPOINT_URL, NIGHTSHIFT_S3__REGION or "
+            "AWS's own variables"
+        ) from None
 
 
 class _ServerClock:

@@ -214,6 +214,12 @@ def test_a_connection_that_breaks_off_within_the_body_is_a_storage_error(use: Ca
         use(store)
 
 
+@pytest.mark.parametrize("use", [lambda store: store.get("\udcff"), lambda store: list(store.list("\udcff"))])
+def test_a_key_that_is_no_text_is_a_storage_error(unreachable: S3, use: Callable[[S3], object]) -> None:
+    with pytest.raises(StorageError, match="surrogates not allowed"):
+        use(unreachable)
+
+
 def test_the_clock_is_the_servers_own_and_moves_with_its_answers() -> None:
     class Dated(BaseHTTPRequestHandler):
         date: ClassVar[datetime]
