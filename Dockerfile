@@ -4,23 +4,24 @@
 #   docker build --tag nightshift:0.1.0-cpu --build-arg UV_TORCH_BACKEND=cpu .
 
 FROM python:3.11-slim-bookworm AS dependencies
-ARG UV_VERSION=0.13.9
-RUN pip install --no-cache-dir uv==${UV_VERSION}
-
 ENV UV_COMPILE_BYTECODE=1 \
     UV_LINK_MODE=copy \
     UV_PYTHON_DOWNLOADS=never \
     VIRTUAL_ENV=/app/.venv
 WORKDIR /app
-RUN uv venv --python /usr/local/bin/python .venv
 
 # Only what decides the dependencies, so that a change of the source leaves this layer, the large one, as it is.
 # The lock as a constraint: the versions are its own, its development tools stay out, and so do the CUDA
 # libraries where UV_TORCH_BACKEND chooses a build of torch that does not ask for them.
-COPY pyproject.toml requirements.lock ./
+COPY pyproject.toml requirements.lock deployments/cpu-build.sed ./
+RUN sed -n '/^uv==/,/[^\]$/p' requirements.lock > uv.lock \
+    && pip install --no-cache-dir --require-hashes --requirement uv.lock \
+    && uv venv --python /usr/local/bin/python .venv
 ARG UV_TORCH_BACKEND
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --requirements pyproject.toml --constraints requirements.lock
+    if [ -z "$UV_TORCH_BACKEND" ]; then export UV_REQUIRE_HASHES=1; \
+    else sed -E -i -f cpu-build.sed requirements.lock; fi \
+    && uv pip install --requirements pyproject.toml --constraints requirements.lock
 
 
 FROM python:3.11-slim-bookworm
@@ -43,7 +44,7 @@ COPY --from=dependencies /app/.venv .venv
 COPY . .
 # Editable, so that the source is there once and a change of it costs a small layer only.
 RUN --mount=type=bind,from=dependencies,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    uv pip install --no-cache --no-deps --editable .
+    uv pip install --no-cache --no-deps --build-constraints requirements.lock --require-build-hashes --editable .
 
 USER 10001:10001
 # No entry point and no shell: what is given as a command is the main process and gets SIGTERM itself. The wrapper

@@ -1,6 +1,5 @@
 .PHONY: setup train up down test test-fast check soak bench
 
-UV_VERSION := 0.13.9
 STAMP := .venv/.ready
 MINUTES := 60
 
@@ -10,14 +9,15 @@ setup: $(STAMP)
 $(STAMP): requirements.lock pyproject.toml
 	@echo "Preparing .venv (about 30 s; torch is large)"
 	@test -x .venv/bin/python || python3 -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@sed -n '/^uv==/,/[^\]$$/p' requirements.lock > .venv/uv.lock
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.lock
 ifdef UV_TORCH_BACKEND
-	@grep -vE '^(cuda|nvidia|triton)' requirements.lock > .venv/requirements.lock # a CPU build needs none of these
+	@sed -E -f deployments/cpu-build.sed requirements.lock > .venv/requirements.lock
 	@.venv/bin/uv pip sync --quiet .venv/requirements.lock
 else
-	@.venv/bin/uv pip sync --quiet requirements.lock
+	@.venv/bin/uv pip sync --quiet --require-hashes requirements.lock
 endif
-	@.venv/bin/uv pip install --quiet --no-deps --editable .
+	@.venv/bin/uv pip install --quiet --no-deps --build-constraints requirements.lock --require-build-hashes --editable .
 	@touch $@
 
 train: setup

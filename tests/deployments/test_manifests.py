@@ -113,16 +113,6 @@ def test_one_version_of_prefect_is_used_everywhere() -> None:
     assert tags == {version("prefect")}
 
 
-def test_the_dockerfile_installs_the_uv_of_the_lock_and_the_makefile() -> None:
-    names = {
-        "Dockerfile": r"UV_VERSION=(\S+)",
-        "Makefile": r"UV_VERSION := (\S+)",
-        "requirements.lock": r"(?m)^uv==(\S+)",
-    }
-    found = {name: re.findall(pattern, (ROOT / name).read_text()) for name, pattern in names.items()}
-    assert len({tuple(versions) for versions in found.values()}) == 1, found
-
-
 SECRET = re.compile(r"(PASSWORD|AUTH_STRING|TOKEN|(AWS|S3)_\w*KEY(_ID)?)$")
 
 
