@@ -3,7 +3,8 @@
 # The small CPU build:
 #   docker build --tag nightshift:0.1.0-cpu --build-arg UV_TORCH_BACKEND=cpu .
 
-FROM python:3.11-slim-bookworm AS dependencies
+# A newer base has another digest: docker buildx imagetools inspect python:3.11-slim-bookworm
+FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b AS dependencies
 ENV UV_COMPILE_BYTECODE=1 \
     UV_LINK_MODE=copy \
     UV_PYTHON_DOWNLOADS=never \
@@ -24,7 +25,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     && uv pip install --requirements pyproject.toml --constraints requirements.lock
 
 
-FROM python:3.11-slim-bookworm
+FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 # Triton compiles its launchers with it: torch.compile (compile=auto, on) needs a C compiler on a GPU.
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -108,6 +108,12 @@ def test_every_image_is_pinned() -> None:
     assert not any(is_pinned(image) for image in ("postgres", "postgres:latest", "postgres:17", "prefect:3-latest"))
 
 
+def test_every_image_is_named_by_its_digest_as_well_but_our_own_and_prefects() -> None:
+    by_tag = {image.split(":")[0] for _, image in images() if "@sha256:" not in image}
+    # The first has none before it is built. Those of the second could not be looked up where this was written.
+    assert by_tag == {"nightshift", "prefecthq/prefect"}
+
+
 def test_one_version_of_prefect_is_used_everywhere() -> None:
     tags = {image.split(":")[1].split("-")[0] for _, image in images() if "/prefect:" in image}
     assert tags == {version("prefect")}
