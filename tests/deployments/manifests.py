@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = ROOT / "deployments"
 COMPOSE = DEPLOYMENTS / "compose.yaml"
 POOLS = sorted((DEPLOYMENTS / "work-pools").glob("*.json"))
-MANIFESTS = sorted((DEPLOYMENTS / "kubernetes").glob("*.yaml"))
+KUBERNETES_FOLDER = DEPLOYMENTS / "kubernetes"
+MANIFESTS = sorted(KUBERNETES_FOLDER.glob("*.yaml"))
 KUBERNETES = kubernetes_validate.latest_version()
 FLOW_RUN = FlowRun(id=UUID(int=1), flow_id=UUID(int=2), name="a flow run")
 

@@ -262,8 +262,8 @@ def test_ranks_of_a_container_have_more_shared_memory_than_the_64_mb_of_its_defa
     docker = read_pool("docker")["job_configuration"]["container_create_kwargs"]
     assert docker["shm_size"] == "{{ shm_size }}"
     pod = kubernetes_job()["spec"]["template"]["spec"]
-    assert pod["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}]
-    assert pod["containers"][0]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in pod["volumes"]
+    assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
 
 
 def test_what_watches_over_the_trainings_does_not_wait_in_their_pool() -> None:
