@@ -6,12 +6,13 @@ version is. It is written last: a version without it is not published.
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 from pydantic import AwareDatetime, Field
 
 from nightshift.config.train import TrainConfig
-from nightshift.errors import ModelNotFoundError, ObjectNotFoundError, StorageError
+from nightshift.errors import ModelNotFoundError, ObjectNotFoundError, PreconditionFailedError, StorageError
 from nightshift.ids import RunId, Sha256
 from nightshift.records.keys import MODELS
 from nightshift.refs import ModelRef
@@ -85,7 +86,7 @@ def card_key(name: str, version: str) -> str:
 
 
 def publish_version(store: Store, card: ModelCard, files: Mapping[str, bytes]) -> None:
-    """Store a version's files, then its card, which lists them with size and sha256.
+    """Store a version's files, then its card, which lists them with size and sha256. A card that is there stays.
 
     Raises:
         StorageError: something could not be stored; without its card the version does not count.
@@ -93,7 +94,8 @@ def publish_version(store: Store, card: ModelCard, files: Mapping[str, bytes]) -
     for file_name, body in files.items():
         store.put(version_key(card.name, card.version) + file_name, body)
     listed = card.changed(files={file_name: _described(body) for file_name, body in files.items()})
-    store.put(card_key(card.name, card.version), documents.encoded(listed))
+    with suppress(PreconditionFailedError):
+        documents.write(store, card_key(card.name, card.version), listed, None)
 
 
 def read_card(store: Store, name: str, version: str) -> ModelCard:

@@ -1,34 +1,47 @@
-"""The rights in the bucket: the example policy allows what nightshift asks for, and no more."""
+"""The rights in the bucket: a real S3 server holds users to the example policies, and these allow what is asked.
 
-import fnmatch
+SeaweedFS enforces policies as AWS does, as far as they are used here. It knows no condition on `If-None-Match`, so no
+policy that it understands can forbid to write over a card.
+"""
+
 import hashlib
 import io
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from safetensors.numpy import load_file
 
 from nightshift.data import sources
 from nightshift.data.datasets import fetch, pack
 from nightshift.data.specs import SPECS, Arrays, Spec
+from nightshift.errors import StorageDeniedError
 from nightshift.judging import gate
 from nightshift.judging.evaluation import evaluate
 from nightshift.judging.report import publish_report
+from nightshift.local import s3
 from nightshift.publishing.publish import publish_model
-from nightshift.records import orphans
-from nightshift.refs import DatasetRef
-from nightshift.settings import GateSettings
-from nightshift.storage.s3 import MIB, S3
+from nightshift.records import champions, orphans
+from nightshift.refs import DatasetRef, ModelRef
+from nightshift.settings import GateSettings, S3Settings
+from nightshift.storage.s3 import MIB, S3, Credentials
+from nightshift.sweeps import stored
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
-from tests.conftest import small_config
-from tests.deployments.manifests import DEPLOYMENTS
+from tests.conftest import eventually, small_config
+from tests.deployments.manifests import KUBERNETES_FOLDER
 from tests.stores import begin_upload
 
-POLICY = DEPLOYMENTS / "kubernetes" / "s3-policy.json"
+PREFIX = "nightshift"
+ROLES = ("train", "promote", "gc")
+CHAMPION = "models/tiny/champion.json"
+CARD = "models/tiny/run/card.json"
 # What IAM asks for where that is not called like the operation.
 _RIGHTS = {
     "HeadObject": "GetObject",
@@ -38,95 +51,230 @@ _RIGHTS = {
     "ListObjectsV2": "ListBucket",
     "ListMultipartUploads": "ListBucketMultipartUploads",
 }
-Request = tuple[str, str]  # a right, and the key or nothing
+Request = tuple[str, str]
+"""A right, and the name of what it was asked for."""
 
 
-@pytest.fixture
-def asked(workspace: Workspace) -> set[Request]:
-    """What the workspace's store is asked for from now on."""
-    seen: set[Request] = set()
-    store = workspace.store
-    assert isinstance(store, S3)
-
-    def note(params: dict[str, Any], model: Any, **_: Any) -> None:
-        key = params.get("Key", "").removeprefix(store.prefix)
-        seen.add(("s3:" + _RIGHTS.get(model.name, model.name), key))
-
-    store._client.meta.events.register("provide-client-params.s3", note)
-    return seen
+def policy_of(role: str) -> dict[str, Any]:
+    text = (KUBERNETES_FOLDER / f"s3-policy-{role}.json").read_text()
+    policy: dict[str, Any] = json.loads(text.replace("EXAMPLE-BUCKET", s3.BUCKET))
+    return policy
 
 
 def listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def refused(requests: set[Request], policy: dict[str, Any]) -> set[Request]:
-    """Those that the policy does not allow."""
+@dataclass
+class Bucket:
+    """A server of its own whose administrator can make users."""
 
-    def allows(statement: dict[str, Any], right: str, key: str) -> bool:
-        name = f"arn:aws:s3:::EXAMPLE-BUCKET/nightshift/{key}" if key else "arn:aws:s3:::EXAMPLE-BUCKET"
-        assert statement["Effect"] == "Allow"
-        return right in listed(statement["Action"]) and any(
-            fnmatch.fnmatchcase(name, pattern) for pattern in listed(statement["Resource"])
-        )
+    admin: S3
+    iam: Any
+    users: dict[tuple[str, ...], Credentials]
 
-    return {
-        (right, key)
-        for right, key in requests
-        if not any(allows(statement, right, key) for statement in policy["Statement"])
-    }
+    def as_user(self, *roles: str, prefix: str = PREFIX) -> S3:
+        """The store as somebody with these policies, and no other right, sees it."""
+        settings = S3Settings(endpoint_url=self.admin.endpoint, bucket=s3.BUCKET, prefix=prefix)
+        if roles not in self.users:
+            name = "-".join(roles)
+            self.iam.create_user(UserName=name)
+            for role in roles:
+                self.iam.attach_user_policy(UserName=name, PolicyArn=f"arn:aws:iam:::policy/{role}")
+            key = self.iam.create_access_key(UserName=name)["AccessKey"]
+            self.users[roles] = Credentials(key["AccessKeyId"], key["SecretAccessKey"])
+            eventually(lambda: _is_known(S3(settings, self.users[roles], attempts=1)))
+        return S3(settings, self.users[roles])
+
+
+def _is_known(store: S3) -> bool:
+    try:
+        store.check_access()
+    except StorageDeniedError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    plan, home = s3._plan, tmp_path_factory.mktemp("bucket")
+
+    def with_users(directory: Path, credentials: Credentials) -> Any:
+        server = plan(directory, credentials)
+        return replace(server, command=[*server.command, "-s3.iam.readOnly=false"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3, "_plan", with_users)
+        with s3.embedded_s3(home, PREFIX) as admin:
+            pair = s3.embedded_credentials(home / "s3")
+            iam: Any = boto3.client(
+                "iam",
+                endpoint_url=admin.endpoint,
+                region_name="us-east-1",
+                aws_access_key_id=pair.access_key,
+                aws_secret_access_key=pair.secret_key,
+            )
+            for role in ROLES:
+                iam.create_policy(PolicyName=role, PolicyDocument=json.dumps(policy_of(role)))
+            yield Bucket(admin, iam, {})
+
+
+def note_requests(store: S3, seen: set[Request]) -> S3:
+    """Add what the store is asked for from now on."""
+
+    def note(params: dict[str, Any], model: Any, **_: Any) -> None:
+        name = f"arn:aws:s3:::{'/'.join(filter(None, (params['Bucket'], params.get('Key'))))}"
+        seen.add(("s3:" + _RIGHTS.get(model.name, model.name), name))
+
+    store._client.meta.events.register("provide-client-params.s3", note)
+    return store
+
+
+def unused(policy: dict[str, Any], requests: set[Request]) -> list[Request]:
+    """The rights that a policy gives and that nobody has asked for."""
+    return [
+        (right, resource)
+        for statement in policy["Statement"]
+        if statement["Effect"] == "Allow"
+        for right in listed(statement["Action"])
+        for resource in listed(statement["Resource"])
+        if not any(right == asked and fnmatchcase(name, resource) for asked, name in requests)
+    ]
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, cifar10: DatasetRef, home: Path) -> None:
     """A data set of a few images and one outside source, so that it is stored and read in no time."""
     whole = load_file(home / "datasets" / f"{cifar10.digest}.safetensors")
-    few: Arrays = {name: array[:20].copy() for name, array in whole.items()}
+    few: Arrays = {name: array[:64].copy() for name, array in whole.items()}
     sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in few.items()}
     monkeypatch.setitem(SPECS, "tiny", Spec("tiny", SPECS["cifar10"].classes, sums))
     monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
 
 
-def live(workspace: Workspace, cifar10: DatasetRef, tmp_path: Path) -> None:
-    """All that a run, its publication, `doctor` and `gc` do to the store, and each way to do it."""
+class Torn(io.BytesIO):
+    """A file that can no longer be read after its first part."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() >= 64 * MIB:
+            raise OSError("the disk is gone")
+        return super().read(size)
+
+
+def train_and_publish(workspace: Workspace, run_id: str) -> ModelRef:
+    """The first part of a night, from the data set to the published version and the report."""
+    dataset = pack(workspace, fetch(workspace, "tiny"))
+    config = small_config(max_train_images=64, checkpoint_every_steps=1, keep_last=1)
+    checkpoint = train_alone(workspace, run_id, config, dataset)
+    evaluation = evaluate(workspace, checkpoint, dataset)
+    model = publish_model(workspace, checkpoint, dataset, evaluation)
+    publish_report(workspace, checkpoint, evaluation, model, None, price_per_hour=None)
+    return model
+
+
+def do_what_nights_rarely_do(workspace: Workspace) -> None:
+    """What comes with large checkpoints, a damaged data set, sweeps, a failing disk and lost responses."""
     store = workspace.store
-    elsewhere = Workspace(store, tmp_path / "a new machine", workspace.lease_seconds, workspace.save_retry_seconds)
-    first = pack(elsewhere, fetch(elsewhere, "tiny"))
-    (elsewhere.home / "datasets" / f"{first.digest}.safetensors").unlink()
-    pack(elsewhere, fetch(elsewhere, "tiny"))
-    store.put(first.key, b"damaged")
-    (elsewhere.home / "datasets" / f"{first.digest}.safetensors").unlink()
-    pack(elsewhere, fetch(elsewhere, "tiny"))
-
-    checkpoint = train_alone(workspace, "run", small_config(checkpoint_every_steps=10, keep_last=1), cifar10)
-    evaluation = evaluate(workspace, checkpoint, cifar10)
-    model = publish_model(workspace, checkpoint, cifar10, evaluation)
-    verdict = gate.promote(store, model, GateSettings())
-    publish_report(workspace, checkpoint, evaluation, model, verdict, price_per_hour=None)
-    store.put("reports/no-such-run/report.html", b"")
-
+    dataset = pack(workspace, fetch(workspace, "tiny"))
+    (workspace.home / "datasets" / f"{dataset.digest}.safetensors").unlink()
+    store.put(dataset.key, b"damaged")
+    pack(workspace, fetch(workspace, "tiny"))
+    stored.begin(store, stored.plan("sweep", "tutorial", {"seed": [1, 2]}))
+    stored.begin(store, stored.plan("sweep", "tutorial", {"seed": [1, 2]}))
     store.upload("checkpoints/run/1000-0.pt", io.BytesIO(bytes(17 * MIB)))
     store.download_bytes("checkpoints/run/1000-0.pt")
-    store.put("models/tiny/unfinished/weights.pth", b"a version without its card")
-    store.put("probe/0123456789abcdef", b"")
-    begin_upload(store, "checkpoints/run/1001-0.pt")
-    orphans.collect(store, orphans.find(store, timedelta(0)))
+    for torn in ("checkpoints/run/1001-0.pt", dataset.key):
+        with pytest.raises(OSError, match="disk is gone"):
+            store.upload(torn, Torn(bytes(65 * MIB)))
+    store.put("probe/0123456789abcdef", b"third")
+    store.get("probe/0123456789abcdef")
+
+
+def leave_orphans(store: S3) -> set[str]:
+    """What killed processes leave behind, of each kind."""
+    objects = {
+        "reports/no-such-run/report.html",
+        "models/tiny/unfinished/weights.pth",
+        "checkpoints/no-such-run/7-1.pt",
+    }
+    uploads = {
+        "checkpoints/no-such-run/8-1.pt",
+        "models/tiny/unfinished/model.pt2",
+        f"datasets/{'0' * 64}/packed.safetensors",
+    }
+    for key in objects:
+        store.put(key, b"nobody's")
+    for key in uploads:
+        begin_upload(store, key)
+    return objects | uploads
 
 
 @pytest.mark.usefixtures("tiny")
-def test_the_example_policy_allows_what_nightshift_asks_of_the_bucket_and_no_other_right(
-    workspace: Workspace, cifar10: DatasetRef, asked: set[Request], tmp_path: Path
+def test_a_night_has_the_rights_it_needs_and_each_role_no_other(bucket: Bucket, tmp_path: Path) -> None:
+    asked: dict[str, set[Request]] = {role: set() for role in ROLES}
+    trainer = note_requests(bucket.as_user("train"), asked["train"])
+    workspace = Workspace(trainer, tmp_path, lease_seconds=60, save_retry_seconds=5)
+    model = train_and_publish(workspace, "run")
+    do_what_nights_rarely_do(workspace)
+    with pytest.raises(StorageDeniedError, match=r"champion\.json"):
+        gate.promote(trainer, model, GateSettings())
+
+    night = replace(workspace, store=bucket.as_user("train", "promote"))
+    assert gate.promote(night.store, model, GateSettings()).promoted
+    train_and_publish(night, "another")
+    promoter = note_requests(bucket.as_user("promote"), asked["promote"])
+    promoter.check_access()
+    champions.promote_by_hand(promoter, "tiny", "another")
+    assert champions.roll_back(promoter, "tiny").version == "run"
+
+    left = leave_orphans(bucket.admin)
+    janitor = note_requests(bucket.as_user("gc"), asked["gc"])
+    found = orphans.find(janitor, timedelta(0))
+    assert left <= set(found.keys)
+    assert set(orphans.collect(janitor, found).keys) == set(found.keys)
+    # Younger than a minute it is not found.
+    orphans.collect(janitor, orphans.Orphans(list(janitor.list("probe/")), []))
+
+    assert {role: unused(policy_of(role), asked[role]) for role in ROLES} == {role: [] for role in ROLES}
+
+
+def written(store: S3, key: str) -> None:
+    store.put(key, b"another's")
+
+
+def deleted(store: S3, key: str) -> None:
+    store.delete(key)
+
+
+@pytest.mark.parametrize(
+    ("roles", "action", "keys"),
+    [
+        (["train"], written, [CHAMPION, "notes.txt"]),
+        (["train", "promote"], written, ["notes.txt"]),
+        (["promote"], written, [CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
+        (["gc"], written, [CHAMPION, CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
+        (
+            ["train", "promote"],
+            deleted,
+            [CHAMPION, CARD, "models/tiny/run/weights.pth", "runs/run.json", "reports/run/report.html", "notes.txt"],
+        ),
+        (["gc"], deleted, [CHAMPION, CARD, "runs/run.json", "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "+".join(value[:2]),
+)
+def test_nobody_but_who_must_can_write_or_delete_what_a_night_has_made(
+    bucket: Bucket, roles: list[str], action: Callable[[S3, str], None], keys: list[str]
 ) -> None:
-    live(workspace, cifar10, tmp_path)
-    policy = json.loads(POLICY.read_text())
-    assert refused(asked, policy) == set()
-    granted = {right for statement in policy["Statement"] for right in listed(statement["Action"])}
-    assert granted == {right for right, _ in asked}
+    store = bucket.as_user(*roles)
+    for key in keys:
+        bucket.admin.put(key, b"ours")
+        with pytest.raises(StorageDeniedError, match=key):
+            action(store, key)
+        assert bucket.admin.get(key)[0] == b"ours"
 
 
-def test_a_policy_that_lacks_a_right_is_found_out() -> None:
-    policy = json.loads(POLICY.read_text())
-    assert refused({("s3:DeleteObject", "runs/run.json")}, policy)
-    assert refused({("s3:GetObject", "somebody-elses/key")}, policy)
-    assert refused({("s3:DeleteBucket", "")}, policy)
-    assert not refused({("s3:DeleteObject", "checkpoints/run/1-1.pt"), ("s3:ListBucket", "")}, policy)
+def test_no_role_reaches_beyond_the_prefix(bucket: Bucket) -> None:
+    bucket.admin.at("s3://nightshift/runs/run.json")[0].put("runs/run.json", b"another project's")
+    for role in ROLES:
+        with pytest.raises(StorageDeniedError):
+            bucket.as_user(role, prefix="").get("runs/run.json")

@@ -50,6 +50,12 @@ def test_a_version_is_what_was_published(store: Store) -> None:
     ]
 
 
+def test_a_card_that_is_there_is_never_written_over(store: Store) -> None:
+    publish_version(store, card_of("v"), {"weights.pth": b"weights"})
+    publish_version(store, card_of("v", weights_sha256="2" * 64), {"weights.pth": b"weights"})
+    assert read_card(store, "cifar10", "v").weights_sha256 == "0" * 64
+
+
 def test_a_version_without_its_card_is_not_published(store: Store) -> None:
     store.put("models/cifar10/half/weights.pth", b"weights")
     with pytest.raises(ModelNotFoundError, match="nightshift runs"):
