@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnparsableError
 
@@ -20,6 +20,7 @@ from nightshift.explain import near_miss, problem_of
 _PREFIX = "NIGHTSHIFT_"
 # Much more makes a socket, a lock or a date raise, in the middle of the night.
 _A_DAY, _A_WEEK, _OFTEN = 86_400, 604_800, 10_000
+_SECRET_LENGTH = 32
 
 
 class S3Settings(BaseModel):
@@ -73,11 +74,17 @@ class NodesSettings(BaseModel):
     max_restarts: int = Field(
         10, ge=0, le=_OFTEN, description="How many times a run's processes are restarted in place."
     )
+    secret: SecretStr | None = Field(None, description="What the machines know and nobody else, for several machines.")
 
     @model_validator(mode="after")
-    def _several_need_a_rendezvous(self) -> Self:
+    def _several_need_a_rendezvous_and_a_secret(self) -> Self:
         if not self.alone and not self.rendezvous:
             raise ValueError(f"several machines need a place to meet: set {_PREFIX}NODES__RENDEZVOUS too")
+        if not self.alone and len(self.secret or ()) < _SECRET_LENGTH:
+            raise ValueError(
+                f"several machines need a secret of at least {_SECRET_LENGTH} characters: set {_PREFIX}NODES__SECRET "
+                "too, on all machines to what `openssl rand -hex 32` has printed on one"
+            )
         if self.fewest > self.most:
             raise ValueError(f"{_PREFIX}NODES__COUNT is MIN:MAX, the smaller number first")
         if self.rendezvous and not 0 < int(self.rendezvous.rpartition(":")[2]) < 65_536:

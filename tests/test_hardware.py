@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,12 +81,11 @@ def test_cublas_is_made_deterministic_before_anything_can_have_multiplied() -> N
 def test_after_an_error_no_rank_waits_for_the_operations_of_a_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Injected, for want of a GPU: all that can be seen here is that the groups are aborted and not destroyed."""
     called: list[str] = []
-    with_gloo = partial(dist.init_process_group, "gloo", store=HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: with_gloo())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: called.append("aborted"))
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
-    ranks = joined(timedelta(seconds=10))
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "GROUP_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    ranks = joined(HashStore(), timedelta(seconds=10))
     ranks.__enter__()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     error = RankLostError("rank 1 is gone")

@@ -15,36 +15,28 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from nightshift import progress
 from nightshift.errors import (
     RankFailedError,
     RankLostError,
-    SettingsError,
     TrainingInterrupted,
 )
 from nightshift.parallel.channel import LauncherChannel
+from nightshift.parallel.rendezvous import rendezvous
 from nightshift.parallel.worker import Ending, RankSetup, run_rank
-from nightshift.settings import NodesSettings
 from nightshift.signals import StopSignals
 from nightshift.training.run import Job
 from nightshift.workspace import Workspace
@@ -83,9 +75,9 @@ def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
         _environment(workspace.nodes.alone),
         channel,
         StopSignals(check_somebody_trains) as signals,
-        _rendezvous(workspace.nodes, is_host=job is not None) as (handler, host, port),
+        rendezvous(workspace.nodes, is_host=job is not None) as (handler, place),
     ):
-        setup = RankSetup(workspace, channel.address, channel.key, host, port, torch.get_num_threads() // count)
+        setup = RankSetup(workspace, channel.address, channel.key, place, torch.get_num_threads() // count)
         spec = WorkerSpec(
             role="rank",
             local_world_size=count,
@@ -106,48 +98,6 @@ def run_ranks(workspace: Workspace, count: int, job: Job | None) -> Ending:
         )
     shutil.rmtree(logs, ignore_errors=True)
     return Ending.model_validate_json(next(iter(result.return_values.values())))
-
-
-@contextmanager
-def _rendezvous(nodes: NodesSettings, is_host: bool) -> Iterator[tuple[RendezvousHandler, str, int]]:
-    """The rendezvous at which the agents meet, and its host and port.
-
-    Raises:
-        RankLostError: nobody is there, or too few machines come in time.
-    """
-    host, _, port = ("127.0.0.1:0" if nodes.alone else str(nodes.rendezvous)).rpartition(":")
-    address = _address_towards(host)
-    try:
-        if not is_host:
-            _wait_for_host(host, int(port), nodes.wait_seconds)
-        patience = timedelta(seconds=nodes.wait_seconds)
-        store = TCPStore(host, int(port), is_master=is_host, wait_for_workers=False, timeout=patience)
-        meeting = RendezvousParameters(
-            "c10d",
-            f"{host}:{store.port}",
-            "nightshift",
-            nodes.fewest,
-            nodes.most,
-            local_addr=address,
-            join_timeout=nodes.wait_seconds,
-            last_call_timeout=5,
-        )
-        handler = create_handler(store, C10dRendezvousBackend(store, meeting.run_id), meeting)
-        yield handler, host, store.port
-        handler.shutdown()
-    except (RendezvousError, dist.DistError, ConnectionError, TimeoutError) as error:
-        why = str(error.__cause__ or error).splitlines()[0]
-        raise RankLostError(f"the machines do not meet at {host}:{port}: {why}") from error
-
-
-def _wait_for_host(host: str, port: int, seconds: float) -> None:
-    """Wait until somebody listens there. A signal would not interrupt torch's own waiting."""
-    progress.current().say(f"waiting for the run at {host}:{port}")
-    for attempt in Retrying(
-        retry=retry_if_exception_type(OSError), stop=stop_after_delay(seconds), wait=wait_fixed(1), reraise=True
-    ):
-        with attempt:
-            socket.create_connection((host, port), timeout=10).close()
 
 
 class _Agent(LocalElasticAgent):
@@ -174,6 +124,15 @@ class _Agent(LocalElasticAgent):
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
         self._before_start()
         super()._initialize_workers(worker_group)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        assert worker_group.store
+        # Every start has a store of its own, so that ranks find nothing in theirs that others have left there.
+        start = worker_group.store.compare_set("start", "", secrets.token_hex(8)).decode()
+        setup, job_text = worker_group.spec.args
+        worker_group.spec.args = replace(setup, start=start), job_text
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._at_each_look()
@@ -205,11 +164,11 @@ def _environment(alone: bool) -> Iterator[None]:
     """Set what torch's agent and the ranks read from the environment, as long as the run trains."""
     ours = {
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # SIGTERM and SIGINT are for the launcher
-        # Otherwise a machine keeps looking for rank 0 where it was before a machine was lost (torch 2.15).
+        # Otherwise torch's agent listens on all networks for ranks, which ours do not need.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    if alone and "GLOO_SOCKET_IFNAME" not in os.environ:
-        ours["GLOO_SOCKET_IFNAME"] = "lo"  # a host name need not resolve
+    if alone:  # ranks listen for each other where no other machine can reach them
+        ours |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     # Otherwise torch warns of what `Ranks.parallel` asks for on purpose.
     ours["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
     before = {name: os.environ.get(name) for name in ours}
@@ -222,19 +181,3 @@ def _environment(alone: bool) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _address_towards(host: str) -> str:
-    """This machine's address on the network of `host`. No packet is sent.
-
-    Raises:
-        SettingsError: `host` cannot be resolved here.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))
-        except OSError as error:
-            raise SettingsError(
-                f"NIGHTSHIFT_NODES__RENDEZVOUS: {host!r} cannot be reached from here: {error}"
-            ) from error
-        return str(probe.getsockname()[0])

@@ -16,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nightshift.checkpoints.payload import Payload
@@ -43,20 +45,22 @@ class JoinedRanks(Ranks):
         return sums
 
     def gather(self, part: Payload) -> list[Payload]:
-        parts = [None] * self.world_size if self.leads else None
-        dist.gather_object(mapped(part, lambda _, tensor: tensor.cpu()), parts, group=self.control)
-        return parts or []  # type: ignore[return-value]
+        data = _packed(mapped(part, lambda _, tensor: tensor.cpu()))
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        dist.all_reduce(sizes, group=self.control)
+        longest = int(sizes.max())  # only tensors of one size can be gathered
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes] if self.leads else None
+        dist.gather(F.pad(data, (0, longest - len(data))), parts, group=self.control)
+        return [_unpacked(data[:size]) for data, size in zip(parts, sizes, strict=True)] if parts else []
 
     def share(self, payload: Payload | None) -> Payload:
-        body = io.BytesIO()
-        torch.save(payload, body)
-        size = torch.tensor(body.tell())
+        data = _packed(payload)
+        size = torch.tensor(len(data))
         dist.broadcast(size, 0, self.control)
-        data = torch.frombuffer(bytearray(body.getvalue() if self.leads else int(size)), dtype=torch.uint8)
+        data = data if self.leads else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(data, 0, self.control)
-        # Only tensors and plain values can arrive.
-        received: Payload = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
-        return received
+        return _unpacked(data)
 
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
@@ -98,14 +102,34 @@ class JoinedRanks(Ranks):
             raise RankLostError(f"rank {self.rank} could not go on: {why}") from error
 
 
+def _packed(payload: Payload | None) -> Tensor:
+    """A payload as bytes (n,), uint8."""
+    body = io.BytesIO()
+    torch.save(payload, body)
+    return torch.frombuffer(body.getbuffer(), dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor) -> Payload:
+    """The payload in bytes (n,), uint8. Only tensors and plain values can arrive: nobody asks who has sent them."""
+    payload: Payload = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+    return payload
+
+
 @contextmanager
-def joined(timeout: timedelta) -> Iterator[JoinedRanks]:
+def joined(store: Store, timeout: timedelta) -> Iterator[JoinedRanks]:
     """The ranks that torch's elastic agent has started together, according to this process' environment.
 
     Args:
+        store: where they find each other.
         timeout: how long to wait for a rank that does not answer; one that is dead is noticed at once.
     """
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)

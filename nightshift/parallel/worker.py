@@ -1,18 +1,14 @@
 """A rank's life in its own process: how it learns what to train, and how all ranks learn how the run ended."""
 
 import os
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from nightshift import errors, processes, progress
 from nightshift.errors import (
@@ -24,13 +20,14 @@ from nightshift.hardware import find_device
 from nightshift.ids import RunId
 from nightshift.parallel.channel import RankChannel
 from nightshift.parallel.ranks import JoinedRanks, joined
+from nightshift.parallel.rendezvous import Board, Place
 from nightshift.refs import CheckpointRef
 from nightshift.signals import StopSignals
 from nightshift.training.loop import RankOrders
 from nightshift.training.run import Job, train_as_rank
 from nightshift.workspace import Workspace
 
-_ENDED = "ended"
+_JOB, _ENDED = "job", "ended"
 _NOTICE_SECONDS = 2
 """How long a launcher may take to see that a rank is dead. It looks ten times a second."""
 
@@ -59,14 +56,15 @@ class Ending(BaseModel):
 
 @dataclass(frozen=True)
 class RankSetup:
-    """What a rank's process needs to start: where its launcher and the rendezvous are, how many threads it may use."""
+    """What a rank's process needs to start: where its launcher and the other ranks are, how many threads it may use."""
 
     workspace: Workspace
     address: str
     key: bytes
-    host: str
-    port: int
+    place: Place
     threads: int
+    start: str = ""
+    """The same for all ranks that start together, on whatever machine, and another each time."""
 
 
 def run_rank(setup: RankSetup, job_text: str | None) -> str:
@@ -83,10 +81,11 @@ def run_rank(setup: RankSetup, job_text: str | None) -> str:
     with (
         RankChannel(setup.address, setup.key, is_quiet=os.environ["RANK"] != "0") as channel,
         progress.shown_by(channel),
-        joined(timeout) as ranks,
+        joined(setup.place.store(setup.start, timeout), timeout) as ranks,
         StopSignals() as signals,
     ):
-        job, board = _agree_on_job(ranks, setup, job_text)
+        board = setup.place.board(setup.start)
+        job = _agree_on_job(ranks, board, job_text)
         orders = RankOrders(
             lambda step: signals.poll() or "stop" in channel.orders,
             lambda: "restart" in channel.orders,
@@ -110,18 +109,13 @@ def run_rank(setup: RankSetup, job_text: str | None) -> str:
         return board.get(_ENDED).decode()  # waits until there is one
 
 
-def _agree_on_job(ranks: JoinedRanks, setup: RankSetup, job_text: str | None) -> tuple[Job, Store]:
-    """The job, from a machine that knows it, and the store in which the ranks of this start leave their ending."""
-    ours = [job_text, secrets.token_hex(8)]
-    theirs: list[Any] = [ours]
-    if ranks.world_size > 1:
-        theirs = [None] * ranks.world_size
-        dist.all_gather_object(theirs, ours, ranks.control)
-    jobs = [text for text, _ in theirs if text]
-    if not jobs:
+def _agree_on_job(ranks: JoinedRanks, board: Board, job_text: str | None) -> Job:
+    """The job, from a machine that knows it."""
+    if job_text:
+        board.compare_set(_JOB, "", job_text)
+    if not ranks.any(job_text is not None)[0]:
         raise RankLostError("none of the machines that have met knows what to train")
-    board = TCPStore(setup.host, setup.port, is_master=False, timeout=timedelta(days=1))
-    return Job.model_validate_json(jobs[0]), PrefixStore(theirs[0][1], board)
+    return Job.model_validate_json(board.get(_JOB))
 
 
 def _let_the_lost_rank_be_named(is_told: Callable[[], object]) -> None:
@@ -131,7 +125,7 @@ def _let_the_lost_rank_be_named(is_told: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def _has_ended(board: Store) -> bool:
+def _has_ended(board: Board) -> bool:
     with suppress(RuntimeError):  # the machine that hosted it is gone
         return bool(board.check([_ENDED]))
     return False

@@ -224,6 +224,7 @@ def test_every_pod_is_told_how_many_there_are_and_that_they_meet_at_the_first(
 ) -> None:
     for name, value in start_pod(index, nodes=2, s3_bucket="bucket").settings.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NIGHTSHIFT_NODES__SECRET", "5" * 32)
     settings = Settings.load()
     assert (settings.nodes.fewest, settings.nodes.most) == (2, 2)
     assert settings.nodes.rendezvous == "nightly-x7k2p-0.nightshift-ranks:29500"
@@ -256,6 +257,13 @@ def test_the_rendezvous_has_a_name_and_only_ranks_are_let_in(start_pod: Callable
     assert policy["spec"] == {**ours, "policyTypes": ["Ingress"], "ingress": [{"from": [ours]}]}
     namespaces = {found["metadata"]["namespace"] for found in (service, policy)}
     assert namespaces == {read_pool("kubernetes")["job_configuration"]["namespace"]}
+
+
+def test_the_secret_of_the_machines_of_a_run_comes_from_the_secret_of_the_jobs() -> None:
+    (secret,) = objects(DEPLOYMENTS / "kubernetes" / "secret.example.yaml")
+    container = kubernetes_job(nodes=2)["spec"]["template"]["spec"]["containers"][0]
+    assert "NIGHTSHIFT_NODES__SECRET" in secret["stringData"]
+    assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"], "optional": True}}]
 
 
 def test_ranks_of_a_container_have_more_shared_memory_than_the_64_mb_of_its_default() -> None:

@@ -118,6 +118,7 @@ def machines(
                 "AWS_SECRET_ACCESS_KEY": credentials["secret_key"],
                 "NIGHTSHIFT_NODES__COUNT": "2",
                 "NIGHTSHIFT_NODES__RENDEZVOUS": RENDEZVOUS,
+                "NIGHTSHIFT_NODES__SECRET": "5" * 32,
             }
             for number in (2, 3):
                 name, own = f"ns-{number}", tmp_path / f"machine-{number}"

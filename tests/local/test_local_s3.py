@@ -22,6 +22,7 @@ from nightshift.local import s3, supervisor
 from nightshift.local.s3 import embedded_s3
 from nightshift.storage.s3 import S3
 from tests.conftest import eventually
+from tests.sockets import listening
 
 USER = """
 import sys
@@ -143,19 +144,6 @@ def test_the_secret_is_on_no_command_line(home: Path, server: S3) -> None:
     secret = json.loads((home / "s3" / "credentials.json").read_text())["secret_key"]
     for pid in (server_pid(home), supervisor_pid(home)):
         assert secret.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def listening(pid: int) -> dict[int, str]:
-    """The kernel's address, in hexadecimal, of each TCP port on which a process listens."""
-    inodes = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()}
-    found = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                address, port = fields[1].split(":")
-                found[int(port, 16)] = address
-    return found
 
 
 def test_the_server_listens_on_loopback_only(home: Path, server: S3) -> None:

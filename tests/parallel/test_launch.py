@@ -81,6 +81,7 @@ SIZES: dict[str, Any] = {
     "checkpoint_every_steps": 10,
 }
 TWO = small_config(**SIZES)
+SEVERAL = {"NIGHTSHIFT_NODES__COUNT": "2", "NIGHTSHIFT_NODES__SECRET": "5" * 32}
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_a_killed_command_leaves_no_rank_behind_and_resumes_to_the_same_bits(
 def test_a_machine_that_waits_for_the_others_stops_when_it_is_told_to(start: Callable[..., Command]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         rendezvous = f"127.0.0.1:{taken.getsockname()[1]}"
-    command = start("join", "--json", NIGHTSHIFT_NODES__COUNT="2", NIGHTSHIFT_NODES__RENDEZVOUS=rendezvous)
+    command = start("join", "--json", **SEVERAL, NIGHTSHIFT_NODES__RENDEZVOUS=rendezvous)
     command.wait_for_line("waiting for the run at")
     command.send(signal.SIGTERM)
     done = command.finish(timeout=30)
@@ -233,7 +234,12 @@ def test_a_machine_that_waits_for_the_others_stops_when_it_is_told_to(start: Cal
             {"NIGHTSHIFT_NODES__COUNT": "2"},
             "several machines need a place to meet: set NIGHTSHIFT_NODES__RENDEZVOUS",
         ),
-        (("--nproc-per-node", "0"), {"NIGHTSHIFT_NODES__COUNT": "2", "NIGHTSHIFT_NODES__RENDEZVOUS": "a:1"}, "from 1"),
+        (
+            (),
+            {**SEVERAL, "NIGHTSHIFT_NODES__RENDEZVOUS": "a:1", "NIGHTSHIFT_NODES__SECRET": "guess me"},
+            "a secret of at least 32 characters: set NIGHTSHIFT_NODES__SECRET",
+        ),
+        (("--nproc-per-node", "0"), {**SEVERAL, "NIGHTSHIFT_NODES__RENDEZVOUS": "a:1"}, "from 1"),
     ],
 )
 def test_a_mistake_in_joining_is_told_in_a_sentence(
@@ -241,6 +247,7 @@ def test_a_mistake_in_joining_is_told_in_a_sentence(
 ) -> None:
     done = nightshift("join", *arguments, **environment)
     assert (done.exit_code, told in " ".join(done.err.split())) == (2, True), done.err
+    assert "guess me" not in done.err
 
 
 def _children_of(pid: int) -> list[int]:
