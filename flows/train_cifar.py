@@ -21,6 +21,7 @@ from nightshift.records import recovery
 from nightshift.refs import ModelRef
 from nightshift.settings import Settings
 from nightshift.workspace import open_workspace
+from tasks import crashed_because
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.preprocess import preprocess
@@ -81,9 +82,9 @@ def train_cifar(
                 model = publish(workspace, checkpoint, dataset, evaluation)
                 verdict = ask_gate(workspace, model, settings.gate) if promote else None
                 report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
-        except TerminationSignal:
+        except TerminationSignal as stop:
             if not is_being_cancelled():
-                raise
+                return crashed_because(stop)
             recovery.close(workspace.store, run_id, "cancelled")
             return Cancelled(message=f"Cancelled. What was last saved stands: nightshift resume {run_id}")
     if not verdict:

@@ -16,6 +16,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
+from prefect.states import Crashed
 
 from nightshift.errors import Interrupted, NightshiftError
 from nightshift.progress import StepReport
@@ -34,6 +35,13 @@ def interruptible() -> Iterator[None]:
         yield
     except Interrupted as stopped:
         raise TerminationSignal(signal.SIGTERM) from stopped
+
+
+def crashed_because(stop: TerminationSignal) -> State[Any]:
+    """The last state of a flow run that was `interruptible`: Prefect's own message would not say why it stopped."""
+    if not isinstance(stop.__cause__, Interrupted):
+        raise stop
+    return Crashed(message=str(stop.__cause__), data=stop.__cause__)
 
 
 def progress_artifact(run_id: str) -> Callable[[StepReport], object]:

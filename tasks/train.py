@@ -4,6 +4,7 @@ from prefect.runtime import deployment, flow_run
 
 from nightshift import progress
 from nightshift.config.train import TrainConfig
+from nightshift.errors import LeaseHeldError
 from nightshift.parallel.launch import train_run
 from nightshift.records.lease import wait_until_free
 from nightshift.records.run import Origin
@@ -18,6 +19,11 @@ def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: Datas
     name = f"{flow_run.get_flow_name()}/{deployment.get_name()}" if deployment.get_name() else None
     origin = Origin(flow_run_id=flow_run.get_id(), deployment=name, promote=promote)
     with interruptible(), progress.watched(progress_artifact(run_id), seconds=5):
-        if name:  # if started again by mistake, it waits for the living trainer and returns its result
-            wait_until_free(workspace.store, run_id)
-        return train_run(workspace, run_id, config, dataset, origin)
+        while True:
+            if name:  # if started twice, it waits for the living trainer and returns its result
+                wait_until_free(workspace.store, run_id)
+            try:
+                return train_run(workspace, run_id, config, dataset, origin)
+            except LeaseHeldError:  # the other was the first by a moment
+                if not name:
+                    raise

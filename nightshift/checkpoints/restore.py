@@ -76,7 +76,13 @@ def _resumed(record: RunRecord, restored: Checkpoint | None, skipped: list[Unusa
         if checkpoint.key in reasons:
             record = record.with_event("skipped", record.updated_at, f"{checkpoint.key}: {reasons[checkpoint.key]}")
     damaged = {unusable.key for unusable in skipped if unusable.is_damaged}
+    step = restored.step if restored else 0
+    events = [
+        event.changed(step=step) if event.what == "resumed" and event.owner == record.lease.owner else event
+        for event in record.events
+    ]
     return record.changed(
+        events=events,
         resumed_from_step=restored.step if restored else None,
         checkpoints=[checkpoint for checkpoint in record.checkpoints if checkpoint.key not in damaged],
     )

@@ -56,8 +56,8 @@ def flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool], 
             display.say(f"run {run_id}, recipe {config.recipe}")
             try:
                 train_cifar(recipe=config.recipe, overrides=overrides_of(config), run_id=run_id, promote=promote)
-            except (TerminationSignal, KeyboardInterrupt) as stop:
-                raise _interruption(stop) or Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
+            except (TerminationSignal, KeyboardInterrupt):
+                raise Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
             return _record(run_id)
 
         yield run_flow
@@ -81,15 +81,6 @@ class _PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(plain_lines(super().format(record)))
-
-
-def _interruption(stop: BaseException | None) -> Interrupted | None:
-    """The exception of ours that is behind one that ended the flow."""
-    while stop:
-        if isinstance(stop, Interrupted):
-            return stop
-        stop = stop.__cause__ or stop.__context__
-    return None
 
 
 def _record(run_id: str) -> "RunRecord":

@@ -71,6 +71,7 @@ class Run:
         self._valid_until = asked_at + lease_seconds
         self._lock = threading.RLock()
         self._lost: LeaseLostError | None = None
+        self.has_expired = False
         self._renewal_failure: StorageError | None = None
         self._stop_renewing = threading.Event()
 
@@ -125,6 +126,7 @@ class Run:
         """Raise LeaseLostError if the lease is lost, or so near its end that another may take it soon."""
         if not self._lost and time.monotonic() > self._valid_until - self._lease_seconds / 6:
             why = self._renewal_failure or "the store has not answered in time"
+            self.has_expired = True
             self._lost = LeaseLostError(
                 f"the lease of run {self.run_id} could not be renewed and may be taken over: {why}. "
                 f"When the store answers again: nightshift resume {self.run_id}"
@@ -157,7 +159,10 @@ class Run:
                 self._renewal_failure = error
 
     def end(self, status: Status, detail: str = "", result: Result | None = None) -> None:
-        """Record how the run stopped and give the lease back. Nothing is written under it afterwards."""
+        """Record how the run stopped and give the lease back. Nothing is written under it afterwards.
+
+        A lease that has expired does not stand in the way, as long as nobody has taken the run over.
+        """
         now = self.store.now()
 
         def give_back(record: RunRecord) -> RunRecord:
@@ -165,6 +170,8 @@ class Run:
             return record.changed(status=status, result=result, lease=lease).with_event(status, now, detail)
 
         with self._lock:
+            if self.has_expired:
+                self._lost = None
             self.update(give_back)
             # A save that is still under way would make the lease a live one again.
             self._lost = LeaseLostError(f"run {self.run_id} is {status}: this process has given it back")
@@ -194,9 +201,9 @@ def hold(store: Store, spec: RunSpec, lease_seconds: float, patience: float = 0)
     try:
         with run.renewed():
             yield run
-    except LeaseLostError:
-        raise
     except BaseException as error:
+        if isinstance(error, LeaseLostError) and not run.has_expired:
+            raise
         passes = isinstance(error, Interrupted) or getattr(error, "transient", not isinstance(error, Exception))
         try:
             run.end("interrupted" if passes else "failed", str(error) or type(error).__name__)
@@ -333,7 +340,7 @@ def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) ->
         config=spec.config.model_dump(),
         config_digest=spec.config.digest,
         environment=spec.environment,
-        origin=spec.origin.changed(deployment=spec.origin.deployment or found.origin.deployment),
+        origin=spec.origin,
         lease=lease.changed(token=found.lease.token + 1),
         updated_at=now,
     ).with_event("resumed", now, ", ".join(changes))

@@ -95,7 +95,7 @@ class Origin(Part):
     flow_run_id: str | None = None
     """The flow run that held the run last."""
     deployment: str | None = None
-    """FLOW/DEPLOYMENT, if it ever was started by one."""
+    """FLOW/DEPLOYMENT, if it was one that started it last."""
     promote: bool = True
     """Whether the gate is asked; not for a trial, of which the sweep sends the best there."""
 

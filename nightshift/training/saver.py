@@ -63,8 +63,9 @@ class Saver:
         self._abandoned = threading.Event()
         self._saved: CheckpointRef | None = None
         self._error: Exception | None = None
-        self._skipped = self._failed = 0
+        self._skipped = self._failed = self._failed_in_a_row = 0
         self._unprotected = ""
+        self._told: set[tuple[str, type[BaseException]]] = set()
 
     def prepare(self, state: TrainState) -> None:
         """Allocate memory for the copies, in the background. The optimizer must have done a step, to have a state."""
@@ -129,8 +130,9 @@ class Saver:
         except StorageError as error:
             self._error, self._unprotected = error, str(error)
             self._failed += 1
+            self._failed_in_a_row += 1
             newest = f"of step {self._run.record.step:,}" if self._run.record.checkpoints else "none"
-            progress.current().warn(f"a checkpoint could not be stored: {error}. The newest one is {newest}")
+            self._warn("a checkpoint could not be stored", error, f"The newest one is {newest}")
         except Exception as error:
             self._error = error
 
@@ -160,20 +162,30 @@ class Saver:
             written_at=run.store.now(),
             metrics=metrics,
         )
-        for attempt in self._attempts(step):
+        for attempt in self._attempts():
             with attempt:
                 run.store.upload(checkpoint.key, io.BytesIO(body))
                 self._commit(checkpoint, [CurvePoint(**point) for point in curve])
         self._saved = run.record.ref(checkpoint)
+        if self._failed_in_a_row > 1:
+            progress.current().say(f"checkpoints are stored again; {self._failed_in_a_row} could not be")
+        self._failed_in_a_row = 0
+        self._told.clear()
         if self._metrics:
             self._metrics.saved(checkpoint, time.perf_counter() - started)
 
-    def _attempts(self, step: int) -> Retrying:
+    def _warn(self, problem: str, error: BaseException, advice: str) -> None:
+        """Say it once, however often the same goes wrong until a save works again."""
+        if (problem, type(error)) not in self._told:
+            self._told.add((problem, type(error)))
+            progress.current().warn(f"{problem}: {error}. {advice}")
+
+    def _attempts(self) -> Retrying:
         def warn(state: RetryCallState) -> None:
             assert state.outcome is not None
-            progress.current().warn(
-                f"the checkpoint of step {step:,} is not stored yet: {state.outcome.exception()}. Trying again"
-            )
+            error = state.outcome.exception()
+            assert error is not None
+            self._warn("a checkpoint is not stored yet", error, "Trying again")
 
         return Retrying(
             retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),

@@ -163,6 +163,23 @@ def test_training_goes_on_without_saves_and_the_record_says_so(
     assert ending(workspace.store, done) == expected
 
 
+def test_a_save_that_fails_again_and_again_is_told_once_and_counted(
+    proxy: Proxy, workspace: Workspace, cifar10: DatasetRef, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "nightshift")
+    refused = proxy.plan("payload put", faults.refuse(403, "AccessDenied"), times=3)
+
+    def until_refused(step: int) -> bool:
+        return step == 30 and not refused.wait(10)
+
+    train_alone(behind(proxy, workspace, save_retry_seconds=0), "run", CONFIG, cifar10, should_stop=until_refused)
+    told = [record.getMessage() for record in caplog.records if "could not be" in record.getMessage()]
+    assert [message.partition(":")[0] for message in told] == [
+        "a checkpoint could not be stored",
+        "checkpoints are stored again; 3 could not be",
+    ]
+
+
 def test_a_stop_while_nothing_can_be_stored_says_which_step_is_the_newest_that_is(
     proxy: Proxy, workspace: Workspace, cifar10: DatasetRef
 ) -> None:

@@ -282,7 +282,8 @@ def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
     assert record.resumed_from_step
     assert record.resumed_from_step >= 20
     assert f"after step {record.step} of 600" in stopped.json["error"]
-    assert flow_run_state(prefect_server, "stopped")[0] == "CRASHED"
+    crashed = newest_flow_run(prefect_server, "stopped")["state"]
+    assert (crashed["type"], crashed["message"]) == ("CRASHED", stopped.json["error"])
 
     resumed = run("resume", "stopped", "--json")
     assert resumed.exit_code == 0, resumed.err

@@ -30,7 +30,7 @@ from nightshift.records.keys import RECORDS
 from nightshift.records.lease import Run, RunSpec
 from nightshift.records.lease import acquire as acquire_run
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import CurvePoint, RunRecord, list_records, read_record
+from nightshift.records.run import CurvePoint, Origin, RunRecord, list_records, read_record
 from nightshift.refs import DatasetRef
 from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store
@@ -171,6 +171,43 @@ def test_a_lease_that_cannot_be_renewed_stops_its_owner_before_another_may_take_
     with run.renewed(), pytest.raises(LeaseLostError, match=r"could not be renewed .* no answer"):
         check_forever(run)
     assert store.now() < run.record.lease.expires_at
+
+
+def expire(run: Run, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Let the store take nothing from this run until its lease is no longer good."""
+    store, run.store = run.store, Faulty(run.store)
+    run.store.fail("put", StorageUnreachableError("no answer"), times=math.inf)
+    try:
+        check_forever(run)
+    finally:
+        meanwhile()
+        run.store = store
+
+
+def test_why_a_lease_expired_is_recorded_when_the_store_answers_again(store: Store) -> None:
+    with pytest.raises(LeaseLostError), hold(store, lease_seconds=short_lease(store)) as run:
+        expire(run)
+    record, _ = read_record(store, "run")
+    assert record.status == "interrupted"
+    assert "no answer" in record.events[-1].detail
+
+
+def test_an_expired_owner_writes_nothing_over_the_one_who_has_taken_the_run_over(store: Store) -> None:
+    taken: list[RunRecord] = []
+
+    def take_over() -> None:
+        wait_until(store, run.record.lease.expires_at)
+        taken.append(acquire_run(store, replace(spec(), process="another process"), 60).record)
+
+    with pytest.raises(LeaseLostError), hold(store, lease_seconds=short_lease(store)) as run:
+        expire(run, take_over)
+    assert [read_record(store, "run")[0]] == taken
+
+
+def test_a_run_that_was_resumed_by_hand_is_no_longer_one_of_its_deployment(store: Store) -> None:
+    nightly = Origin(flow_run_id="a flow run", deployment="train-cifar/nightly")
+    acquire_run(store, replace(spec(), origin=nightly), 60).end("cancelled")
+    assert acquire(store).record.origin.deployment is None
 
 
 def test_a_lost_response_is_recognized_as_ones_own_write(store: Store) -> None:
