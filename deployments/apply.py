@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from uuid import UUID
 
@@ -11,45 +12,52 @@ import yaml
 from prefect.automations import AutomationCore
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 from prefect.exceptions import ObjectNotFound
 from pydantic import TypeAdapter
 
 from deployments.client import connected
+from deployments.schedules import Kept, keep_changed, remember, scheduled
+from nightshift.config.project import Project
 from nightshift.errors import ConfigError, PrefectServerError
 
 _HERE = Path(__file__).parent
 
 
-def apply(notify: str | None) -> list[str]:
+def apply(project: Project, notify: str | None, replace_schedules: bool = False) -> tuple[list[str], list[Kept]]:
     """Make or update the work pools that the deployments name, the deployments, and the automations.
 
     Args:
         notify: the notification block, as TYPE/NAME, that reports failed, lost and rejected runs; None: none does.
+        replace_schedules: also those that somebody has changed on the server.
 
     Returns:
-        The deployments, as FLOW/DEPLOYMENT.
+        The deployments, as FLOW/DEPLOYMENT, and those among them that keep the server's schedule.
 
     Raises:
-        ConfigError: there is no such block on the server.
+        ConfigError: there is no such block on the server, or the project file is not valid.
         PrefectServerError: the server does not answer, or refuses one of them.
     """
-    planned = _read("prefect.yaml")["deployments"]
+    project_file = _read("prefect.yaml")
+    planned = scheduled(project_file["deployments"], project)
+    shipped = scheduled(project_file["deployments"], Project())
     with connected() as client:
-        for pool in {deployment["work_pool"]["name"] for deployment in planned}:
+        kept = [] if replace_schedules else keep_changed(client, planned, shipped)
+        for pool in {deployment["work_pool"]["name"] for deployment in planned.values()}:
             template = json.loads((_HERE / "work-pools" / f"{pool}.json").read_text())
             kind = pool.partition("-")[2]
             client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=template), overwrite=True)
-        _deploy()
+        _deploy({**project_file, "deployments": list(planned.values())})
+        remember(planned, kept)
         _automate(client, notify)
-        names = DeploymentFilterName(any_=[deployment["name"] for deployment in planned])
-        made = client.read_deployments(deployment_filter=DeploymentFilter(name=names))
-        return sorted(f"{client.read_flow(deployment.flow_id).name}/{deployment.name}" for deployment in made)
+    return sorted(planned), kept
 
 
-def _deploy() -> None:
-    command = [sys.executable, "-m", "prefect", "deploy", "--all", "--prefect-file", str(_HERE / "prefect.yaml")]
-    done = subprocess.run(command, cwd=_HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+def _deploy(project_file: dict[str, Any]) -> None:
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(project_file, file)
+        file.flush()
+        command = [sys.executable, "-m", "prefect", "deploy", "--all", "--prefect-file", file.name]
+        done = subprocess.run(command, cwd=_HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise PrefectServerError(f"`prefect deploy` has failed:\n{done.stdout}{done.stderr}")
 

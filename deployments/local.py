@@ -6,12 +6,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nightshift.config.project import Project
 from nightshift.local import supervisor
 from nightshift.local.prefect import POOL, WAITING_POOL, PrefectServer, local_prefect, login_file, online_workers
 from nightshift.local.s3 import embedded_s3
 from nightshift.local.supervisor import Server, using, wait_until
 from nightshift.settings import Settings
+
+if TYPE_CHECKING:
+    from deployments.schedules import Kept
 
 _WORKERS = {"worker": POOL, "waiting-worker": WAITING_POOL}
 _SERVERS = (*_WORKERS, "prefect", "s3")
@@ -26,13 +31,15 @@ class Running:
     """What the server asks for is in this file, which only the user can read."""
     s3_endpoint: str
     deployments: list[str]
+    kept: list["Kept"]
+    """The deployments whose schedules somebody has changed on the server."""
 
     @property
     def prefect_ui(self) -> str:
         return self.api_url.removesuffix("/api")
 
 
-def up(settings: Settings) -> Running:
+def up(settings: Settings, project: Project) -> Running:
     """Start what is not running yet, and deploy everything again. Repeating it does no harm.
 
     Raises:
@@ -51,14 +58,14 @@ def up(settings: Settings) -> Running:
         os.environ.update(server.environment)
         from deployments.apply import apply
 
-        deployments = apply(settings.notify)
+        deployments, kept = apply(project, settings.notify)
         for name, pool in _WORKERS.items():
             plan = partial(_worker, home, server, pool, settings.save_retry_seconds)
             stack.enter_context(using(home / name, plan))
             supervisor.keep(home / name)
         for name, pool in _WORKERS.items():
             wait_until(partial(_is_served, server, pool), home / name, timeout=60)
-    return Running(server.api_url, login_file(home), endpoint, deployments)
+    return Running(server.api_url, login_file(home), endpoint, deployments, kept)
 
 
 def down(settings: Settings) -> list[str]:

@@ -10,6 +10,9 @@ import typer
 from nightshift.cli.common import AsJson, app, console, error_console, print_json, use_server
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from deployments.schedules import Kept
     from nightshift.settings import Settings
 
 _PANEL = "Servers and machine"
@@ -19,12 +22,14 @@ _PANEL = "Servers and machine"
 def up(as_json: AsJson = False) -> None:
     """Start S3, a Prefect server and a worker on this machine, with everything deployed; they stay."""
     from nightshift.cli.terminal import TerminalProgress, facts_table
+    from nightshift.config.project import load_project
 
     settings = _settings_for_workers()
+    project = load_project(settings.project)
     with TerminalProgress(error_console()) as display, display.waiting("starting S3, Prefect and a worker"):
         from deployments import local
 
-        running = local.up(settings)
+        running = local.up(settings, project)
     if as_json:
         print_json(
             {
@@ -33,6 +38,7 @@ def up(as_json: AsJson = False) -> None:
                 "deployments": running.deployments,
                 "prefect_api_url": running.api_url,
                 "prefect_login_file": str(running.login_file),
+                "kept": [entry.deployment for entry in running.kept],
             }
         )
         return
@@ -48,17 +54,16 @@ def up(as_json: AsJson = False) -> None:
         ),
         soft_wrap=True,
     )
+    _print_kept(running.kept)
     login = f"cat {shlex.quote(str(running.login_file))}"
     # Not the login itself: it would stay in logs and in the terminal's history. No table either, which would break a
     # line that is to be copied.
-    console().print(
-        f"\nPrefect asks for a login, in the browser once. It is what this prints:\n\n  {login}\n\n"
-        "For commands of Prefect's own, first type:\n\n"
+    for line in (
+        *("", "Prefect asks for a login, in the browser once. It is what this prints:", "", f"  {login}", ""),
+        *("For commands of Prefect's own, first type:", ""),
         f'  export PREFECT_API_URL={running.api_url} PREFECT_API_AUTH_STRING="$({login})"',
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+    ):
+        console().print(line, soft_wrap=True)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -78,18 +83,34 @@ def down(as_json: AsJson = False) -> None:
 
 
 @app.command(rich_help_panel=_PANEL)
-def deploy(as_json: AsJson = False) -> None:
+def deploy(
+    replace_schedules: Annotated[
+        bool, typer.Option("--replace-schedules", help="Also those that somebody has changed on the server.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Make or update nightshift's work pools, deployments and automations on the Prefect server."""
+    from nightshift.config.project import load_project
     from nightshift.settings import Settings
 
+    settings = Settings.load()
+    project = load_project(settings.project)
     use_server()
     from deployments.apply import apply
 
-    deployments = apply(Settings.load().notify)
+    deployments, kept = apply(project, settings.notify, replace_schedules)
     if as_json:
-        print_json({"deployments": deployments})
-    else:
-        console().print(f"deployed: {', '.join(deployments)}")
+        print_json({"deployments": deployments, "kept": [entry.deployment for entry in kept]})
+        return
+    console().print(f"deployed: {', '.join(deployments)}")
+    _print_kept(kept)
+
+
+def _print_kept(kept: "Iterable[Kept]") -> None:
+    from nightshift.cli.screen import styled
+
+    for entry in kept:
+        console().print(styled("!", "yellow"), str(entry), soft_wrap=True)
 
 
 @app.command(rich_help_panel=_PANEL)

@@ -88,7 +88,7 @@ def test_up_and_deploy_change_nothing_when_they_are_repeated(
     before, changes_before = deployed(), last_changes()
 
     assert nightshift("up", "--json").json == stack
-    assert nightshift("deploy", "--json").json == {"deployments": stack["deployments"]}
+    assert nightshift("deploy", "--json").json == {"deployments": stack["deployments"], "kept": []}
     assert deployed() == before
     assert last_changes() == changes_before, "an automation that is updated forgets which heartbeats it has seen"
     assert [name for kind, name in before if kind == "automations"] == [
@@ -99,6 +99,23 @@ def test_up_and_deploy_change_nothing_when_they_are_repeated(
         "train-cifar is started again",
         "train-cifar is stuck in Pending",
     ]
+
+
+def test_a_schedule_that_somebody_paused_on_the_server_stays_paused_until_it_is_replaced(
+    nightshift: Nightshift, stack: dict[str, Any], ask: Callable[..., Any], prefect: Prefect
+) -> None:
+    def schedule() -> Any:
+        (found,) = ask("deployments/filter", deployments={"name": {"any_": ["nightly"]}})
+        return found["schedules"][0]
+
+    assert prefect("deployment", "schedule", "pause", "train-cifar/nightly", schedule()["id"]).returncode == 0
+    deployed = nightshift("deploy")
+    assert "train-cifar/nightly keeps the schedule that somebody gave it on the server: 0 2 * * * UTC (paused)" in (
+        deployed.out
+    )
+    assert not schedule()["active"]
+    assert nightshift("deploy", "--replace-schedules", "--json").json["kept"] == []
+    assert schedule()["active"]
 
 
 def test_doctor_sees_the_server_and_the_worker_of_up(nightshift: Nightshift, stack: dict[str, Any]) -> None:
