@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -85,7 +86,7 @@ def test_the_report_has_the_verdict_the_comparison_and_what_it_was_made_of(
             *("✗ Not promoted", record.result.verdict.reason, f"{100 * shown.accuracy:.2f} %", champion),
             *("label_smoothing", "torch", "cat", "at 2.5 an hour", f"{100 * shown.classes[3].recall:.2f} %"),
         ):
-            assert fact in text.replace("&#43;", "+"), fact
+            assert fact in unescape(text), fact
     assert workspace.store.get("reports/epochs-1/report.html")[0].decode() == page.html
     assert workspace.store.get("reports/epochs-1/plots/confusion.svg")[0].decode() == page.plots["confusion"]
 
