@@ -6,7 +6,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -164,8 +164,8 @@ def train(ask: Callable[..., Any], home: Path, prefix: str) -> Iterator[Callable
     with embedded_s3(home, prefix) as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
 
-        def start(run_id: str, **environment: str) -> Training:
-            parameters = {"recipe": "tutorial", "run_id": run_id, "overrides": CONFIG}
+        def start(run_id: str, overrides: Mapping[str, Any] = CONFIG, **environment: str) -> Training:
+            parameters = {"recipe": "tutorial", "run_id": run_id, "overrides": overrides}
             deployment = ask("deployments/name/train-cifar/adhoc")["id"]
             started = ask(
                 f"deployments/{deployment}/create_flow_run",

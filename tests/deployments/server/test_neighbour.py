@@ -1,0 +1,137 @@
+"""Another user of the machine tries everything that `up` and a training of two ranks have opened."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nightshift.local.prefect import login_file
+from nightshift.local.s3 import embedded_credentials
+from tests.conftest import eventually
+from tests.deployments.server.conftest import CONFIG, Prefect, Training
+from tests.forked import forked
+from tests.sockets import listening, tree
+
+NOBODY = 65_534
+REQUESTS = {
+    f"{verb} {path}": f"{verb} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+    f"Content-Type: application/json\r\nConnection: close\r\n\r\n{body}".encode()
+    for verb, path, body in (
+        ("GET", "/api/admin/settings", ""),
+        ("POST", "/api/deployments/filter", "{}"),
+        (
+            "POST",
+            "/api/flow_runs/",
+            '{"flow_id": "5a3c3c9e-5f0a-4d0c-8f53-0d6e6b1f9d11", "state": {"type": "RUNNING"}}',
+        ),
+        ("GET", "/nightshift?list-type=2", ""),
+        ("GET", "/buckets/nightshift/", ""),
+        ("PUT", "/nightshift/key", "theirs"),
+        ("DELETE", "/nightshift/key", ""),
+        ("GET", "/dir/assign", ""),
+        ("GET", "/status", ""),
+        ("GET", "/metrics", ""),
+    )
+}
+REQUESTS["gRPC"] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+REQUESTS["a pickle"] = b"\x80\x04\x95" + b"cos\nsystem\n(S'true'\ntR."
+# Nothing, or a refusal. The last is Go's to whoever speaks HTTP to a port that asks for certificates.
+REFUSALS = (b"", b"HTTP/1.1 401", b"HTTP/1.1 403", b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an")
+
+
+@pytest.fixture
+def two_ranks(train: Callable[..., Training], ask: Callable[..., Any], prefect: Prefect) -> Iterator[Training]:
+    """A run of two ranks in the middle of its training."""
+    training = train("neighboured", overrides={**CONFIG, "nproc_per_node": 2, "epochs": 300})
+    yield training
+    assert prefect("flow-run", "cancel", training.flow_run_id).returncode == 0
+    eventually(training.has_ended, timeout=60)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_a_neighbour_on_the_machine_gets_nothing_but_refusals(two_ranks: Training, home: Path) -> None:
+    pids = sorted(processes_of(home))
+    assert two_ranks.pid in pids
+    ports = {port: address for pid in pids for port, address in listening(pid).items()}
+    assert set(ports.values()) == {"0100007F"}, "somebody listens elsewhere than at 127.0.0.1"
+    found = as_nobody(look_around, sorted(ports), pids, [str(path) for path in unix_sockets(pids)], str(home))
+    assert found["ports"], "nothing was tried"
+    assert {
+        what: answer for what, answer in found["ports"].items() if not answer.startswith(REFUSALS[1:]) and answer
+    } == {}
+    assert found["others"] == []
+    secrets = (login_file(home).read_text(), embedded_credentials(home / "s3").secret_key)
+    assert [line for line in found["command lines"] if any(secret in line for secret in secrets)] == []
+
+
+def look_around(ports: list[int], pids: list[int], sockets: list[str], home: str) -> dict[str, Any]:
+    """What somebody who is nobody finds: each answer by port and request, what is open besides, and command lines."""
+    answers = {(port, name): _answer(port, request) for port in ports for name, request in REQUESTS.items()}
+    others = []
+    for path in sockets:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as door:
+            door.connect(path)
+            others.append(path)
+    for pid in pids:
+        with suppress(OSError):
+            others.append(Path(f"/proc/{pid}/environ").read_text())
+    with suppress(OSError):
+        others += map(str, Path(home).iterdir())
+    lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids if Path(f"/proc/{pid}").exists()]
+    return {"ports": answers, "others": others, "command lines": lines}
+
+
+def _answer(port: int, request: bytes) -> bytes:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+            connection.sendall(request)
+            return connection.recv(400)
+    except OSError:
+        return b""
+
+
+def as_nobody(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a function returns to a user who is nobody."""
+    here, there = forked().Pipe(duplex=False)
+    process = forked().Process(target=_become_nobody, args=(there, function, arguments))
+    process.start()
+    there.close()
+    found: dict[str, Any] = here.recv()
+    process.join()
+    return found
+
+
+def _become_nobody(answer: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    answer.send(function(*arguments))
+
+
+def processes_of(home: Path) -> set[int]:
+    """Every process that works for this NIGHTSHIFT_HOME, and all that it has started."""
+    found: set[int] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            said = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+            if str(home).encode() in said and int(process.name) != os.getpid():
+                found.update(tree(int(process.name)))
+    return found
+
+
+def unix_sockets(pids: list[int]) -> set[Path]:
+    """The sockets in the file system on which one of these processes listens."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):
+            inodes = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+            for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "00010000" and f"socket:[{fields[6]}]" in inodes and len(fields) > 7:
+                    found.add(Path(f"/proc/{pid}/cwd").readlink() / fields[7])
+    return found
