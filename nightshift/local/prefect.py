@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from nightshift.errors import LocalServiceError, PrefectServerError, SettingsError
 from nightshift.local import supervisor
-from nightshift.local.private import made_once
+from nightshift.local.secrets import made_once
 from nightshift.local.supervisor import Server, using, wait_until
 
 # A first start creates the database, which takes about 20 s on two busy cores.

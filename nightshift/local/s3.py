@@ -1,19 +1,23 @@
 """The embedded S3 server: SeaweedFS's `weed mini` on loopback, with its data under NIGHTSHIFT_HOME.
 
 It speaks the protocol that is used in production, so a laptop and a GPU worker have the same storage path.
+
+Its parts (master, volume, filer, admin) talk to each other on ports of their own, which any user of the machine can
+reach. There they speak TLS only, and only with who holds the certificate in `server.pem`.
 """
 
 import json
+import os
 import secrets
 import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from nightshift.errors import LocalServiceError, StorageError
-from nightshift.local.private import made_once
+from nightshift.local.secrets import made_once, new_certificate
 from nightshift.local.supervisor import Server, using, wait_until
 from nightshift.settings import S3Settings
 from nightshift.storage.s3 import S3, Credentials
@@ -22,6 +26,8 @@ BUCKET = "nightshift"
 # An unset gRPC port is the HTTP port + 10000, and some of weed's parts assume that even where it is set.
 _GRPC_OFFSET = 10_000
 _PORTS = ("s3", "filer", "volume", "master", "admin")
+_GENERATION = 1
+"""0 asked nobody for a certificate."""
 
 
 @contextmanager
@@ -33,7 +39,7 @@ def embedded_s3(home: Path, prefix: str = "") -> Iterator[S3]:
     """
     directory = home / "s3"
     credentials = embedded_credentials(directory)
-    with using(directory, lambda: _plan(directory, credentials)) as facts:
+    with using(directory, lambda: _plan(directory, credentials), _GENERATION) as facts:
         settings = S3Settings(endpoint_url=facts["endpoint_url"], bucket=BUCKET, prefix=prefix)
         impatient = S3(settings, credentials, attempts=1)
         wait_until(lambda: _answers(impatient), directory, timeout=30)
@@ -64,7 +70,11 @@ def _new_pair() -> str:
 
 def _plan(directory: Path, credentials: Credentials) -> Server:
     ports = _ports(directory)
-    (directory / "data").mkdir(exist_ok=True)
+    for name in ("data", "logs"):
+        (directory / name).mkdir(exist_ok=True)
+    made_once(directory / "server.pem", new_certificate)
+    (directory / "security.toml").write_text(_security())  # where weed looks for it: it runs in this directory
+    logging = ["-logdir=logs", "-log_max_size_mb=10"]
     options = {
         "dir": "data",
         "ip": "127.0.0.1",
@@ -75,16 +85,29 @@ def _plan(directory: Path, credentials: Credentials) -> Server:
         "webdav": "false",
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
+        "s3.iam": "false",
+        "disableHttp": "true",
         "s3.localSocket": "s3.sock",
         "filer.localSocket": "filer.sock",
         **{f"{name}.port": port for name, port in ports.items()},
         **{f"{name}.port.grpc": port + _GRPC_OFFSET for name, port in ports.items()},
     }
     return Server(
-        command=[_weed(), "mini", *(f"-{name}={value}" for name, value in options.items())],
+        command=[_weed(), *logging, "mini", *(f"-{name}={value}" for name, value in options.items())],
         environment={"AWS_ACCESS_KEY_ID": credentials.access_key, "AWS_SECRET_ACCESS_KEY": credentials.secret_key},
         facts={"endpoint_url": f"http://127.0.0.1:{ports['s3']}"},
+        umask=0o077,
+        litter=[_grpc_socket(name, port) for name, port in ports.items()],
     )
+
+
+def _security() -> str:
+    """weed's settings by which each part shows the certificate and asks for it, over gRPC and over HTTP."""
+    grpc = [f"grpc.{part}" for part in (*_PORTS, "worker", "client")]
+    https = [f"https.{part}" for part in ("master", "volume", "filer", "admin", "client")]
+    held = 'ca = "server.pem"\ncert = "server.pem"\nkey = "server.pem"\n'
+    # The last line belongs to the last section: without it, parts would ask each other in the clear.
+    return "".join(f"[{section}]\n{held}" for section in ["grpc", *grpc, *https]) + "enabled = true\n"
 
 
 def _weed() -> str:
@@ -99,17 +122,25 @@ def _ports(directory: Path) -> dict[str, int]:
     """Last time's ports if they are still free: weed names parts of its data after them."""
     path = directory / "ports.json"
     ports: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
-    if not ports or not all(_free(port) for port in ports.values()):
+    if not ports or not all(_free(*item) for item in ports.items()):
         ports = {}
         while len(ports) < len(_PORTS):
-            port = 20_000 + secrets.randbelow(12_000)
-            if port not in ports.values() and _free(port):
-                ports[_PORTS[len(ports)]] = port
+            name, port = _PORTS[len(ports)], 20_000 + secrets.randbelow(12_000)
+            if port not in ports.values() and _free(name, port):
+                ports[name] = port
         path.write_text(json.dumps(ports))
     return ports
 
 
-def _free(port: int) -> bool:
+def _grpc_socket(name: str, port: int) -> Path:
+    """Where a part listens besides its port: weed lets nobody choose. Whoever connects needs the certificate too."""
+    return Path(f"/tmp/seaweedfs-{name}-grpc-{port + _GRPC_OFFSET}.sock")  # noqa: S108
+
+
+def _free(name: str, port: int) -> bool:
+    with suppress(FileNotFoundError):
+        if _grpc_socket(name, port).lstat().st_uid != os.getuid():
+            return False  # another user sits there, and the server would wait for its own part for ever
     for number in (port, port + _GRPC_OFFSET):
         with closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -3,7 +3,7 @@
 A server (the embedded S3, a Prefect server) is the child of a small supervisor process, which starts it
 again if it dies and stops it when its last user is gone. The kernel knows who uses it: every user holds a
 shared lock on one file, and the lock ends with its process, however that ends. A server that is kept stays
-even without users, until it is released.
+even without users, until it is released. Nobody else can enter its directory.
 
     DIR/users.lock        held shared by each process that uses the server
     DIR/start.lock        held exclusively by a process that is starting it
@@ -22,13 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from nightshift import processes
 from nightshift.errors import LocalServiceError
+from nightshift.local.secrets import close_to_others
 
 LINGER_SECONDS = 10.0
 _MAX_RESTARTS = 5
@@ -45,22 +46,33 @@ class Server:
     facts: Mapping[str, Any]
     stop_seconds: float = 10.0
     """How long it may take to end after a SIGTERM."""
+    umask: int = -1
+    """What others may not do with the files it makes; -1 leaves that to the user's own."""
+    litter: Sequence[Path] = ()
+    """What it leaves outside of its directory when it is killed."""
 
 
 @contextmanager
-def using(directory: Path, plan: Callable[[], Server]) -> Iterator[Mapping[str, Any]]:
+def using(directory: Path, plan: Callable[[], Server], generation: int = 0) -> Iterator[Mapping[str, Any]]:
     """Use the server in `directory`, and start it if it is not running. Yields its facts without waiting for it.
 
     Args:
         plan: called only if a server has to be started.
+        generation: a server of an older one is replaced, even if it is kept or used: whoever uses it sees it die and
+            come back.
+
+    Raises:
+        LocalServiceError: the directory is not ours to close to others, or an older server not ours to kill.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    close_to_others(directory)
     with _lock(directory / "users.lock", fcntl.LOCK_SH):
         with _lock(directory / "start.lock", fcntl.LOCK_EX):
+            if _supervised(directory) and _facts(directory).get("generation", 0) < generation:
+                _kill_supervisor(directory)
             if not _supervised(directory):
                 _kill_leftover(directory)  # before the plan, which looks for free ports
-                _start(directory, plan())
-            facts = json.loads((directory / "server.json").read_text())
+                _start(directory, plan(), generation)
+            facts = _facts(directory)
         yield facts
 
 
@@ -88,8 +100,7 @@ def running_facts(directory: Path) -> Mapping[str, Any]:
     """The facts of the server, if it runs; otherwise an empty mapping."""
     if not directory.exists() or not _supervised(directory):
         return {}
-    facts: Mapping[str, Any] = json.loads((directory / "server.json").read_text())
-    return facts
+    return _facts(directory)
 
 
 def wait_until(ready: Callable[[], bool], directory: Path, timeout: float) -> None:
@@ -108,6 +119,11 @@ def wait_until(ready: Callable[[], bool], directory: Path, timeout: float) -> No
         time.sleep(0.05)
 
 
+def _facts(directory: Path) -> Mapping[str, Any]:
+    facts: Mapping[str, Any] = json.loads((directory / "server.json").read_text())
+    return facts
+
+
 def _supervised(directory: Path) -> bool:
     """Whether a supervisor is alive, that is, whether its lock is held."""
     with open(directory / "supervisor.lock", "a") as file:
@@ -120,15 +136,16 @@ def _is_used(directory: Path) -> bool:
         return not _try_lock(users, fcntl.LOCK_EX) and _try_lock(users, fcntl.LOCK_SH)
 
 
-def _start(directory: Path, server: Server) -> None:
-    (directory / "server.json").write_text(json.dumps(dict(server.facts)))
+def _start(directory: Path, server: Server, generation: int) -> None:
+    (directory / "server.json").write_text(json.dumps({**server.facts, "generation": generation}))
     # The lock is taken here and inherited, so that the supervisor never runs without it.
     with open(directory / "supervisor.lock", "a") as lock, open(directory / "supervisor.log", "a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
         subprocess.run(
             [
                 *(sys.executable, "-m", "nightshift.local.supervisor"),
-                *(str(directory), str(lock.fileno()), str(server.stop_seconds), *server.command),
+                *(str(directory), str(lock.fileno()), str(server.stop_seconds)),
+                *(json.dumps([str(path) for path in server.litter]), *server.command),
             ],
             env={**os.environ, **server.environment},
             stdin=subprocess.DEVNULL,
@@ -136,8 +153,32 @@ def _start(directory: Path, server: Server) -> None:
             stderr=log,
             pass_fds=[lock.fileno()],
             start_new_session=True,
+            umask=server.umask,
             check=True,
         )
+
+
+def _kill_supervisor(directory: Path) -> None:
+    """Kill the supervisor, which is the parent of its server: those who use the server wait, and are soon served again.
+
+    Raises:
+        LocalServiceError: it is not ours to kill.
+    """
+    deadline = time.monotonic() + 30
+    while _supervised(directory):
+        if time.monotonic() > deadline:
+            raise LocalServiceError(
+                f"an older nightshift has started the server in {directory}, and it cannot be replaced from here: "
+                "stop it where it was started, with `nightshift down`"
+            )
+        with suppress(OSError, IndexError):  # the server has just died, and is about to be started again
+            name = (directory / "server.pid").read_text()
+            stat = Path(f"/proc/{name.split()[2]}/stat").read_text()
+            with _process(int(stat.rpartition(")")[2].split()[1])) as parent:
+                # While both live, that is its parent. An orphan would have another.
+                if processes.state_of(name) == "alive" and _supervised(directory):
+                    _kill(parent)
+        time.sleep(0.02)
 
 
 def _kill_leftover(directory: Path) -> None:
@@ -145,10 +186,23 @@ def _kill_leftover(directory: Path) -> None:
     pid_file = directory / "server.pid"
     name = pid_file.read_text() if pid_file.exists() else ""
     if processes.state_of(name) == "alive":
-        process = os.pidfd_open(int(name.split()[2]))
-        signal.pidfd_send_signal(process, signal.SIGKILL)
-        select.select([process], [], [])
-        os.close(process)
+        with _process(int(name.split()[2])) as server:
+            _kill(server)
+
+
+@contextmanager
+def _process(pid: int) -> Iterator[int]:
+    """A file descriptor that stays this process', even when another gets its number."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _kill(process: int) -> None:
+    signal.pidfd_send_signal(process, signal.SIGKILL)
+    select.select([process], [], [])
 
 
 @contextmanager
@@ -170,7 +224,9 @@ def _tail(path: Path, lines: int = 15) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
 
 
-def _supervise(directory: Path, own_lock: int, stop_seconds: float, command: Sequence[str]) -> None:
+def _supervise(
+    directory: Path, own_lock: int, stop_seconds: float, litter: Sequence[str], command: Sequence[str]
+) -> None:
     """Keep `command` running until it is released, or nobody has used it for LINGER_SECONDS."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -203,6 +259,9 @@ def _supervise(directory: Path, own_lock: int, stop_seconds: float, command: Seq
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
+            for path in litter:
+                with suppress(OSError):  # a socket of another user's under that name
+                    Path(path).unlink(missing_ok=True)
             # The users' lock is still held: a new user waits for it, then finds no supervisor and starts one.
             os.close(own_lock)
 
@@ -218,4 +277,4 @@ def _spawn(directory: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
 if __name__ == "__main__":
     if os.fork():
         os._exit(0)  # so that the supervisor is nobody's child, and nobody has to wait for it
-    _supervise(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
+    _supervise(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])

@@ -19,7 +19,7 @@ from websockets.typing import Subprotocol
 from nightshift.errors import LocalServiceError, PrefectServerError
 from nightshift.local import supervisor
 from nightshift.local.prefect import PrefectServer, ask, check_login, chosen_server, local_prefect, online_workers
-from nightshift.local.private import made_once
+from nightshift.local.secrets import made_once
 from nightshift.local.supervisor import Server, using
 from tests.commands import Finished
 
