@@ -1,8 +1,10 @@
 """The flow `recover`: find interrupted runs and start their deployments again."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -18,6 +20,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
@@ -26,13 +29,18 @@ from pydantic import Field
 
 from nightshift import progress
 from nightshift.config.recipes import overrides_of
+from nightshift.errors import DeploymentNotFoundError
 from nightshift.records import recovery
 from nightshift.records.recovery import Found, InterruptedRun
+from nightshift.records.run import RunRecord
 from nightshift.settings import Settings
 from nightshift.storage.store import Store
 from nightshift.workspace import open_workspace
 
 WithinHours = Annotated[float, Field(ge=0, le=876_000)]
+Deployments = Callable[[str], DeploymentResponse | None]
+_OURS = re.compile(r"train-cifar/[^/%&<>?#.\\][^/%&<>?#\\]*")
+_ENTRYPOINT = re.compile(r"(.*/)?flows[./]train_cifar(\.py)?[.:]train_cifar")
 _ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
 _PREFECTS_TURN = timedelta(minutes=5)
 """How long a run whose flow run the server knows is left to the automations, which take two minutes."""
@@ -69,34 +77,68 @@ def is_being_cancelled() -> bool:
 
 
 def start_deployed(store: Store, found: Found, max_recoveries: int) -> list[str]:
-    """Start again those interrupted runs that a deployment had started. Returns their run ids."""
+    """Start again those interrupted runs that a deployment of ours had started. Returns their run ids."""
     started = []
     with get_client(sync_client=True) as client:
-        for record in recovery.claim_due(store, _to_start(store, client, found), max_recoveries):
-            assert record.origin.deployment is not None
-            try:
-                deployment = client.read_deployment_by_name(record.origin.deployment)
-            except ObjectNotFound:
-                progress.current().warn(
-                    f"run {record.run_id} cannot be started: there is no deployment {record.origin.deployment!r} any "
-                    f"more. To go on without it: nightshift resume {record.run_id}"
-                )
-                continue
-            config = record.train_config()
-            client.create_flow_run_from_deployment(
-                deployment.id,
-                parameters={
-                    "recipe": config.recipe,
-                    "overrides": overrides_of(config),
-                    "run_id": record.run_id,
-                    "promote": record.origin.promote,
-                },
-                # By these the next recovery sees that the run is on its way, or was cancelled before it began.
-                tags=["recovery", record.run_id],
-                idempotency_key=f"{record.run_id}/{record.sequence}",
-            )
-            started.append(record.run_id)
+        deployments = _deployments(client)
+        for record in recovery.claim_due(store, _to_start(store, client, found, deployments), max_recoveries):
+            with recovery.apart(store, record.run_id, _server_fails):
+                _start(client, record, deployments)
+                started.append(record.run_id)
     return started
+
+
+def _start(client: SyncPrefectClient, record: RunRecord, deployments: Deployments) -> None:
+    assert record.origin.deployment is not None
+    deployment = deployments(record.origin.deployment)
+    if not deployment:
+        raise DeploymentNotFoundError(
+            f"there is no deployment {record.origin.deployment!r} any more. To go on without it: "
+            f"nightshift resume {record.run_id}"
+        )
+    config = record.train_config()
+    client.create_flow_run_from_deployment(
+        deployment.id,
+        parameters={
+            "recipe": config.recipe,
+            "overrides": overrides_of(config),
+            "run_id": record.run_id,
+            "promote": record.origin.promote,
+        },
+        # By these the next recovery sees that the run is on its way, or was cancelled before it began.
+        tags=["recovery", record.run_id],
+        idempotency_key=f"{record.run_id}/{record.sequence}",
+    )
+
+
+def _deployments(client: SyncPrefectClient) -> Deployments:
+    """What reads a deployment by its name; there may be none. It raises DeploymentNotFoundError if it is not of ours.
+
+    Whatever a record says, nothing else that is deployed on the server is started.
+    """
+
+    @cache
+    def read(name: str) -> DeploymentResponse | None:
+        deployment = None
+        if _OURS.fullmatch(name):
+            try:
+                deployment = client.read_deployment_by_name(name)
+            except ObjectNotFound:
+                return None
+        if not deployment or not _ENTRYPOINT.fullmatch(deployment.entrypoint or ""):
+            raise DeploymentNotFoundError(
+                f"{name!r}, which its record names, is no deployment of nightshift's training"
+            )
+        return deployment
+
+    return read
+
+
+def _server_fails(error: Exception) -> bool:
+    """Whether it is the Prefect server that fails, whichever run is asked for."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.is_server_error
+    return isinstance(error, httpx.TransportError)
 
 
 def start_sweeps(within: timedelta) -> None:
@@ -119,22 +161,32 @@ def start_again_if_lost(client: SyncPrefectClient, flow_run: FlowRun) -> None:
         progress.current().say(f"{flow_run.name} had crashed and is started again")
 
 
-def _to_start(store: Store, client: SyncPrefectClient, found: Found) -> Iterator[InterruptedRun]:
-    """The interrupted runs with a deployment that are neither on their way already nor cancelled."""
+def _to_start(
+    store: Store, client: SyncPrefectClient, found: Found, deployments: Deployments
+) -> Iterator[InterruptedRun]:
+    """The interrupted runs with a deployment of ours that are neither on their way already nor cancelled."""
     for run in found.interrupted:
-        if not run.record.origin.deployment:
-            continue
-        newest = newest_flow_run(client, run.record.run_id, run.record.origin.flow_run_id)
-        # All states, not only the last: a flow run that is being cancelled ends Crashed, because a signal stopped it.
-        states = {state.type for state in client.read_flow_run_states(newest.id)} if newest else set()
-        if states & CANCELLED:
-            recovery.close(store, run.record.run_id, "cancelled")
-        elif newest and store.now() < run.record.updated_at + _PREFECTS_TURN:
-            progress.current().say(
-                f"run {run.record.run_id} is left to Prefect for {_PREFECTS_TURN.seconds // 60} minutes"
-            )
-        elif not newest or newest.state_type not in _ON_ITS_WAY:
+        is_to_start = False
+        with recovery.apart(store, run.record.run_id, _server_fails):
+            is_to_start = _is_to_start(store, client, run.record, deployments)
+        if is_to_start:
             yield run
+
+
+def _is_to_start(store: Store, client: SyncPrefectClient, record: RunRecord, deployments: Deployments) -> bool:
+    if not record.origin.deployment:
+        return False
+    deployments(record.origin.deployment)
+    newest = newest_flow_run(client, record.run_id, record.origin.flow_run_id)
+    # All states, not only the last: a flow run that is being cancelled ends Crashed, because a signal stopped it.
+    states = {state.type for state in client.read_flow_run_states(newest.id)} if newest else set()
+    if states & CANCELLED:
+        recovery.close(store, record.run_id, "cancelled")
+        return False
+    if newest and store.now() < record.updated_at + _PREFECTS_TURN:
+        progress.current().say(f"run {record.run_id} is left to Prefect for {_PREFECTS_TURN.seconds // 60} minutes")
+        return False
+    return not newest or newest.state_type not in _ON_ITS_WAY
 
 
 def newest_flow_run(client: SyncPrefectClient, run_id: str, flow_run_id: str | None) -> FlowRun | None:

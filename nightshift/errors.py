@@ -15,12 +15,14 @@
     │   ├── StorageDeniedError               the credentials are missing, wrong or too weak
     │   ├── BucketNotFoundError
     │   ├── ObjectNotFoundError
+    │   ├── ObjectTooLargeError              larger than what it should be ever is (internal)
     │   ├── PreconditionFailedError          a conditional write met another version (internal)
     │   ├── DocumentDamagedError             a stored JSON object is not what nightshift wrote
     │   ├── DocumentNewerError               a stored JSON object was written by a newer nightshift
     │   └── UnfencedStoreError               the store ignores conditional writes
     ├── DataUnavailableError                 no source of the data set answered
     ├── DataCorruptError                     the data is not what its digest says
+    ├── UnreadableImageError                 an image file is none, damaged or too large; the message is the reason
     ├── CheckpointCorruptError               a stored payload is not what its record says
     ├── NotPromotedError                     the gate rejected a model, and the settings make that a failure
     ├── ExportError                          an exported file does not predict what the model predicts
@@ -117,6 +119,10 @@ class ObjectNotFoundError(StorageError):
     pass
 
 
+class ObjectTooLargeError(StorageError):
+    transient = False
+
+
 class PreconditionFailedError(StorageError):
     pass
 
@@ -138,6 +144,10 @@ class DataUnavailableError(NightshiftError):
 
 
 class DataCorruptError(NightshiftError):
+    pass
+
+
+class UnreadableImageError(NightshiftError):
     pass
 
 

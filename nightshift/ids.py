@@ -11,6 +11,7 @@ from nightshift.errors import ConfigError
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def parse_run_id(text: str) -> str:
@@ -53,5 +54,12 @@ def _sha256(text: str) -> str:
     return text
 
 
+def _uuid(text: str) -> str:
+    if not _UUID.fullmatch(text):
+        raise ValueError("not the id of a flow run")
+    return text
+
+
 RunId = Annotated[str, AfterValidator(parse_run_id)]
 Sha256 = Annotated[str, AfterValidator(_sha256)]
+FlowRunId = Annotated[str, AfterValidator(_uuid)]

@@ -27,6 +27,6 @@ def new_writer_id() -> str:
 def state_of(name: str) -> Literal["alive", "dead", "unknown"]:
     """Whether the process with this identity is alive; `unknown` on another machine or in another container."""
     ours, theirs = identity(os.getpid()).split(), name.split()
-    if len(ours) != 4 or len(theirs) != 4 or ours[:2] != theirs[:2]:
+    if len(ours) != 4 or len(theirs) != 4 or ours[:2] != theirs[:2] or not theirs[2].isdecimal():
         return "unknown"
     return "alive" if identity(int(theirs[2])) == name else "dead"

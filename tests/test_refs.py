@@ -19,14 +19,23 @@ RUN_IDS = st.builds(str.__add__, st.sampled_from(ALNUM), st.text(ALNUM + "._-", 
     lambda text: ".." not in text
 )
 SHA256 = st.text("0123456789abcdef", min_size=64, max_size=64)
-NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+SHARES, LOSSES = st.floats(0, 1), st.floats(allow_nan=False, allow_infinity=False)
+LINES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=100)
 
 REFS = {
-    RawRef: st.builds(RawRef, digest=SHA256),
-    DatasetRef: st.builds(DatasetRef, digest=SHA256),
-    CheckpointRef: st.builds(CheckpointRef, run_id=RUN_IDS, sha256=SHA256),
-    Evaluation: st.builds(Evaluation, accuracy=NUMBERS, loss=NUMBERS, weights_sha256=SHA256),
-    ModelRef: st.builds(ModelRef, run_id=RUN_IDS, test_accuracy=NUMBERS, weights_sha256=SHA256),
+    RawRef: st.builds(RawRef, name=LINES, digest=SHA256, source=LINES),
+    DatasetRef: st.builds(DatasetRef, name=LINES, digest=SHA256, key=LINES, source=LINES),
+    CheckpointRef: st.builds(CheckpointRef, run_id=RUN_IDS, key=LINES, sha256=SHA256),
+    Evaluation: st.builds(Evaluation, accuracy=SHARES, loss=LOSSES, weights_sha256=SHA256, key=LINES),
+    ModelRef: st.builds(
+        ModelRef,
+        name=RUN_IDS,
+        version=RUN_IDS,
+        run_id=RUN_IDS,
+        key=LINES,
+        test_accuracy=SHARES,
+        weights_sha256=SHA256,
+    ),
 }
 ANY_REF = st.one_of(*REFS.values())
 
@@ -114,3 +123,13 @@ def test_a_ref_refuses_what_is_no_sha256(wrong: Any, ref: BaseModel) -> None:
 def test_a_ref_refuses_a_run_id_that_reaches_out_of_its_place(ref: BaseModel) -> None:
     with pytest.raises(ConfigError, match="run id"):
         type(ref).model_validate({**ref.model_dump(), "run_id": "../other"})
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [("step", -1), ("step", 2**53), ("token", 10**400), ("bytes", 0.5), ("key", "a\nb"), ("key", "x" * 1001)],
+)
+@given(ref=REFS[CheckpointRef])
+def test_a_ref_refuses_a_value_out_of_its_bounds(field: str, wrong: Any, ref: BaseModel) -> None:
+    with pytest.raises(ValidationError, match=field):
+        type(ref).model_validate({**ref.model_dump(), field: wrong})

@@ -1,29 +1,86 @@
 """A checkpoint's payload: what is stored, and how it is read back without trusting it."""
 
 import hashlib
-import io
-import pickle
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
 
-from nightshift.errors import CheckpointCorruptError, ObjectNotFoundError
-from nightshift.records.run import Checkpoint
+from nightshift.checkpoints.archive import read_archive
+from nightshift.errors import CheckpointCorruptError, ObjectNotFoundError, ObjectTooLargeError
+from nightshift.explain import problem_of
+from nightshift.records.run import Checkpoint, CurvePoint
 from nightshift.refs import CheckpointRef
 from nightshift.storage.store import Store
 
 Payload = dict[str, Any]
 
 
-def read_payload(store: Store, checkpoint: Checkpoint | CheckpointRef) -> Payload:
-    """A checkpoint's payload on the CPU, after its size and sha256 were checked.
+def _like(dtype: torch.dtype, *shape: int) -> AfterValidator:
+    def check(tensor: Tensor) -> Tensor:
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise ValueError(f"it is {described(tensor)} instead of {dtype} {shape}")
+        return tensor
 
-    Nothing stored can execute: only tensors and plain values are accepted.
+    return AfterValidator(check)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+class _Generators(_Part):
+    numpy: Annotated[
+        tuple[
+            Literal["MT19937"],
+            Annotated[Tensor, _like(torch.int64, 624)],
+            Annotated[int, Field(ge=0, le=624)],  # numpy would read beyond its state
+            Annotated[int, Field(ge=0, le=1)],
+            float,
+        ],
+        BeforeValidator(lambda said: tuple(said) if isinstance(said, list) else said),
+    ]
+    torch: Tensor
+    cuda: list[Tensor]
+
+
+class _RankPart(_Part):
+    epoch_loss: Annotated[Tensor, _like(torch.float64)]
+    epoch_correct: Annotated[Tensor, _like(torch.int64)]
+    rng: _Generators
+
+
+class _Optimizer(_Part):
+    state: dict[int, dict[str, Tensor | float | None]]
+
+
+class _Contents(_Part):
+    """What `TrainState.restore` reads, as far as it does not depend on the network."""
+
+    model: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: _Optimizer
+    step: int
+    epoch_images: Annotated[int, Field(ge=0)]
+    curve: list[CurvePoint]
+    ranks: Annotated[list[_RankPart], Field(min_length=1)]
+
+
+def read_payload(
+    store: Store, checkpoint: Checkpoint | CheckpointRef, check: Callable[[Payload], object] | None = None
+) -> Payload:
+    """A checkpoint's payload on the CPU, after its size and sha256 were checked, and what it says.
+
+    Nothing stored can execute, or take more memory than its size says: only tensors and plain values are read.
+
+    Args:
+        check: called with the payload; raises CheckpointCorruptError if it is none of the network that is meant.
 
     Raises:
-        CheckpointCorruptError: the object is missing, damaged, or not such a payload.
+        CheckpointCorruptError: the object is missing, damaged, or not the payload of this step. The message is the
+            reason; whoever asked names the checkpoint.
         StorageError: it cannot be read.
     """
     try:
@@ -31,11 +88,20 @@ def read_payload(store: Store, checkpoint: Checkpoint | CheckpointRef) -> Payloa
     except CheckpointCorruptError:
         body = _verified_body(store, checkpoint)  # once more: it may only have been damaged on the way
     try:
-        payload: Payload = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointCorruptError(
-            f"refused, because it is not plain tensors and values: {str(error).splitlines()[0]}"
-        ) from error
+        payload: Payload = read_archive(body)
+    except Exception as error:  # readers raise anything on bytes that nobody has written
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise CheckpointCorruptError(f"refused, because it is not plain tensors and values: {reason:.200}") from error
+    try:
+        step = _Contents.model_validate(payload).step
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointCorruptError(f"{where:.200}: {problem_of(first)}") from error
+    if step != checkpoint.step:
+        raise CheckpointCorruptError(f"it is of step {step:,}, not of {checkpoint.step:,}")
+    if check:
+        check(payload)
     return payload
 
 
@@ -45,16 +111,44 @@ def read_weights(store: Store, checkpoint: Checkpoint | CheckpointRef) -> dict[s
     Raises:
         CheckpointCorruptError, StorageError: as `read_payload`.
     """
-    payload = read_payload(store, checkpoint)
+    try:
+        payload = read_payload(store, checkpoint)
+    except CheckpointCorruptError as error:
+        raise CheckpointCorruptError(
+            f"{store.url(checkpoint.key)}: {error}. Resume the run: it goes on from the checkpoint before"
+        ) from error
     weights: dict[str, Tensor] = payload["average"] or payload["model"]
     return weights
 
 
+def check_weights(weights: Mapping[str, Tensor], network: nn.Module, where: str = "") -> None:
+    """Raise CheckpointCorruptError, with the name of the first that differs, unless the network can have these weights.
+
+    Its own names, shapes and dtypes decide. `where` is put before a name in a message.
+    """
+    expected = network.state_dict()
+    for name in [*expected, *weights]:
+        if name not in weights:
+            raise CheckpointCorruptError(f"{where}{name} is missing")
+        if name not in expected:
+            raise CheckpointCorruptError(f"{where}{name:.80} is nothing that the network has")
+        found, wanted = described(weights[name]), described(expected[name])
+        if found != wanted:
+            raise CheckpointCorruptError(f"{where}{name} is {found} instead of {wanted}")
+
+
+def described(tensor: Tensor) -> str:
+    """A tensor's dtype and shape, for messages."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
 def _verified_body(store: Store, checkpoint: Checkpoint | CheckpointRef) -> bytes:
     try:
-        body = store.download_bytes(checkpoint.key)
+        body = store.download_bytes(checkpoint.key, max_bytes=checkpoint.bytes)
     except ObjectNotFoundError as error:
         raise CheckpointCorruptError("the object is missing") from error
+    except ObjectTooLargeError as error:
+        raise CheckpointCorruptError(f"it has more than {checkpoint.bytes} bytes") from error
     if len(body) != checkpoint.bytes:
         raise CheckpointCorruptError(f"it has {len(body)} bytes instead of {checkpoint.bytes}")
     if hashlib.sha256(body).hexdigest() != checkpoint.sha256:

@@ -1,5 +1,6 @@
 """Restoring a run from its newest whole checkpoint."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
@@ -21,7 +22,9 @@ class UnusableCheckpoint:
     """Otherwise the store could not read it, which may pass."""
 
 
-def restore_newest(run: Run, retry_seconds: float) -> tuple[Checkpoint, Payload] | None:
+def restore_newest(
+    run: Run, retry_seconds: float, check: Callable[[Payload], object] | None = None
+) -> tuple[Checkpoint, Payload] | None:
     """The newest committed checkpoint that is whole, and its payload; None if the run has to start over.
 
     A warning and an event name each skipped checkpoint. Only a damaged one is dropped from the record: what comes
@@ -33,6 +36,7 @@ def restore_newest(run: Run, retry_seconds: float) -> tuple[Checkpoint, Payload]
 
     Args:
         retry_seconds: how long the store may fail at a checkpoint before an older one is tried.
+        check: raises CheckpointCorruptError for a payload that the run's network cannot go on from: it is damaged too.
 
     Raises:
         LeaseLostError: another trainer has taken the run over.
@@ -50,7 +54,7 @@ def restore_newest(run: Run, retry_seconds: float) -> tuple[Checkpoint, Payload]
     for checkpoint in reversed(run.record.checkpoints):
         run.check()
         try:
-            payload = reading(read_payload, run.store, checkpoint)
+            payload = reading(read_payload, run.store, checkpoint, check)
         except StorageUnreachableError:
             raise
         except (CheckpointCorruptError, StorageError) as error:

@@ -85,6 +85,9 @@ def predict(
 ) -> None:
     """Predict the classes of images: CSV on standard output, or a file."""
     from nightshift.cli.screen import styled
+    from nightshift.data.names import check_places
+
+    check_places(images)
     from nightshift.publishing import prediction
 
     if out is not None:

@@ -83,12 +83,18 @@ def verify(run: RunArgument, as_json: AsJson = False) -> None:
     """Read every checkpoint of a run back and check it."""
     from nightshift.checkpoints.verify import verify_checkpoints
     from nightshift.cli.screen import joined, styled
+    from nightshift.data.names import check_names
+    from nightshift.data.specs import get_spec
     from nightshift.records.run import read_record
+    from nightshift.training.state import payload_check
 
     screen, checked, bad = console(), 0, []
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
-        for checkpoint, problem in verify_checkpoints(workspace.store, record):
+        config = record.train_config()
+        check_names(config)
+        check = payload_check(config, len(get_spec(record.dataset.name).classes))
+        for checkpoint, problem in verify_checkpoints(workspace.store, record, check):
             checked += 1
             if problem:
                 bad.append({"key": problem.key, "reason": problem.reason})

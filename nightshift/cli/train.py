@@ -145,9 +145,11 @@ def recover(
                 run_flow(record.run_id, record.train_config(), record.origin.promote)
             except Interrupted:
                 raise
-            except NightshiftError as error:
+            except Exception as error:  # whatever it is, the next run has its turn
                 failed = True
-                print_error(error)
+                print_error(
+                    error if isinstance(error, NightshiftError) else NightshiftError(f"{record.run_id}: {error!r}")
+                )
     if as_json:
         print_json({"started": started, "live": found.live})
     else:

@@ -3,7 +3,8 @@
 A packed data set is a safetensors file: uint8 images (N, 32, 32, 3) and uint8 labels (N,) for `train` and
 `test`, class names and the training images' per-channel mean and standard deviation. The store has it as
 `datasets/<digest>/packed.safetensors`, and each worker's disk caches it under the same digest; the trainer
-maps it into memory from there. Nothing is stored before its arrays match the known sha256 sums.
+maps it into memory from there. Nothing is stored or used before arrays, class names and statistics match the known
+sha256 sums.
 """
 
 import hashlib
@@ -14,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -29,9 +30,13 @@ from nightshift.errors import (
     DataCorruptError,
     DataUnavailableError,
     ObjectNotFoundError,
+    ObjectTooLargeError,
 )
 from nightshift.refs import DatasetRef, RawRef
 from nightshift.workspace import Workspace
+
+_MAX_BYTES = 1024**3
+"""The size of the largest packed data set, so that what was put in its place does not fill the disk."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,23 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 def _write_packed(spec: Spec, arrays: Arrays, path: Path) -> None:
     spec.check(arrays)
-    mean, std = channel_statistics(arrays["train_images"])
+    facts = facts_of(spec.name, spec.classes, arrays)
+    _check_facts(spec, facts)
     # One metadata entry, because safetensors writes several in an order that varies.
-    facts = {"name": spec.name, "classes": spec.classes, "mean": mean, "std": std}
-    save_file(arrays, path, metadata={"nightshift": json.dumps({**facts, "sha256": _facts_sha256(facts)})})
+    save_file(arrays, path, metadata={"nightshift": facts})
 
 
-def _facts_sha256(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def facts_of(name: str, classes: tuple[str, ...], arrays: Arrays) -> str:
+    """What a packed data set says of itself, as JSON."""
+    mean, std = channel_statistics(arrays["train_images"])
+    facts = {"name": name, "classes": classes, "mean": mean, "std": std}
+    sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**facts, "sha256": sha256})
+
+
+def _check_facts(spec: Spec, facts: str) -> None:
+    if hashlib.sha256(facts.encode()).hexdigest() != spec.facts_sha256:
+        raise DataCorruptError(f"the mean, deviation or class names of {spec.name} are not the known ones")
 
 
 def _cache_path(workspace: Workspace, spec: Spec) -> Path:
@@ -163,12 +177,16 @@ def _in_cache(workspace: Workspace, spec: Spec) -> bool:
 def _check_packed(spec: Spec, path: Path) -> None:
     try:
         with safe_open(path, framework="np") as file:
-            spec.check({name: file.get_tensor(name) for name in spec.sha256})
-            facts = json.loads((file.metadata() or {})["nightshift"])
-        if facts.pop("sha256") != _facts_sha256(facts):
-            raise DataCorruptError(f"the mean, deviation or class names of {spec.name} were changed")
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise DataCorruptError(f"{path.name} cannot be read: {error}") from error
+            arrays = {name: file.get_tensor(name) for name in spec.sha256}
+            _check_facts(spec, (file.metadata() or {}).get("nightshift", ""))
+        spec.check(arrays)
+        for name, array in arrays.items():  # the same bytes can have another shape
+            if array.dtype != np.uint8 or array.shape[1:] != ((32, 32, 3) if name.endswith("images") else ()):
+                raise DataCorruptError(f"{name} is {array.dtype} {array.shape}")
+    except (DataCorruptError, OSError):
+        raise
+    except Exception as error:  # readers raise anything on bytes that nobody has written
+        raise DataCorruptError(f"{path.name} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def _from_bucket(workspace: Workspace, spec: Spec) -> bool:
@@ -187,10 +205,10 @@ def _from_bucket(workspace: Workspace, spec: Spec) -> bool:
                 progress.current().transfer(what, stored.size) as advance,
                 _complete_file(_cache_path(workspace, spec)) as file,
             ):
-                workspace.store.download(spec.key, file, advance)
+                workspace.store.download(spec.key, file, advance, max_bytes=_MAX_BYTES)
                 file.flush()
                 _check_packed(spec, Path(file.name))
-        except (ObjectNotFoundError, DataCorruptError) as error:
+        except (ObjectNotFoundError, ObjectTooLargeError, DataCorruptError) as error:
             again = "trying the next source" if is_last else "fetching it once more"
             progress.current().warn(f"{workspace.store.url(spec.key)} is not usable ({error}): {again}")
         else:

@@ -1,6 +1,6 @@
 """Fast checks that what a config names exists: without torch, numpy, Prefect or a server."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib.util import find_spec
 from typing import Any
@@ -38,3 +38,9 @@ def check_extras(config: TrainConfig) -> None:
     """Raise ConfigError if the config asks for an optional package that this machine does not have."""
     if config.tracking.tensorboard and not find_spec("tensorboard"):
         raise ConfigError("tracking.tensorboard=true needs a package that is not here: install nightshift[tensorboard]")
+
+
+def check_places(places: Iterable[str]) -> None:
+    """Raise ConfigError if a place of images has an empty name, which would be the folder this process runs in."""
+    if "" in places:
+        raise ConfigError("an empty name is no place of images: name a file, a folder or s3://BUCKET/PREFIX")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from nightshift import progress
+from nightshift.data.images import open_image
 from nightshift.data.specs import Arrays, Spec
 from nightshift.errors import (
     DISK_IS_FULL,
@@ -85,8 +85,7 @@ def _npm_package(scratch: Path) -> Arrays:
     folder = scratch / "package"
 
     def sheet(name: str) -> np.ndarray:
-        with Image.open(folder / f"{name}.png") as image:
-            return np.asarray(image).reshape(-1, 32, 32, 3)
+        return np.asarray(open_image(folder / f"{name}.png")).reshape(-1, 32, 32, 3)
 
     def labels(name: str) -> np.ndarray:
         return np.array(json.loads((folder / f"{name}_lables.json").read_text()), dtype=np.uint8)

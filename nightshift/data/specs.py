@@ -1,4 +1,4 @@
-"""The data sets that are known by content: their classes, and what their arrays' sha256 must be."""
+"""The data sets that are known by content: their classes, and what the sha256 of arrays and facts must be."""
 
 import hashlib
 import json
@@ -21,6 +21,8 @@ class Spec:
     classes: tuple[str, ...]
     sha256: dict[str, str]
     """The sha256 of the bytes of each array: `train_images`, `train_labels`, `test_images`, `test_labels`."""
+    facts_sha256: str
+    """The sha256 of the packed file's class names, mean and deviation, which the digest leaves out."""
 
     @property
     def digest(self) -> str:
@@ -52,6 +54,7 @@ SPECS = {
             "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
             "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
         },
+        facts_sha256="04c044f7eecb439f3c13b177fbded20afa4f57420def12b1d377a57a202ea6cb",
     )
 }
 

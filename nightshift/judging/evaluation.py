@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import build_model
-from nightshift.checkpoints.payload import read_weights, weights_sha256
+from nightshift.checkpoints.payload import check_weights, read_weights, weights_sha256
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, open_dataset
-from nightshift.errors import ObjectNotFoundError, StorageError
+from nightshift.errors import ConfigError, ObjectNotFoundError, ObjectTooLargeError, StorageError
 from nightshift.hardware import failures_explained, find_device
 from nightshift.ids import Sha256
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation
+from nightshift.storage.documents import MIB
 from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 
@@ -113,8 +114,8 @@ def evaluate(workspace: Workspace, checkpoint: CheckpointRef, dataset_ref: Datas
 def read_metrics(store: Store, run_id: str) -> Metrics | None:
     """The stored metrics of a run, or None if there are none."""
     try:
-        return Metrics.model_validate_json(store.get(report_key(run_id, "evaluation.json"))[0])
-    except (ObjectNotFoundError, ValueError):  # damaged metrics are measured again
+        return Metrics.model_validate_json(store.get(report_key(run_id, "evaluation.json"), 16 * MIB)[0])
+    except (ObjectNotFoundError, ObjectTooLargeError, ValueError):  # damaged metrics are measured again
         return None
 
 
@@ -133,8 +134,17 @@ def read_predictions(store: Store, metrics: Metrics) -> bytes:
 def load_model(
     config: TrainConfig, weights: dict[str, Tensor], classes: int, device: torch.device | None = None
 ) -> nn.Module:
-    """The trained network, ready to predict: batch norm uses what it has learned, dropout drops nothing."""
-    model = build_model(config.model.name, classes)
+    """The trained network, ready to predict: batch norm uses what it has learned, dropout drops nothing.
+
+    Raises:
+        ConfigError: there is no such network here.
+        CheckpointCorruptError: the weights are none of this network's.
+    """
+    try:
+        model = build_model(config.model.name, classes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    check_weights(weights, model)
     model.load_state_dict(weights)
     return model.to(device or torch.device("cpu"), memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
 

@@ -5,16 +5,18 @@ say nothing of the difference: so half a point can be found that two separate in
 """
 
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 
-from nightshift.errors import ModelNotFoundError, RunNotFoundError
+from nightshift import progress
+from nightshift.errors import DocumentDamagedError, ModelNotFoundError, RunNotFoundError
 from nightshift.records import champions
 from nightshift.records.champions import History, Transition
 from nightshift.records.run import read_record
-from nightshift.records.versions import ModelCard, read_card, read_file
+from nightshift.records.versions import ModelCard, read_card, read_tensors
 from nightshift.refs import Comparison, ModelRef, Verdict
 from nightshift.settings import GateSettings
 from nightshift.storage.store import Store
@@ -104,13 +106,13 @@ def _judge(store: Store, card: ModelCard, history: History, settings: GateSettin
     champion = history.champion
     if champion and champion.version == card.version:
         return Verdict(promoted=True, reason="it is the champion already", comparison=None, champion=champion)
-    theirs = read_card(store, champion.name, champion.version) if champion else None
+    theirs = champions.read_card_of(store, history, champion.version) if champion else None
     comparison = None
     reason = _reason_to_refuse(store, card, theirs, history, settings)
     if reason or not theirs:
         promoted, reason = not reason, reason or f"{card.test_accuracy:.2%}, and there was no champion"
     else:
-        comparison = compare(_correct(store, card), _correct(store, theirs), theirs.version)
+        comparison = compare(*_correct(store, card, theirs), theirs.version)
         promoted, reason = _weigh(comparison, settings)
         if promoted and (slide := _slide(store, card, theirs, history, settings)):
             promoted, reason = False, f"{reason}: {slide}"
@@ -142,9 +144,20 @@ def _reason_to_refuse(
 def _weights_of(store: Store, history: History, version: str) -> str | None:
     """The sha256 of a former champion's weights; None if neither the history nor its card says it."""
     recorded = {entry.version: entry.weights_sha256 for entry in history.transitions}
-    with suppress(ModelNotFoundError):
-        return recorded.get(version) or read_card(store, history.name, version).weights_sha256
+    with _past_left_out(version):
+        return recorded.get(version) or champions.read_card_of(store, history, version).weights_sha256
     return None
+
+
+@contextmanager
+def _past_left_out(version: str) -> Iterator[None]:
+    """What is left of a former champion, or what has become of it, does not keep the next one from going live."""
+    try:
+        yield
+    except ModelNotFoundError:
+        pass
+    except DocumentDamagedError as error:
+        progress.current().warn(f"nothing is compared with {version}, which was champion: {error}")
 
 
 def _slide(store: Store, card: ModelCard, champion: ModelCard, history: History, settings: GateSettings) -> str | None:
@@ -156,12 +169,12 @@ def _slide(store: Store, card: ModelCard, champion: ModelCard, history: History,
     best = max(newest, key=lambda entry: entry.test_accuracy, default=None)
     if not best or best.version == champion.version:
         return None
-    with suppress(ModelNotFoundError):
-        theirs = read_card(store, history.name, best.version)
+    with _past_left_out(best.version):
+        theirs = champions.read_card_of(store, history, best.version)
         if theirs.dataset_digest == card.dataset_digest:
             allowed = settings.max_regression if settings.max_slide is None else settings.max_slide
-            ours = _correct(store, card)
-            lost, images = int(_correct(store, theirs).sum()) - int(ours.sum()), len(ours)
+            ours, best_of_all = _correct(store, card, theirs)
+            lost, images = int(best_of_all.sum()) - int(ours.sum()), len(ours)
             if lost > allowed * images + 1e-6:
                 below = f"{100 * lost / images:.2f} points below {best.version}"
                 return f"{below}, the best champion since {best.at:%Y-%m-%d}; max_slide allows {100 * allowed:.2f}"
@@ -181,7 +194,27 @@ def _weigh(found: Comparison, settings: GateSettings) -> tuple[bool, str]:
     return True, reason
 
 
-def _correct(store: Store, card: ModelCard) -> np.ndarray:
-    """Whether a version classified each test image correctly, bool (N,)."""
-    stored = load_safetensors(read_file(store, card, PREDICTIONS))
-    return np.asarray(stored["predicted"] == stored["labels"])
+def _correct(store: Store, card: ModelCard, theirs: ModelCard) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each of two versions classified each test image correctly, bool (N,).
+
+    Raises:
+        DocumentDamagedError: predictions are not what was published, or the two are not of the same images.
+        StorageError: they cannot be read.
+    """
+    (ours, labels), (other, their_labels) = (
+        read_tensors(store, of, PREDICTIONS, _predictions) for of in (card, theirs)
+    )
+    if not np.array_equal(labels, their_labels):
+        raise DocumentDamagedError(
+            f"the predictions of {card.version} and {theirs.version} are of other images, though both name the "
+            "same data set. Promote by hand, or train and publish under another run id"
+        )
+    return ours == labels, other == labels
+
+
+def _predictions(body: bytes) -> tuple[np.ndarray, np.ndarray]:
+    stored = load_safetensors(body)
+    predicted, labels = stored["predicted"], stored["labels"]
+    if not predicted.dtype == labels.dtype == np.uint8 or not predicted.shape == labels.shape == (labels.size or 1,):
+        raise ValueError("predicted and labels are not uint8 of one length")
+    return predicted, labels

@@ -5,30 +5,41 @@ import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from nightshift.data import batches
-from nightshift.errors import ConfigError, NoImagesError, StorageError
+from nightshift.data.images import MAX_BYTES, check_size, open_image
+from nightshift.data.names import check_places
+from nightshift.errors import (
+    ConfigError,
+    NoImagesError,
+    StorageError,
+    StorageUnreachableError,
+    UnreadableImageError,
+)
 from nightshift.hardware import find_device
 from nightshift.judging import evaluation
 from nightshift.records import champions
-from nightshift.records.versions import read_card, read_file
+from nightshift.records.versions import read_card, read_tensors
 from nightshift.refs import PredictionsRef
-from nightshift.storage.store import Store
+from nightshift.storage.store import Store, Stored
 from nightshift.text import as_json, csv_cell
 
 _BATCH = 256
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """What counts as an image in a folder or under a prefix. A file that is named itself may have any suffix."""
 OutputFormat = Literal["csv", "jsonl"]
+_ESCAPED = "backslashreplace"
+r"""How a byte of a file name that is no UTF-8 is written: as \udcff, from which JSON reads back the name."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,18 @@ class Prediction:
     probability: float | None
     error: str | None = None
 
+    @property
+    def problem(self) -> str:
+        """The image and why it could not be read, in UTF-8 whatever its name is."""
+        return f"{self.image}: {self.error}".encode(errors=_ESCAPED).decode()
+
 
 @dataclass(frozen=True)
 class _Source:
+    """Where an image is said to be. `read` raises UnreadableImageError, and StorageUnreachableError."""
+
     name: str
-    read: Callable[[], bytes]
+    read: Callable[[], Image.Image]
 
 
 class Classifier:
@@ -55,14 +73,18 @@ class Classifier:
 
         Raises:
             ModelNotFoundError: no such version is published, or there is no champion.
-            StorageError: its weights cannot be read, or are not what was published.
+            DocumentDamagedError, CheckpointCorruptError: its card or its weights are not what was published.
+            StorageError: they cannot be read.
+            ConfigError: there is no such network here, or its config cannot be read.
         """
         if version == "champion":
-            version = champions.read_champion(store, name).version
-        card = read_card(store, name, version)
+            history = champions.read_history(store, name)
+            card = champions.read_card_of(store, history, champions.champion_of(history).version)
+        else:
+            card = read_card(store, name, version)
         config = card.train_config()
-        weights = load_safetensors(read_file(store, card, "weights.safetensors"))
-        self.version, self.classes, self._tta = version, card.classes, config.evaluation.tta
+        weights = read_tensors(store, card, "weights.safetensors", load_safetensors)
+        self.version, self.classes, self._tta = card.version, card.classes, config.evaluation.tta
         device = find_device()
         self._model: nn.Module = evaluation.load_model(config, weights, len(self.classes), device)
         self._scale, self._shift = batches.scale_and_shift(card.mean, card.std)
@@ -80,7 +102,8 @@ class Classifier:
             places: files, folders (searched recursively), s3://BUCKET/PREFIX.
 
         Raises:
-            StorageError: the store fails.
+            ConfigError: as `check_places`, or a place begins with s3:// and names no bucket.
+            StorageError: a bucket cannot be listed, or the store does not answer.
         """
         sources = _sources(store, places)
         while batch := list(islice(sources, _BATCH)):
@@ -121,7 +144,7 @@ def write(predictions: Iterable[Prediction], file: IO[str], kind: OutputFormat) 
         else:
             file.write(as_json(asdict(prediction)) + "\n")
     if not good:
-        named = "".join(f"\n  {prediction.image}: {prediction.error}" for prediction in bad[:20])
+        named = "".join(f"\n  {prediction.problem}" for prediction in bad[:20])
         raise NoImagesError(f"none of {len(bad)} images can be read:{named}")
     return good, bad
 
@@ -135,11 +158,11 @@ def write_to(store: Store, out: str, predictions: Iterable[Prediction]) -> tuple
     """
     kind = output_format(out)
     if not out.startswith("s3://"):
-        with open(out, "w", encoding="utf-8") as file:
+        with open(out, "w", encoding="utf-8", errors=_ESCAPED) as file:
             return write(predictions, file, kind)
     bucket, key = store.at(out)
     with tempfile.TemporaryFile() as body:
-        text = io.TextIOWrapper(body, encoding="utf-8", write_through=True)
+        text = io.TextIOWrapper(body, encoding="utf-8", errors=_ESCAPED, write_through=True)
         written = write(predictions, text, kind)
         body.seek(0)
         bucket.upload(key, text.detach())
@@ -154,8 +177,7 @@ def predict(store: Store, name: str, version: str, places: Iterable[str], out: s
     """
     classifier = Classifier(store, name, version)
     good, bad = write_to(store, out, classifier.predict(store, places))
-    unread = [f"{prediction.image}: {prediction.error}" for prediction in bad]
-    return PredictionsRef(out=out, version=classifier.version, predicted=good, bad=unread)
+    return PredictionsRef(out=out, version=classifier.version, predicted=good, bad=[item.problem for item in bad])
 
 
 def output_format(path: str) -> OutputFormat:
@@ -172,9 +194,11 @@ def output_format(path: str) -> OutputFormat:
 
 
 def _sources(store: Store, places: Iterable[str]) -> Iterator[_Source]:
-    def none() -> bytes:
-        raise NoImagesError(f"there is no image here ({', '.join(sorted(SUFFIXES))})")
+    def none() -> Image.Image:
+        raise UnreadableImageError(f"there is no image here ({', '.join(sorted(SUFFIXES))})")
 
+    places = list(places)
+    check_places(places)
     for place in places:
         found = _in_bucket(store, place) if place.startswith("s3://") else _on_disk(Path(place))
         first = next(found, _Source(place, none))
@@ -183,31 +207,44 @@ def _sources(store: Store, places: Iterable[str]) -> Iterator[_Source]:
 
 
 def _on_disk(place: Path) -> Iterator[_Source]:
-    is_folder = place.is_dir()
-    for path in sorted(place.rglob("*")) if is_folder else [place]:
-        if not is_folder or (path.suffix.lower() in SUFFIXES and path.is_file()):
-            yield _Source(str(path), path.read_bytes)
+    if not _is_folder(place):
+        yield _Source(str(place), partial(open_image, place))
+        return
+    for path in sorted(place.rglob("*")):
+        # What is no file, such as a pipe, is named as unreadable, and not passed over.
+        if path.suffix.lower() in SUFFIXES and not _is_folder(path):
+            yield _Source(str(path), partial(open_image, path))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # it may not be looked at, and so not be read
+        return False
 
 
 def _in_bucket(store: Store, url: str) -> Iterator[_Source]:
     bucket, prefix = store.at(url)
     for stored in bucket.list(prefix):
-        if stored.key == prefix or Path(stored.key).suffix.lower() in SUFFIXES:
-            yield _Source(bucket.url(stored.key), lambda key=stored.key: bucket.download_bytes(key))  # type: ignore[misc]
+        is_named = stored.key == prefix and not prefix.endswith("/")  # else it marks a folder
+        if is_named or Path(stored.key).suffix.lower() in SUFFIXES:
+            yield _Source(bucket.url(stored.key), partial(_from_bucket, bucket, stored))
+
+
+def _from_bucket(bucket: Store, stored: Stored) -> Image.Image:
+    check_size(stored.size)
+    try:
+        return open_image(bucket.download_bytes(stored.key, MAX_BYTES))
+    except StorageUnreachableError:
+        raise
+    except StorageError as error:  # this object only: it is gone, or the store cannot read it
+        raise UnreadableImageError(str(error)) from error
 
 
 def _decode(source: _Source, size: int = 32) -> np.ndarray | str:
-    """The image as uint8 (size, size, 3), upright, RGB; or the reason why it cannot be read."""
+    """The image as uint8 (size, size, 3), or the reason why it cannot be read."""
     try:
-        with Image.open(io.BytesIO(source.read())) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # PIL would clip 16-bit grey at 255
-                upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
-            rgb = upright.convert("RGB")
-            return np.asarray(rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC))
-    except UnidentifiedImageError:
-        return "not an image, or damaged"  # PIL's own message names an object in memory
-    except StorageError:
-        raise
-    except Exception as error:  # decoders raise anything on damaged files
-        return str(error) or type(error).__name__
+        image = source.read()
+    except UnreadableImageError as error:
+        return str(error)
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))

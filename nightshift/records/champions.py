@@ -7,7 +7,7 @@ compare-and-swap. The history names nothing that is not published.
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from nightshift import processes
 from nightshift.errors import ModelNotFoundError, ObjectNotFoundError
@@ -18,23 +18,26 @@ from nightshift.refs import ChampionRef, Comparison
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
 from nightshift.storage.store import Store
+from nightshift.values import Line, Moment, Share, Text
 
 
 class Transition(Part):
     """A version became champion: when, how, in whose place and why."""
 
-    id: str
+    id: Line
     """A decision that is repeated has the same one: it is found in the history and not made again."""
-    at: AwareDatetime
+    at: Moment
     what: Literal["promoted", "promoted by hand", "rolled back"]
-    version: str
+    version: RunId
     run_id: RunId
-    test_accuracy: float
+    test_accuracy: Share
     weights_sha256: Sha256 | None = None
-    """None in histories that an older nightshift has written."""
-    previous: str | None
-    by: str
-    reason: str
+    """None in histories that an older nightshift has written; so is `card_sha256`."""
+    card_sha256: Sha256 | None = None
+    """The sha256 in the version's card then."""
+    previous: RunId | None
+    by: Line
+    reason: Text
     comparison: Comparison | None = None
 
 
@@ -43,10 +46,15 @@ class History(Document):
 
     title: ClassVar[str] = "history of champions"
     if_damaged: ClassVar[str] = "Bring an older version of the object back if the bucket keeps them"
+    max_bytes: ClassVar[int] = 8 * documents.MIB
 
     format: Literal[1] = 1
-    name: str
+    name: RunId
     transitions: list[Transition] = Field(default_factory=list)
+
+    def check(self, key: str) -> None:
+        if key != _champion_key(self.name):
+            raise ValueError(f"it is the history of {self.name}, copied from elsewhere")
 
     @property
     def champion(self) -> ChampionRef | None:
@@ -55,6 +63,11 @@ class History(Document):
     def find(self, decision: str) -> Transition | None:
         """The transition that this decision made."""
         return next((transition for transition in self.transitions if transition.id == decision), None)
+
+    def card_sha256(self, version: str) -> str | None:
+        """The sha256 in the card of a version when it went live last; None if it never did, or nobody wrote it down."""
+        known = [entry.card_sha256 for entry in self.transitions if entry.version == version and entry.card_sha256]
+        return known[-1] if known else None
 
     def before(self, version: str) -> str | None:
         """Which version was champion before this one was promoted last."""
@@ -85,6 +98,7 @@ class History(Document):
             run_id=card.run_id,
             test_accuracy=card.test_accuracy,
             weights_sha256=card.weights_sha256,
+            card_sha256=card.sha256,
             previous=self.champion.version if self.champion else None,
             by=processes.new_writer_id(),
             **fields,
@@ -113,7 +127,16 @@ def read_champion(store: Store, name: str) -> ChampionRef:
     Raises:
         ModelNotFoundError: there is none yet.
     """
-    return _champion_of(read_history(store, name))
+    return champion_of(read_history(store, name))
+
+
+def read_card_of(store: Store, history: History, version: str) -> ModelCard:
+    """The card of a version that is or was champion, if it is the one with which it went live.
+
+    Raises:
+        ModelNotFoundError, DocumentDamagedError, StorageError: as `read_card`.
+    """
+    return read_card(store, history.name, version, history.card_sha256(version))
 
 
 def change_champion(store: Store, name: str, decision: str, decide: Callable[[History], Transition | None]) -> History:
@@ -138,6 +161,8 @@ def change_champion(store: Store, name: str, decision: str, decide: Callable[[Hi
 def promote_by_hand(store: Store, name: str, version: str) -> ChampionRef:
     """Make a published version the champion, whatever the gate would say. Nothing happens if it is that already.
 
+    If it is, but its card was changed since, the card is believed from now on.
+
     Raises:
         ModelNotFoundError: no such version is published.
     """
@@ -153,14 +178,14 @@ def roll_back(store: Store, name: str, version: str | None = None) -> ChampionRe
     """
 
     def earlier(history: History) -> ModelCard:
-        champion = _champion_of(history)
+        champion = champion_of(history)
         earlier = version or history.before(champion.version)
         known = list(dict.fromkeys(entry.version for entry in history.transitions))
         if earlier is None:
             raise ModelNotFoundError(f"there is nothing to roll back to: {champion.version} was the first champion")
         if earlier not in known:
             raise ModelNotFoundError(f"{earlier!r} never was champion of {name}. Those that were: {', '.join(known)}")
-        return read_card(store, name, earlier)
+        return read_card_of(store, history, earlier)
 
     return _change_by_hand(store, name, "rolled back", earlier)
 
@@ -170,7 +195,8 @@ def _change_by_hand(store: Store, name: str, what: str, choose: Callable[[Histor
 
     def decide(history: History) -> Transition | None:
         card = choose(history)
-        if history.champion and history.champion.version == card.version:
+        is_known = history.card_sha256(card.version) in (None, card.sha256)
+        if history.champion and history.champion.version == card.version and is_known:
             return None
         return history.next(card, id=decision, at=store.now(), what=what, reason="as told on the command line")
 
@@ -179,7 +205,8 @@ def _change_by_hand(store: Store, name: str, what: str, choose: Callable[[Histor
     return champion
 
 
-def _champion_of(history: History) -> ChampionRef:
+def champion_of(history: History) -> ChampionRef:
+    """The champion; raises ModelNotFoundError if there is none yet."""
     if not history.champion:
         raise ModelNotFoundError(
             f"{history.name} has no champion yet: the first run that passes the gate becomes it (`nightshift train`), "

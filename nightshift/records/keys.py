@@ -13,18 +13,19 @@ MODELS = "models/"
 DATASETS = "datasets/"
 PROBES = "probe/"
 
-_RUN = r"(?P<run_id>[A-Za-z0-9][A-Za-z0-9._-]{0,99})"
-_REPORT_FILES = r"(metrics\.jsonl|evaluation\.json|predictions\.safetensors|report\.html|plots/[\w-]+\.svg)"
+_RUN = r"(?P<run_id>[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,99})"
+_REPORT_FILES = r"(metrics\.jsonl|evaluation\.json|predictions\.safetensors|report\.html|plots/[A-Za-z0-9_-]+\.svg)"
 _VERSION_FILES = r"(weights\.pth|weights\.safetensors|model\.pt2|predictions\.safetensors|card\.json)"
 _SHAPES = {
-    "payload": rf"{PAYLOADS}{_RUN}/\d+-\d+\.pt",
+    "record": rf"{RECORDS}{_RUN}\.json",
+    "payload": rf"{PAYLOADS}{_RUN}/[0-9]+-[0-9]+\.pt",
     "report": rf"{REPORTS}{_RUN}/{_REPORT_FILES}",
     "version": rf"{MODELS}[^/]+/{_RUN}/{_VERSION_FILES}",
     "champion": rf"{MODELS}[^/]+/champion\.json",
     "dataset": rf"{DATASETS}[0-9a-f]{{64}}/packed\.safetensors",
     "probe": rf"{PROBES}[0-9a-f]{{16}}",
 }
-Kind = Literal["payload", "report", "version", "champion", "dataset", "probe"]
+Kind = Literal["record", "payload", "report", "version", "champion", "dataset", "probe"]
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,14 @@ from nightshift.errors import (
     RunNotFoundError,
     StorageError,
 )
+from nightshift.records.keys import record_key
 from nightshift.records.run import Lease, Origin, Result, RunRecord, Status, read_record, write_record
 from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.storage import documents
 from nightshift.storage.store import Store
 
+LONGEST_LEASE = timedelta(days=1)
+"""The longest a trainer can ask for. What claims to run longer was not written by one."""
 _POLL_SECONDS = 2.0
 _CLOCKS_DIFFER = timedelta(seconds=1)
 """By how much two processes may take the store's clock differently: it tells whole seconds."""
@@ -93,19 +97,21 @@ class Run:
         with self._lock:
             if self._lost:
                 raise self._lost
-            while True:
-                asked_at, now = time.monotonic(), self.store.now()
-                lease = self.record.lease.changed(expires_at=now + timedelta(seconds=self._lease_seconds))
-                renewed = self.record.changed(lease=lease, sequence=self.record.sequence + 1, updated_at=now)
-                changed = change(renewed)
-                try:
-                    self._etag = write_record(self.store, changed, self._etag)
-                except PreconditionFailedError:
-                    self._catch_up()
-                    continue
-                self._valid_until = asked_at + self._lease_seconds
-                self.record = changed
-                return changed
+            return documents.settled(self.store.url(record_key(self.run_id)), lambda: self._update_once(change))
+
+    def _update_once(self, change: Callable[[RunRecord], RunRecord]) -> RunRecord:
+        asked_at, now = time.monotonic(), self.store.now()
+        lease = self.record.lease.changed(expires_at=now + timedelta(seconds=self._lease_seconds))
+        renewed = self.record.changed(lease=lease, sequence=self.record.sequence + 1, updated_at=now)
+        changed = change(renewed)
+        try:
+            self._etag = write_record(self.store, changed, self._etag)
+        except PreconditionFailedError:
+            self._catch_up()
+            raise
+        self._valid_until = asked_at + self._lease_seconds
+        self.record = changed
+        return changed
 
     def _catch_up(self) -> None:
         """Read what stands there: our own write whose response was lost, a recoverer's note, or another's lease."""
@@ -254,10 +260,12 @@ def check_matches(record: RunRecord, config: TrainConfig, dataset: DatasetRef) -
 def is_live(lease: Lease, now: datetime, process: str | None = None) -> bool:
     """Whether somebody may still be training: the lease has not expired, and its owner is not known to be gone.
 
+    A lease that runs longer than any can is none, so that nobody waits for it for ever.
+
     An owner is gone if it is a process of this machine that is dead, or if it is `process`, by default this one, and
     no longer trains the run.
     """
-    if lease.expires_at <= now:
+    if not now < lease.expires_at <= now + LONGEST_LEASE + _CLOCKS_DIFFER:
         return False
     if lease.process == (process or processes.identity(os.getpid())):
         return lease.owner in _held
@@ -279,28 +287,24 @@ def acquire(store: Store, spec: RunSpec, lease_seconds: float) -> Run:
     """Take the lease, without renewing it: a new run's, or that of one nobody trains any more."""
     owner, asked_at = processes.new_writer_id(), time.monotonic()
     _held.add(owner)
+
+    def once() -> Run:
+        now = store.now()
+        expires_at = now + timedelta(seconds=lease_seconds)
+        lease = Lease(owner=owner, process=spec.process, token=1, expires_at=expires_at)
+        etag: str | None = None
+        try:
+            found, etag = read_record(store, spec.run_id)
+        except RunNotFoundError:
+            record = _new_record(spec, lease, now)
+        else:
+            if found.lease.owner == owner:  # our own write, whose response was lost
+                return Run(store, found, etag, lease_seconds, asked_at)
+            record = _taken_over(found, spec, lease, now)
+        return Run(store, record, write_record(store, record, etag), lease_seconds, asked_at)
+
     try:
-        while True:
-            now = store.now()
-            lease = Lease(
-                owner=owner,
-                process=spec.process,
-                token=1,
-                expires_at=now + timedelta(seconds=lease_seconds),
-            )
-            etag: str | None = None
-            try:
-                found, etag = read_record(store, spec.run_id)
-            except RunNotFoundError:
-                record = _new_record(spec, lease, now)
-            else:
-                if found.lease.owner == owner:  # our own write, whose response was lost
-                    return Run(store, found, etag, lease_seconds, asked_at)
-                record = _taken_over(found, spec, lease, now)
-            try:
-                return Run(store, record, write_record(store, record, etag), lease_seconds, asked_at)
-            except PreconditionFailedError:
-                continue
+        return documents.settled(store.url(record_key(spec.run_id)), once)
     except BaseException:
         _held.discard(owner)
         raise

@@ -8,7 +8,7 @@ our shapes are looked at: in a bucket without a prefix, all others are other peo
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from itertools import groupby
 
 from nightshift import progress
@@ -49,24 +49,22 @@ def find(store: Store, older_than: timedelta) -> Orphans:
         StorageError: the store cannot be listed.
     """
     now = store.now()
-    before = now - older_than
 
-    def old(prefix: str, kind: Kind, before: datetime = before) -> list[Stored]:
-        return [item for item in store.list(prefix) if item.modified <= before and _is(kind, item.key)]
+    def old(prefix: str, kind: Kind, older_than: timedelta = older_than) -> list[Stored]:
+        return [item for item in store.list(prefix) if now - item.modified >= older_than and _is(kind, item.key)]
 
     uploads = [
         upload
         for prefix in (PAYLOADS, MODELS, DATASETS)
         for upload in store.list_uploads(prefix)
-        if upload.started <= before and place_of(upload.key)
+        if now - upload.started >= older_than and place_of(upload.key)
     ]
-    versions = [item for item in _without_card(store.list(MODELS)) if item.modified <= before]
+    versions = [item for item in _without_card(store.list(MODELS)) if now - item.modified >= older_than]
     found = [*old(PAYLOADS, "payload"), *old(REPORTS, "report"), *versions]
     is_needed = _need_of_runs(store, [*(item.key for item in found), *(upload.key for upload in uploads)])
     return Orphans(
         # A probe is in use for milliseconds, and no lease protects it.
-        objects=[item for item in found if not is_needed(item.key)]
-        + old(PROBES, "probe", min(before, now - _A_MINUTE)),
+        objects=[item for item in found if not is_needed(item.key)] + old(PROBES, "probe", max(older_than, _A_MINUTE)),
         uploads=[upload for upload in uploads if not is_needed(upload.key)],
     )
 
@@ -74,28 +72,29 @@ def find(store: Store, older_than: timedelta) -> Orphans:
 def collect(store: Store, orphans: Orphans) -> Orphans:
     """Delete those that still are orphans, and return them. It may be interrupted and done again.
 
-    Each is looked at once more just before: since it was found, its run may have been resumed, and have published the
-    same keys.
+    Each run's are looked at once more just before: since they were found, the run may have been resumed, and have
+    published the same keys.
     """
-    uploads = [upload for upload in orphans.uploads if not _need_of_runs(store, [upload.key])(upload.key)]
-    for upload in uploads:
-        store.abort_upload(upload)
-    objects = []
-    for item in orphans.objects:
-        if _is_still_orphan(store, item):
-            store.delete(item.key)
-            objects.append(item)
+    uploads, objects = [], []
+    for upload in orphans.uploads:
+        if not _need_of_runs(store, [upload.key])(upload.key):
+            store.abort_upload(upload)
+            uploads.append(upload)
+    for _, of_run in groupby(orphans.objects, key=lambda item: item.key.rpartition("/")[0]):
+        items = list(of_run)
+        is_needed = _need_of_runs(store, [item.key for item in items])
+        for item in items:
+            if not is_needed(item.key) and _is_as_found(store, item):
+                store.delete(item.key)
+                objects.append(item)
     return Orphans(objects, uploads)
 
 
-def _is_still_orphan(store: Store, item: Stored) -> bool:
+def _is_as_found(store: Store, item: Stored) -> bool:
     now = store.head(item.key)
-    if not now or now.etag != item.etag:
-        return False
     folder = item.key.rpartition("/")[0]
-    if _is("version", item.key) and store.head(f"{folder}/card.json"):
-        return False
-    return not _need_of_runs(store, [item.key])(item.key)
+    published = _is("version", item.key) and store.head(f"{folder}/card.json")
+    return bool(now and now.etag == item.etag and not published)
 
 
 def _need_of_runs(store: Store, keys: Iterable[str]) -> Callable[[str], bool]:

@@ -1,20 +1,21 @@
 """The runs that were interrupted are found, and each is started again once however many look for them.
 
 Whoever starts a run again first writes that down in its record, by compare-and-swap: of two that want to, one fails.
-A start too many would still do no harm, since the lease lets only one train.
+A start too many would still do no harm, since the lease lets only one train. What is wrong with one run keeps no other
+from being started.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
 from nightshift import processes, progress
-from nightshift.errors import Interrupted, PreconditionFailedError, RunNotFoundError
-from nightshift.records.keys import RECORDS
+from nightshift.errors import Interrupted, PreconditionFailedError, RunNotFoundError, StorageUnreachableError
+from nightshift.records.keys import record_key
 from nightshift.records.lease import is_live
-from nightshift.records.run import RunRecord, read_record, read_records, write_record
+from nightshift.records.run import RunRecord, listed_records, read_record, read_records, write_record
 from nightshift.storage.store import Store
 
 FIRST_PAUSE = timedelta(minutes=2)
@@ -56,7 +57,7 @@ def find(store: Store, within: timedelta) -> Found:
         StorageError: the store cannot be listed.
     """
     now = store.now()
-    recent = [item for item in store.list(RECORDS) if item.modified > now - within]
+    recent = [item for item in listed_records(store) if now - item.modified < within]
     found = Found([], [])
     for record, etag in read_records(store, recent):
         if record.status == "running" and is_live(record.lease, now):
@@ -73,17 +74,49 @@ def claim_due(store: Store, interrupted: Iterable[InterruptedRun], max_recoverie
     `max_recoveries` times is given up, and one that another has claimed meanwhile is left out.
 
     Raises:
-        StorageError: a record cannot be written.
+        StorageUnreachableError: the store does not answer.
     """
     for run in interrupted:
-        record, now = run.record, store.now()
-        number = len(record.recoveries) + 1
-        if number > max_recoveries:
-            give_up(store, record.run_id, max_recoveries)
-        elif now < run.due:
-            progress.current().say(f"run {record.run_id} waits until {run.due:%H:%M:%S} UTC for its next start")
-        elif _written(store, run, record.with_event("recovered", now, f"start {number} of at most {max_recoveries}")):
-            yield record
+        is_ours = False
+        with apart(store, run.record.run_id):
+            is_ours = _claim(store, run, max_recoveries)
+        if is_ours:
+            yield run.record
+
+
+@contextmanager
+def apart(
+    store: Store, run_id: str, is_everybodys: Callable[[Exception], bool] = lambda error: False
+) -> Iterator[None]:
+    """Whatever goes wrong here with one run is a warning that names its record, and the next run has its turn.
+
+    Raises:
+        StorageUnreachableError: the store does not answer.
+        Interrupted: this process is to stop.
+        Exception: `is_everybodys` says of it that the next run would meet it too.
+    """
+    try:
+        yield
+    except (StorageUnreachableError, Interrupted):
+        raise
+    except Exception as error:
+        if is_everybodys(error):
+            raise
+        why = str(error) or type(error).__name__
+        progress.current().warn(f"run {run_id} is not started again: {why} ({store.url(record_key(run_id))})")
+
+
+def _claim(store: Store, run: InterruptedRun, max_recoveries: int) -> bool:
+    record, now = run.record, store.now()
+    number = len(record.recoveries) + 1
+    if number > max_recoveries:
+        give_up(store, record.run_id, max_recoveries)
+    elif now < run.due:
+        progress.current().say(f"run {record.run_id} waits until {run.due:%H:%M:%S} UTC for its next start")
+    else:
+        detail = f"start {number} of at most {max_recoveries}"
+        return _written(store, run, record.with_event("recovered", now, detail))
+    return False
 
 
 def give_up(store: Store, run_id: str, max_recoveries: int) -> str:

@@ -3,25 +3,21 @@
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from itertools import islice, takewhile
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from nightshift import progress
 from nightshift.config.train import TrainConfig
-from nightshift.errors import (
-    ConfigError,
-    ObjectNotFoundError,
-    RunNotFoundError,
-    StorageError,
-    StorageUnreachableError,
-)
-from nightshift.ids import RunId, Sha256
-from nightshift.records.keys import RECORDS, record_key
+from nightshift.errors import ObjectNotFoundError, RunNotFoundError, StorageError, StorageUnreachableError
+from nightshift.ids import FlowRunId, RunId, Sha256
+from nightshift.records.keys import RECORDS, place_of, record_key
 from nightshift.refs import CheckpointRef, DatasetRef, Verdict
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
 from nightshift.storage.store import Store, Stored
+from nightshift.values import Count, Line, Loss, Moment, Number, Seconds, Share, Text
 
 Status = Literal["running", "interrupted", "finished", "failed", "cancelled"]
 READERS = 8
@@ -31,70 +27,70 @@ READERS = 8
 class Lease(Part):
     """Who may write, until when, and the fencing token under which."""
 
-    owner: str
-    process: str
+    owner: Line
+    process: Line
     """The owner's `processes.identity`. On the same machine its death is seen at once, which only spares the
     wait for the expiry: the token guards against a mistake here too."""
-    token: int
-    expires_at: AwareDatetime
+    token: Count
+    expires_at: Moment
 
 
 class CheckpointMetrics(Part):
     """How the training stood when a checkpoint was made. What an older nightshift did not store has its default."""
 
-    train_seconds: float
+    train_seconds: Seconds
     """Seconds trained so far, over all resumes."""
-    stall_seconds: float = 0.0
+    stall_seconds: Seconds = 0.0
     """How long the loop stood still for this checkpoint."""
-    loss: float | None = None
+    loss: Number | None = None
     """Mean training loss of the epoch so far."""
-    accuracy: float | None = None
+    accuracy: Share | None = None
     """Share of the epoch's images so far that were classified correctly, 0 to 1."""
-    epoch_loss: float | None = None
+    epoch_loss: Number | None = None
     """Mean training loss of the last whole epoch; None if none is over."""
-    skipped: int = 0
+    skipped: Count = 0
     """Boundaries since the process began that passed without a save, as the one before was still under way."""
-    failed: int = 0
+    failed: Count = 0
     """Saves since the process began that could not be stored."""
 
 
 class CurvePoint(Part):
     """A finished epoch: its number from 1, the step after it, mean training loss, and accuracy from 0 to 1."""
 
-    epoch: int
-    step: int
-    loss: float
-    accuracy: float
+    epoch: Count
+    step: Count
+    loss: Number
+    accuracy: Share
 
 
 class Checkpoint(Part):
     """A committed checkpoint."""
 
-    step: int
-    epoch: int
-    key: str
-    bytes: int
+    step: Count
+    epoch: Count
+    key: Line
+    bytes: Count
     sha256: Sha256
-    written_at: AwareDatetime
+    written_at: Moment
     metrics: CheckpointMetrics
 
 
 class Event(Part):
     """Something that happened to a run: started, resumed, recovered, skipped, unprotected, or how it ended."""
 
-    at: AwareDatetime
-    what: str
-    step: int
-    owner: str
-    detail: str = ""
+    at: Moment
+    what: Line
+    step: Count
+    owner: Line
+    detail: Text = ""
 
 
 class Origin(Part):
     """What started a run on a Prefect server, so that it can be started again the same way."""
 
-    flow_run_id: str | None = None
+    flow_run_id: FlowRunId | None = None
     """The flow run that held the run last."""
-    deployment: str | None = None
+    deployment: Line | None = None
     """FLOW/DEPLOYMENT, if it was one that started it last."""
     promote: bool = True
     """Whether the gate is asked; not for a trial, of which the sweep sends the best there."""
@@ -103,10 +99,10 @@ class Origin(Part):
 class Result(Part):
     """What a finished run is worth."""
 
-    test_accuracy: float
-    test_loss: float
+    test_accuracy: Share
+    test_loss: Loss
     weights_sha256: Sha256
-    model: str
+    model: Line
     """The published version's key prefix."""
     verdict: Verdict | None = None
     """The gate's; None if it was not asked."""
@@ -120,25 +116,37 @@ class RunRecord(Document):
         "If it stays so, bring an older version of the object back if the bucket keeps them, or start under another "
         "run id"
     )
+    max_bytes: ClassVar[int] = 8 * documents.MIB
 
     format: Literal[2] = 2
     run_id: RunId
-    sequence: int = 0
+    sequence: Count = 0
     status: Status = "running"
     config: dict[str, Any]
     config_digest: Sha256
     dataset: DatasetRef
-    environment: dict[str, str]
+    environment: dict[Line, Line]
     origin: Origin = Origin()
     lease: Lease
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     curve: list[CurvePoint] = Field(default_factory=list)
-    total_steps: int
-    resumed_from_step: int | None = None
+    total_steps: Count
+    resumed_from_step: Count | None = None
     result: Result | None = None
     events: list[Event] = Field(default_factory=list)
-    created_at: AwareDatetime
-    updated_at: AwareDatetime
+    created_at: Moment
+    updated_at: Moment
+
+    def check(self, key: str) -> None:
+        if key != record_key(self.run_id):
+            raise ValueError(f"it is the record of run {self.run_id}, copied from elsewhere")
+        self.train_config()
+        for checkpoint in self.checkpoints:
+            place = place_of(checkpoint.key)
+            if not place or (place.kind, place.run_id) != ("payload", self.run_id):
+                raise ValueError(f"it names the checkpoint {checkpoint.key!r}, which is not one of this run's")
+        if not self.events or not self.total_steps or (self.status == "finished" and not self.result):
+            raise ValueError("it says too little: a run has events and steps, and a finished one a result")
 
     @property
     def step(self) -> int:
@@ -229,10 +237,11 @@ def read_records(store: Store, stored: Iterable[Stored]) -> Iterator[tuple[RunRe
 
     def read(item: Stored) -> tuple[RunRecord, str] | None:
         try:
-            return read_record(store, item.key.removeprefix(RECORDS).removesuffix(".json"))
+            documents.check_size(item.size, store.url(item.key), RunRecord)
+            return documents.read(store, item.key, RunRecord)
         except StorageUnreachableError:
             raise
-        except (StorageError, RunNotFoundError, ConfigError) as error:
+        except StorageError as error:
             progress.current().warn(str(error))
             return None
 
@@ -240,26 +249,31 @@ def read_records(store: Store, stored: Iterable[Stored]) -> Iterator[tuple[RunRe
         yield from filter(None, pool.map(read, stored))
 
 
-def newest_records(store: Store) -> Iterator[RunRecord]:
-    """All records, about in the order in which they were last written to, the newest first; read as they are asked for.
+def listed_records(store: Store) -> list[Stored]:
+    """The objects that should be run records, of which none is read. Others below the prefix are somebody else's.
 
     Raises:
         StorageError: the store cannot be listed.
     """
-    stored = sorted(store.list(RECORDS), key=lambda item: item.modified, reverse=True)
-    for first in range(0, len(stored), 4 * READERS):
-        yield from (record for record, _ in read_records(store, stored[first : first + 4 * READERS]))
+    return [item for item in store.list(RECORDS) if (place := place_of(item.key)) and place.kind == "record"]
+
+
+def newest_records(store: Store) -> Iterator[RunRecord]:
+    """All records, the run last written to first, read as they are asked for. Bad ones are left out with a warning.
+
+    Raises:
+        StorageError: the store cannot be listed.
+    """
+    stored = sorted(listed_records(store), key=lambda item: item.modified, reverse=True)
+    while stored:
+        # The store's times are cut to the second. Among runs written to in the same one, their records decide.
+        oldest = stored[: 4 * READERS][-1].modified
+        batch = list(takewhile(lambda item: item.modified >= oldest, stored))  # noqa: B023
+        del stored[: len(batch)]
+        records = [record for record, _ in read_records(store, batch)]
+        yield from sorted(records, key=lambda record: record.updated_at, reverse=True)
 
 
 def list_records(store: Store, limit: int | None = None) -> list[RunRecord]:
-    """The records of the `limit` runs last written to, newest first; damaged ones are left out with a warning.
-
-    Raises:
-        StorageError: the store cannot be listed.
-    """
-    stored = sorted(store.list(RECORDS), key=lambda item: item.modified, reverse=True)
-    if limit is not None and len(stored) > limit:
-        # The store's times are cut to the second. Among runs written to in the same one, their records decide.
-        stored = [item for item in stored if item.modified >= stored[limit - 1].modified]
-    records = [record for record, _ in read_records(store, stored)]
-    return sorted(records, key=lambda record: record.updated_at, reverse=True)[:limit]
+    """The first `limit` of `newest_records`."""
+    return list(islice(newest_records(store), limit))

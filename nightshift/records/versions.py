@@ -5,60 +5,81 @@ version is. It is written last: a version without it is not published.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from nightshift.config.train import TrainConfig
-from nightshift.errors import ModelNotFoundError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from nightshift.errors import (
+    DocumentDamagedError,
+    ModelNotFoundError,
+    ObjectNotFoundError,
+    ObjectTooLargeError,
+    PreconditionFailedError,
+)
 from nightshift.ids import RunId, Sha256
 from nightshift.records.keys import MODELS
 from nightshift.refs import ModelRef
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
 from nightshift.storage.store import Store
+from nightshift.values import Count, Line, Loss, Moment, Share
+
+_Mean = Annotated[float, Field(ge=0, le=255)]
+_Deviation = Annotated[float, Field(gt=0, le=255)]
+
+T = TypeVar("T")
 
 
 class PublishedFile(Part):
     """A file of a version: its size, and the sha256 it was published with."""
 
-    bytes: int
+    bytes: Count
     sha256: Sha256
 
 
 class ModelCard(Document):
-    """What a published version is, what it was made of, and how good it is. Cards of format 1 hold no number."""
+    """What a published version is, what it was made of, and how good it is.
+
+    Cards of format 1 hold no number, and those of format 2 no sha256 either.
+    """
 
     title: ClassVar[str] = "card of a published model"
     if_damaged: ClassVar[str] = (
         "Bring an older version of the object back if the bucket keeps them, or train and publish under another run id"
     )
-    is_sealed: ClassVar[bool] = False
-    """Others read cards too, and may add to them."""
+    max_bytes: ClassVar[int] = 4 * documents.MIB
+    sealed_since: ClassVar[int] = 3
 
-    format: Literal[2] = 2
-    name: str
-    version: str
+    format: Literal[3] = 3
+    name: RunId
+    version: RunId
     run_id: RunId
-    architecture: str
-    classes: tuple[str, ...]
-    input: str
+    architecture: Line
+    classes: tuple[Line, ...] = Field(min_length=1)
+    input: Line
     """What the network takes, for people."""
-    output: str
-    mean: tuple[float, ...]
+    output: Line
+    mean: tuple[_Mean, _Mean, _Mean]
     """Of each channel, on the scale 0 to 255; with `std` what an image is normalized by."""
-    std: tuple[float, ...]
-    tta: str
-    test_accuracy: float
-    test_loss: float
+    std: tuple[_Deviation, _Deviation, _Deviation]
+    tta: Line
+    test_accuracy: Share
+    test_loss: Loss
     weights_sha256: Sha256
     config: dict[str, Any]
     dataset_digest: Sha256
-    environment: dict[str, str]
-    trained_at: AwareDatetime
-    files: dict[str, PublishedFile] = Field(default_factory=dict)
+    environment: dict[Line, Line]
+    trained_at: Moment
+    files: dict[Line, PublishedFile] = Field(default_factory=dict)
+    sha256: Sha256 | None = None
+    """Over all other fields as they are stored: the history of champions knows a card by it. None before it is."""
+
+    def check(self, key: str) -> None:
+        if key != card_key(self.name, self.version):
+            raise ValueError(f"it is the card of {self.name}/{self.version}, copied from elsewhere")
 
     def train_config(self) -> TrainConfig:
         """The config it was trained with; raises ConfigError if this nightshift cannot read it."""
@@ -98,33 +119,63 @@ def publish_version(store: Store, card: ModelCard, files: Mapping[str, bytes]) -
         documents.write(store, card_key(card.name, card.version), listed, None)
 
 
-def read_card(store: Store, name: str, version: str) -> ModelCard:
+def read_card(store: Store, name: str, version: str, sha256: str | None = None) -> ModelCard:
     """A published version's card.
+
+    Args:
+        sha256: what `ModelCard.sha256` was when the version went live, if that is known.
 
     Raises:
         ModelNotFoundError: no such version is published.
-        StorageError: the card cannot be read, is damaged, or is of a newer nightshift.
+        DocumentDamagedError: it is no card, or not the one that went live.
+        StorageError: the card cannot be read, or is of a newer nightshift.
     """
+    key = card_key(name, version)
     try:
-        return documents.read(store, card_key(name, version), ModelCard)[0]
+        card, _ = documents.read(store, key, ModelCard)
     except ObjectNotFoundError:
         raise ModelNotFoundError(
             f"no version {version!r} of {name} is published in {store.url(MODELS)}. A version is named after its run, "
             "and published when that is finished: `nightshift runs` lists them"
         ) from None
+    if sha256 not in (None, card.sha256):
+        raise DocumentDamagedError(
+            f"{store.url(key)} was changed after {version} went live: its sha256 is {card.sha256}, and was {sha256}. "
+            "Bring the older version of the object back if the bucket keeps them. To believe it as it is now: "
+            f"nightshift promote {version}"
+        )
+    return card
 
 
 def read_file(store: Store, card: ModelCard, file_name: str) -> bytes:
     """One file of a version, after its sha256 was found right.
 
     Raises:
-        StorageError: it cannot be read, or is not what was published.
+        DocumentDamagedError: it is not what was published.
+        StorageError: it cannot be read.
     """
-    key = version_key(card.name, card.version) + file_name
-    body = store.download_bytes(key)
-    if card.files.get(file_name) != _described(body):
-        raise StorageError(f"{store.url(key)} is not what was published: its sha256 is not the one in card.json")
-    return body
+    key, listed = version_key(card.name, card.version) + file_name, card.files.get(file_name)
+    for _ in range(2):  # it may only have been damaged on the way
+        with suppress(ObjectTooLargeError):
+            body = store.download_bytes(key, max_bytes=listed.bytes if listed else 0)
+            if listed == _described(body):
+                return body
+    raise DocumentDamagedError(f"{store.url(key)} is not what was published: its sha256 is not the one in card.json")
+
+
+def read_tensors(store: Store, card: ModelCard, file_name: str, load: Callable[[bytes], T]) -> T:
+    """What `load` makes of a file of a version, after its sha256 was found right; what it raises is damage.
+
+    Raises:
+        DocumentDamagedError: it is not what was published, or is none of which `load` makes something.
+        StorageError: it cannot be read.
+    """
+    body = read_file(store, card, file_name)
+    try:
+        return load(body)
+    except Exception as error:  # whoever can write to the bucket can write the sha256 of anything
+        url = store.url(version_key(card.name, card.version) + file_name)
+        raise DocumentDamagedError(f"{url} is damaged: {error}. Train and publish under another run id") from error
 
 
 def _described(body: bytes) -> PublishedFile:

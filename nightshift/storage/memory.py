@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from typing import IO
 
 from nightshift.errors import ObjectNotFoundError, PreconditionFailedError
-from nightshift.storage.store import Stored, Upload, split_url
+from nightshift.storage.store import Stored, Upload, check_size, limited, split_url
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ class MemoryStore:
     def now(self) -> datetime:
         return self.clock()
 
-    def get(self, key: str) -> tuple[bytes, str]:
+    def get(self, key: str, max_bytes: int | None = None) -> tuple[bytes, str]:
         with self._lock:
             found = self._objects.get(self.url(key))
         if not found:
             raise ObjectNotFoundError(f"cannot read {self.url(key)}: there is no such object")
+        check_size(len(found.body), max_bytes, self.url(key))
         return found.body, found.etag
 
     def head(self, key: str) -> Stored | None:
@@ -82,14 +84,18 @@ class MemoryStore:
         if advance:
             advance(len(content))
 
-    def download(self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
+    def download(
+        self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None, max_bytes: int | None = None
+    ) -> None:
         body, _ = self.get(key)
-        into.write(body)
+        limited(into, max_bytes, self.url(key)).write(body)
         if advance:
             advance(len(body))
 
-    def download_bytes(self, key: str) -> bytes:
-        return self.get(key)[0]
+    def download_bytes(self, key: str, max_bytes: int | None = None) -> bytes:
+        buffer = io.BytesIO()
+        self.download(key, buffer, max_bytes=max_bytes)
+        return buffer.getvalue()
 
     def list(self, prefix: str) -> Iterator[Stored]:
         with self._lock:

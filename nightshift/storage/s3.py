@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -35,7 +35,7 @@ from nightshift.errors import (
     UnfencedStoreError,
 )
 from nightshift.settings import S3Settings
-from nightshift.storage.store import Stored, Upload, split_url
+from nightshift.storage.store import Stored, Upload, check_size, limited, split_url
 from nightshift.text import masked
 
 if TYPE_CHECKING:
@@ -99,10 +99,12 @@ class S3:
             self.check_access()
         return self._clock.now()
 
-    def get(self, key: str) -> tuple[bytes, str]:
+    def get(self, key: str, max_bytes: int | None = None) -> tuple[bytes, str]:
         with self._explained("read", key):
             response = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key)
-            return response["Body"].read(), response["ETag"]
+            with closing(response["Body"]) as body:  # what is not read is not sent
+                check_size(response["ContentLength"], max_bytes, self.url(key))
+                return body.read(), response["ETag"]
 
     def head(self, key: str) -> Stored | None:
         try:
@@ -130,14 +132,17 @@ class S3:
         with self._explained("write", key):
             self._client.upload_fileobj(body, self.bucket, self.prefix + key, Callback=advance, Config=_TRANSFER)
 
-    def download(self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
+    def download(
+        self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None, max_bytes: int | None = None
+    ) -> None:
         """Parts in parallel, each retried."""
+        file = limited(into, max_bytes, self.url(key))
         with self._explained("read", key):
-            self._client.download_fileobj(self.bucket, self.prefix + key, into, Callback=advance, Config=_TRANSFER)
+            self._client.download_fileobj(self.bucket, self.prefix + key, file, Callback=advance, Config=_TRANSFER)
 
-    def download_bytes(self, key: str) -> bytes:
+    def download_bytes(self, key: str, max_bytes: int | None = None) -> bytes:
         buffer = io.BytesIO()
-        self.download(key, buffer)
+        self.download(key, buffer, max_bytes=max_bytes)
         return buffer.getvalue()
 
     def list(self, prefix: str) -> Iterator[Stored]:

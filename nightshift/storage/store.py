@@ -6,9 +6,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import IO, Protocol
+from typing import IO, Protocol, cast
 
-from nightshift.errors import ConfigError
+from nightshift.errors import ConfigError, ObjectTooLargeError
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,30 @@ def split_url(url: str) -> tuple[str, str]:
     return bucket, key
 
 
+def limited(into: IO[bytes], max_bytes: int | None, url: str) -> IO[bytes]:
+    """What a store writes the object `url` to, where it may have `max_bytes` bytes at most."""
+    return into if max_bytes is None else cast("IO[bytes]", _Limited(into, max_bytes, url))
+
+
+class _Limited:
+    """Of a file, what a download uses."""
+
+    def __init__(self, into: IO[bytes], max_bytes: int, url: str) -> None:
+        self._into, self._limit, self._url = into, max_bytes, url
+        self.seek, self.tell, self.seekable = into.seek, into.tell, into.seekable
+
+    def write(self, part: bytes) -> int:
+        if self.tell() + len(part) > self._limit:
+            raise ObjectTooLargeError(f"{self._url} has more than the {self._limit:,} bytes that it may have")
+        return self._into.write(part)
+
+
+def check_size(size: int, max_bytes: int | None, url: str) -> None:
+    """Raise ObjectTooLargeError if an object has more than so many bytes."""
+    if max_bytes is not None and size > max_bytes:
+        raise ObjectTooLargeError(f"{url} has {size:,} bytes, and at most {max_bytes:,} are read")
+
+
 class Store(Protocol):
     """A bucket and a prefix, safe to use from several threads. Keys given to it and by it are without the prefix.
 
@@ -70,11 +94,12 @@ class Store(Protocol):
             StorageError: the store cannot be asked.
         """
 
-    def get(self, key: str) -> tuple[bytes, str]:
+    def get(self, key: str, max_bytes: int | None = None) -> tuple[bytes, str]:
         """An object's bytes and ETag; for small objects.
 
         Raises:
             ObjectNotFoundError: there is none.
+            ObjectTooLargeError: it has more than `max_bytes`; they are not fetched.
             StorageError: it cannot be read.
         """
 
@@ -104,15 +129,21 @@ class Store(Protocol):
             StorageError: it was not written.
         """
 
-    def download(self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
-        """Read an object of any size into a seekable file; `advance` as for `upload`.
+    def download(
+        self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None, max_bytes: int | None = None
+    ) -> None:
+        """Read an object into a seekable file; `advance` as for `upload`.
+
+        Args:
+            max_bytes: how many bytes it may have at most. Hardly more are fetched, whatever has been put in its place.
 
         Raises:
             ObjectNotFoundError: there is none.
+            ObjectTooLargeError: it has more than `max_bytes` bytes.
             StorageError: it cannot be read.
         """
 
-    def download_bytes(self, key: str) -> bytes:
+    def download_bytes(self, key: str, max_bytes: int | None = None) -> bytes:
         """`download` into memory."""
 
     def list(self, prefix: str) -> Iterator[Stored]:

@@ -28,6 +28,7 @@ from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
 from nightshift.storage.store import Store
 from nightshift.sweeps.space import Range, Space, checked_values, grid
+from nightshift.values import Count, Line, Text
 
 SWEEPS = "sweeps/"
 MAX_TRIALS = 1000
@@ -41,7 +42,7 @@ class Trial(Part):
     """The values of the swept fields."""
     ended: Literal["pruned", "failed"] | None = None
     """pruned: it is to be cancelled, or was. failed: its flow run failed, whether or not there ever was a record."""
-    reason: str = ""
+    reason: Text = ""
 
 
 class Sweep(Document):
@@ -51,24 +52,36 @@ class Sweep(Document):
     if_damaged: ClassVar[str] = (
         "Bring an older version of the object back if the bucket keeps them, or start the sweep under another id"
     )
+    max_bytes: ClassVar[int] = 4 * documents.MIB
 
     format: Literal[1] = 1
     sweep_id: RunId
-    recipe: str
+    recipe: Line
     overrides: dict[str, Any]
     """The fields that are the same in every trial."""
     space: Space
-    trials: int | None
+    trials: Count | None
     """How many the study asks for; None: each point of the grid, once."""
-    seed: int
-    startup_trials: int
-    warmup_epochs: int
+    seed: Count
+    startup_trials: Count
+    warmup_epochs: Count
     asked: list[Trial] = Field(default_factory=list)
 
     @property
     def size(self) -> int:
         """How many trials there will be."""
         return self.trials or math.prod(len(values) for values in self.space.values() if isinstance(values, list))
+
+    def check(self, key: str) -> None:
+        if key != _key(self.sweep_id):
+            raise ValueError(f"it is the sweep {self.sweep_id}, copied from elsewhere")
+        if len(self.asked) > min(self.size, MAX_TRIALS):
+            raise ValueError("it has more trials than it was to have")
+        # Else it would train, prune and cancel runs that are not its own.
+        for number, trial in enumerate(self.asked):
+            if trial.run_id != trial_run_id(self, number) or trial.overrides.keys() != self.space.keys():
+                raise ValueError(f"{trial.run_id} is not its trial {number + 1}")
+            self.config(trial.overrides)
 
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """A trial's config; raises ConfigError."""
@@ -141,7 +154,7 @@ def begin(store: Store, planned: Sweep) -> Sweep:
     stored = change_sweep(store, planned.sweep_id, lambda found: found or planned)
     ours, theirs = planned.model_dump(exclude={"asked"}), stored.model_dump(exclude={"asked"})
     differing = [
-        f"  {name}: stored {theirs[name]!r}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]
+        f"  {name}: stored {theirs[name]!r:.500}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]
     ]
     if differing:
         raise ResumeMismatchError(
@@ -232,4 +245,8 @@ def change_sweep(store: Store, sweep_id: str, change: Callable[[Sweep | None], S
     Raises:
         StorageError: the sweep cannot be read or written, is damaged, or is of a newer nightshift.
     """
-    return documents.change(store, f"{SWEEPS}{parse_run_id(sweep_id)}.json", Sweep, change)
+    return documents.change(store, _key(sweep_id), Sweep, change)
+
+
+def _key(sweep_id: str) -> str:
+    return f"{SWEEPS}{parse_run_id(sweep_id)}.json"

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nightshift.errors import ConfigError
 from nightshift.records.run import RunRecord
 from nightshift.storage.store import Store
 from nightshift.sweeps.space import distributions, grid
@@ -60,7 +61,10 @@ def _study(sweep: Sweep, records: Mapping[str, RunRecord]) -> "Study":
     )
     of_space = distributions(sweep.space)
     for trial in sweep.asked:
-        study.add_trial(_frozen(trial, records.get(trial.run_id), of_space))
+        try:
+            study.add_trial(_frozen(trial, records.get(trial.run_id), of_space))
+        except ValueError as error:
+            raise ConfigError(f"trial {trial.run_id} does not fit sweep {sweep.sweep_id}: {error}") from None
     return study
 
 

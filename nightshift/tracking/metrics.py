@@ -9,42 +9,46 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from nightshift import progress
-from nightshift.errors import ObjectNotFoundError, StorageError
+from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError, StorageError
 from nightshift.records.keys import report_key
 from nightshift.records.run import Checkpoint
+from nightshift.storage.documents import MIB
 from nightshift.storage.store import Store
+from nightshift.values import FROZEN, Count, Moment, Number, Seconds, Share
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 _SECONDS = 5
+_MAX_BYTES = 32 * MIB
+"""More than a week's lines."""
 
 
 class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = FROZEN
 
-    at: AwareDatetime
+    at: Moment
     """The store's time."""
-    step: int
-    epoch: int
+    step: Count
+    epoch: Count
 
 
 class TrainingLine(_Line):
     """How the training went: written every five seconds and at the end of each epoch."""
 
     kind: Literal["training"] = "training"
-    loss: float
+    loss: Number
     """Mean of the epoch so far."""
-    accuracy: float
+    accuracy: Share
     """Share of the epoch's images so far that were classified correctly, 0 to 1."""
-    learning_rate: float
-    images_per_second: float
+    learning_rate: Number
+    images_per_second: Number
     """Since the line before."""
-    train_seconds: float
+    train_seconds: Seconds
     """Seconds trained so far, over all resumes."""
 
 
@@ -52,10 +56,10 @@ class CheckpointLine(_Line):
     """A committed checkpoint. Its `epoch` is the number of finished epochs."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    bytes: int
-    stall_seconds: float
+    bytes: Count
+    stall_seconds: Seconds
     """How long the loop stood still for it."""
-    save_seconds: float
+    save_seconds: Seconds
     """How long the save took, beside the training."""
 
 
@@ -136,14 +140,17 @@ class MetricsLog:
 
 
 def read_lines(store: Store, run_id: str) -> list[Line]:
-    """All lines that are stored of a run. Those that are damaged are dropped with a warning: no run depends on them.
+    """All lines that are stored of a run. Those that are wrong are dropped with a warning: no run depends on them.
 
     Raises:
         StorageError: the store fails.
     """
     try:
-        body, _ = store.get(report_key(run_id, "metrics.jsonl"))
+        body, _ = store.get(report_key(run_id, "metrics.jsonl"), _MAX_BYTES)
     except ObjectNotFoundError:
+        return []
+    except ObjectTooLargeError as error:
+        progress.current().warn(f"the metrics of run {run_id} are left out: {error}")
         return []
     lines: list[Line] = []
     dropped = 0

@@ -48,7 +48,7 @@ class Loop:
     ) -> None:
         self._config, self._dataset, self._plan = config, dataset, plan
         self._hardware, self._ranks, self._recorder = hardware, ranks, recorder
-        self._state = build_state(config, dataset, hardware.device, ranks, recorder.restore())
+        self._state = build_state(config, dataset, hardware.device, ranks, recorder.restore)
         model = self._state.model
         compiled = torch.compile(model) if hardware.compiled else model
         self._forward = ranks.parallel(compiled, hardware.device)  # type: ignore[arg-type]

@@ -36,6 +36,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimize
     return kind(parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay, fused=fused)
 
 
+def state_names(optimizer: optim.Optimizer) -> set[str]:
+    """What an optimizer keeps of each parameter that it has updated."""
+    return {"momentum_buffer"} if isinstance(optimizer, optim.SGD | Muon) else {"step", "exp_avg", "exp_avg_sq"}
+
+
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of step `step`, which counts from 0.
 

@@ -1,6 +1,7 @@
 """What a run records while it trains: checkpoints, metrics, progress. Only rank 0 records anything."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -36,8 +37,8 @@ class Recorder:
     The loop calls `restore` once, then `begin`, then the rest at step boundaries.
     """
 
-    def restore(self) -> Payload | None:
-        """The payload of the newest whole checkpoint; None if there is none."""
+    def restore(self, check: Callable[[Payload], None]) -> Payload | None:
+        """The payload of the newest whole checkpoint; None if there is none. `check` as of `restore_newest`."""
         return None
 
     def begin(self, state: TrainState) -> None:
@@ -77,10 +78,10 @@ class RunRecorder(Recorder):
         self._restored: CheckpointRef | None = None
         self._seconds_before = 0.0
 
-    def restore(self) -> Payload | None:
+    def restore(self, check: Callable[[Payload], None]) -> Payload | None:
         # Read before the restore adds events of its own.
         changes = self._run.record.events[-1].detail
-        found = restore_newest(self._run, self._workspace.save_retry_seconds)
+        found = restore_newest(self._run, self._workspace.save_retry_seconds, check)
         if not found:
             return None
         checkpoint, payload = found

@@ -110,7 +110,7 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
     check_config(job.config)
     with suppress(RunNotFoundError):
         record, _ = read_record(workspace.store, job.run_id)
-        if record.status == "finished":
+        if record.status == "finished" and record.checkpoints:
             check_matches(record, job.config, job.dataset)
             progress.current().say(f"run {job.run_id} is finished: nothing to train")
             return record.ref(record.checkpoints[-1])

@@ -151,7 +151,7 @@ class Saver:
             return  # a diverged state is not worth keeping; the loop itself notices within a moment
         run, step, started = self._run, payload["step"], time.perf_counter()
         buffer = io.BytesIO()
-        torch.save(payload, buffer)
+        torch.save(payload, buffer, pickle_protocol=2)  # which `read_archive` reads, whatever torch's default becomes
         body = buffer.getvalue()
         checkpoint = Checkpoint(
             step=step,

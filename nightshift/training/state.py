@@ -1,6 +1,7 @@
 """TrainState: everything that makes the next step what it is."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,12 +10,13 @@ from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import build_model
-from nightshift.checkpoints.payload import Payload
+from nightshift.checkpoints.payload import Payload, check_weights, described
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset
+from nightshift.errors import CheckpointCorruptError
 from nightshift.records.run import CurvePoint
-from nightshift.training.optimizers import build_optimizer
+from nightshift.training.optimizers import build_optimizer, state_names
 from nightshift.training.ranks import Ranks
 
 
@@ -88,6 +90,35 @@ class TrainState:
             "ranks": [self.part()] if parts is None else parts,
         }
 
+    def check(self, payload: Payload) -> None:
+        """Raise CheckpointCorruptError, with the name of the first thing that differs, unless `restore` can take it.
+
+        Args:
+            payload: one that `read_payload` has read.
+        """
+        check_weights(payload["model"], self.model, "model.")
+        if self.average:
+            check_weights(payload["average"], self.average.module, "average.")
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, kept in payload["optimizer"]["state"].items():
+            where = f"optimizer.state.{number}"
+            if not 0 <= number < len(parameters):
+                raise CheckpointCorruptError(f"{where} is of no parameter: there are {len(parameters)}")
+            for name in sorted(state_names(self.optimizer) if kept else ()):
+                value, shapes = kept.get(name), (parameters[number].shape, torch.Size())
+                if not isinstance(value, Tensor):
+                    raise CheckpointCorruptError(f"{where}.{name} is missing")
+                if not value.is_floating_point() or value.shape not in shapes:
+                    raise CheckpointCorruptError(f"{where}.{name} is {described(value)}, which does not fit")
+        for rank, part in enumerate(payload["ranks"]):
+            on_gpu = part["rng"]["cuda"] if self.device.type == "cuda" else []
+            try:
+                torch.Generator().set_state(part["rng"]["torch"])
+                for state in on_gpu:
+                    torch.Generator(self.device).set_state(state)
+            except (RuntimeError, TypeError) as error:
+                raise CheckpointCorruptError(f"ranks.{rank}.rng: {error}") from error
+
     def restore(self, payload: Payload, rank: int = 0, world_size: int = 1) -> None:
         """Restore what `capture` returned. The generators come last, because nothing may draw from them afterwards.
 
@@ -95,7 +126,8 @@ class TrainState:
         number, rank 0 takes the sums of all, and a rank that was not there before keeps the generators it has.
         """
         self.model.load_state_dict(payload["model"])
-        self.optimizer.load_state_dict(payload["optimizer"])
+        # Of its groups the config decides, and each step sets their rates.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": payload["optimizer"]["state"]})
         self.step = payload["step"]
         if self.average:
             self.average.module.load_state_dict(payload["average"])
@@ -149,23 +181,40 @@ _INITIAL_IMAGES = 5000
 
 
 def build_state(
-    config: TrainConfig, dataset: Dataset, device: torch.device, ranks: Ranks, stored: Payload | None
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    ranks: Ranks,
+    read: Callable[[Callable[[Payload], None]], Payload | None],
 ) -> TrainState:
     """The state of a run: restored from a stored payload, or freshly initialized from the seed.
 
     Args:
-        stored: the payload that rank 0 has read, or None. Other ranks pass None and receive rank 0's state.
+        read: called with `TrainState.check`; returns the stored payload on rank 0, or None if there is none. On other
+            ranks it returns None, and they receive rank 0's state.
     """
     seed_everything(config.seed)
     model = build_model(config.model.name, len(dataset.classes))
     model = ranks.synchronized(model, device).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(model, build_optimizer(model, config.optimizer), device, config.optimizer.ema_decay)
+    stored = read(state.check)
     if stored is None:
         show_first_images(model, config, dataset)
     payload = ranks.share(stored or state.capture())
     seed_everything(config.seed, ranks.rank)
     state.restore(payload, ranks.rank, ranks.world_size)
     return state
+
+
+def payload_check(config: TrainConfig, classes: int) -> Callable[[Payload], None]:
+    """`TrainState.check` of a run with this config, for whoever only wants to look at its payloads.
+
+    Raises:
+        ValueError: there is no such network here.
+    """
+    model = build_model(config.model.name, classes)
+    optimizer = build_optimizer(model, config.optimizer)
+    return TrainState(model, optimizer, torch.device("cpu"), config.optimizer.ema_decay).check
 
 
 def show_first_images(model: nn.Module, config: TrainConfig, dataset: Dataset) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightshift import progress
 from nightshift.checkpoints.payload import read_payload
 from nightshift.checkpoints.restore import restore_newest
 from nightshift.checkpoints.retention import retained
 from nightshift.checkpoints.verify import verify_checkpoints
-from nightshift.errors import CheckpointCorruptError, StorageError, TrainingInterrupted
-from nightshift.progress import LogProgress
-from nightshift.records.keys import payload_key
-from nightshift.records.lease import Run
-from nightshift.records.run import Checkpoint, CheckpointMetrics, RunRecord, read_record
-from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.errors import CheckpointCorruptError, StorageError
+from nightshift.records.run import Checkpoint, RunRecord, read_record
+from nightshift.refs import DatasetRef
 from nightshift.storage.store import Store
-from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.checkpoints.conftest import resume, run_with_checkpoints, train, train_in_parts
 from tests.conftest import small_config
-from tests.records.test_lease import acquire
 from tests.stores import Faulty
 from tests.train_part import state_sha256
-
-
-class Warnings(LogProgress):
-    """Keeps what was warned of."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.messages.append(message)
-
-
-@pytest.fixture
-def record(workspace: Workspace, cifar10: DatasetRef) -> RunRecord:
-    """A finished training with checkpoints at steps 5, 10 and 15."""
-    train_in_parts(workspace, cifar10, 5, 10)
-    return read_record(workspace.store, "run")[0]
-
-
-def train(workspace: Workspace, cifar10: DatasetRef, stop: int | None = None, **overrides: Any) -> CheckpointRef:
-    config = small_config(**{"max_train_images": 480, "epochs": 1, **overrides})
-    return train_alone(workspace, "run", config, cifar10, should_stop=lambda step: step == stop)
-
-
-def train_in_parts(workspace: Workspace, cifar10: DatasetRef, *stops: int, **overrides: Any) -> CheckpointRef:
-    """Train with a checkpoint at each of these steps and one at the end."""
-    for stop in stops:
-        with pytest.raises(TrainingInterrupted):
-            train(workspace, cifar10, stop, **overrides)
-    return train(workspace, cifar10, **overrides)
 
 
 def overwrite(workspace: Workspace, key: str, change: Callable[[bytes], bytes]) -> None:
@@ -72,14 +36,6 @@ def overwrite(workspace: Workspace, key: str, change: Callable[[bytes], bytes]) 
 def flip_one_bit(body: bytes) -> bytes:
     middle = len(body) // 2
     return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
-
-
-def resume(workspace: Workspace, cifar10: DatasetRef) -> tuple[RunRecord, list[str]]:
-    """The record and the warnings of a training that goes on, or finds that it has nothing left to do."""
-    warnings = Warnings()
-    with progress.shown_by(warnings):
-        train(workspace, cifar10)
-    return read_record(workspace.store, "run")[0], warnings.messages
 
 
 def test_the_newest_checkpoint_is_restored_without_a_warning(
@@ -278,25 +234,3 @@ def test_what_the_store_cannot_read_is_passed_over_and_stays_in_the_record(store
     record, _ = read_record(store, "run")
     assert [checkpoint.step for checkpoint in record.checkpoints] == [1, 2]
     assert (record.resumed_from_step, record.events[-1].what) == (1, "skipped")
-
-
-def run_with_checkpoints(store: Store) -> Run:
-    """A run that is held, with checkpoints of steps 1 and 2."""
-    run = acquire(store)
-    for step in (1, 2):
-        body = io.BytesIO()
-        torch.save({"step": step}, body)
-        key = payload_key("run", step, run.token)
-        store.put(key, body.getvalue())
-        checkpoint = Checkpoint(
-            step=step,
-            epoch=0,
-            key=key,
-            bytes=len(body.getvalue()),
-            sha256=hashlib.sha256(body.getvalue()).hexdigest(),
-            written_at=store.now(),
-            metrics=CheckpointMetrics(train_seconds=1),
-        )
-        checkpoints = [*run.record.checkpoints, checkpoint]
-        run.update(partial(RunRecord.changed, checkpoints=checkpoints))
-    return run

@@ -31,6 +31,7 @@ MISTAKES = {
     ("gc", "--older-than-hours", "inf"): "Invalid value for '--older-than-hours'",
     ("recover", "--within-hours", "nan"): "Invalid value for '--within-hours'",
     ("recover", "--within-hours", "1e9"): "Invalid value for '--within-hours'",
+    ("predict", "holiday/", ""): "an empty name is no place of images",
     ("sweep", "--over", "lr"): "is not FIELD=V1,V2",
     ("sweep", "--over", "lr=0.1,much"): "'much' is not valid",
     ("sweep", "--over", "lr=0.1..0.2"): "Say how many trials",

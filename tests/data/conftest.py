@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from nightshift.data import sources
-from nightshift.data.datasets import fetch, pack
+from nightshift.data.datasets import facts_of, fetch, pack
 from nightshift.data.specs import SPECS, Arrays, Spec
 from nightshift.progress import LogProgress, shown_by
 from nightshift.refs import DatasetRef
@@ -60,7 +60,9 @@ def few(packed: Path) -> Arrays:
 def small(few: Arrays, monkeypatch: pytest.MonkeyPatch) -> Spec:
     """A data set of the first 600 images, because a fault is a fault at any size; one outside source has it."""
     sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in few.items()}
-    spec = Spec("small", SPECS["cifar10"].classes, sums)
+    classes = SPECS["cifar10"].classes
+    facts = facts_of("small", classes, few)
+    spec = Spec("small", classes, sums, hashlib.sha256(facts.encode()).hexdigest())
     monkeypatch.setitem(SPECS, "small", spec)
     monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
     return spec

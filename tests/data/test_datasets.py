@@ -1,14 +1,16 @@
 """The packed data set: whole or not at all, the same bytes everywhere, and mended where it is damaged."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file, save, save_file
 
 from nightshift.data.datasets import fetch, open_dataset, pack
 from nightshift.data.specs import Arrays, Spec
@@ -79,6 +81,57 @@ def test_a_damaged_object_in_the_bucket_is_not_used_and_is_replaced(
     assert files(fresh) == [path.name]
 
 
+def packed_otherwise(spec: Spec, content: bytes, change: Callable[[Arrays, dict[str, str]], object]) -> bytes:
+    """The packed data set with something changed, all whose digests are right."""
+    arrays = load(content)
+    size = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+    change(arrays, metadata)
+    return save(arrays, metadata)
+
+
+def flatten(arrays: Arrays, metadata: dict[str, str]) -> None:
+    arrays["train_images"] = arrays["train_images"].reshape(-1)
+
+
+def retype(arrays: Arrays, metadata: dict[str, str]) -> None:
+    arrays["test_labels"] = arrays["test_labels"].view(np.int8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        flatten,
+        retype,
+        lambda arrays, metadata: arrays.pop("test_images"),
+        lambda arrays, metadata: metadata.clear(),
+        lambda arrays, metadata: metadata.update(nightshift="[]"),
+        lambda arrays, metadata: metadata.update(nightshift="[" * 100_000),
+    ],
+    ids=["another shape", "another dtype", "an array fewer", "no facts", "facts that are a list", "facts without end"],
+)
+def test_a_packed_data_set_that_says_something_else_is_not_used(
+    fresh: Workspace, small: Spec, told: Told, change: Callable[[Arrays, dict[str, str]], object]
+) -> None:
+    provide(fresh, "small")
+    path = cache(fresh, small)
+    fresh.store.put(small.key, packed_otherwise(small, path.read_bytes(), change))
+    path.unlink()
+    assert fetch(fresh, "small").source == "elsewhere"
+    assert any(fresh.store.url(small.key) in warning for warning in told.warnings)
+
+
+def test_what_is_far_larger_than_a_data_set_does_not_fill_the_disk(
+    fresh: Workspace, small: Spec, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provide(fresh, "small")
+    path = cache(fresh, small)
+    monkeypatch.setattr("nightshift.data.datasets._MAX_BYTES", path.stat().st_size - 1)
+    path.unlink()
+    assert fetch(fresh, "small").source == "elsewhere"
+    assert any("more than the" in warning for warning in told.warnings)
+
+
 def test_one_machines_bad_disk_does_not_delete_the_data_set_of_all(
     fresh: Workspace, small: Spec, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +165,25 @@ def test_raw_arrays_with_a_wrong_digest_get_neither_into_the_bucket_nor_into_the
         pack(fresh, raw)
     assert list(fresh.store.list("")) == []
     assert files(fresh) == [path.name]
+
+
+@pytest.mark.parametrize("changed", [{"mean": [0.0, 0.0, 0.0]}, {"std": [1.0, 1.0, 1.0]}, {"classes": ["all"] * 10}])
+def test_facts_that_somebody_has_changed_and_sealed_are_not_used(
+    fresh: Workspace, small: Spec, told: Told, changed: dict[str, Any]
+) -> None:
+    provide(fresh, "small")
+    path = cache(fresh, small)
+    with safe_open(path, framework="np") as file:
+        facts = {**json.loads(file.metadata()["nightshift"]), **changed}
+    del facts["sha256"]
+    facts["sha256"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    save_file(load_file(path), path, metadata={"nightshift": json.dumps(facts)})
+    fresh.store.put(small.key, path.read_bytes())
+    dataset = open_dataset(fresh, provide(fresh, "small"))
+    assert dataset.classes == small.classes
+    assert dataset.mean[0] > 100
+    assert dataset.std[0] > 10
+    assert any("are not the known ones" in warning for warning in told.warnings)
 
 
 # The packed data set

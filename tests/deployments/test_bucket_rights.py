@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from nightshift.data import sources
-from nightshift.data.datasets import fetch, pack
+from nightshift.data.datasets import facts_of, fetch, pack
 from nightshift.data.specs import SPECS, Arrays, Spec
 from nightshift.errors import StorageDeniedError
 from nightshift.judging import gate
@@ -148,7 +148,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, cifar10: DatasetRef, home: Path) -> No
     whole = load_file(home / "datasets" / f"{cifar10.digest}.safetensors")
     few: Arrays = {name: array[:64].copy() for name, array in whole.items()}
     sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in few.items()}
-    monkeypatch.setitem(SPECS, "tiny", Spec("tiny", SPECS["cifar10"].classes, sums))
+    classes = SPECS["cifar10"].classes
+    facts = hashlib.sha256(facts_of("tiny", classes, few).encode()).hexdigest()
+    monkeypatch.setitem(SPECS, "tiny", Spec("tiny", classes, sums, facts))
     monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
 
 

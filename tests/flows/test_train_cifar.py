@@ -166,7 +166,8 @@ def test_what_was_trained_is_exported_champion_and_of_use(
     (tmp_path / "bad.png").write_bytes(b"damaged")
     predicted = run("predict", str(tmp_path), "--json")
     assert (predicted.exit_code, predicted.json["predicted"], predicted.json["model"]) == (0, 1, "whole")
-    assert predicted.json["bad"] == [{"image": str(tmp_path / "bad.png"), "reason": "not an image, or damaged"}]
+    (bad,) = predicted.json["bad"]
+    assert (bad["image"], bad["reason"][:12]) == (str(tmp_path / "bad.png"), "not an image")
     none = run("predict", str(tmp_path / "bad.png"))
     assert none.exit_code == 2
     assert none.out.splitlines()[0] == "image,label,probability,error"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from nightshift.errors import StorageError
+from nightshift.errors import DocumentDamagedError, StorageError
 from nightshift.judging import gate
 from nightshift.records import champions
 from nightshift.records.champions import History
@@ -17,6 +17,7 @@ from nightshift.records.versions import publish_version
 from nightshift.refs import ModelRef, Verdict
 from nightshift.settings import GateSettings
 from nightshift.storage import documents
+from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 from tests.records.test_champions import transitions
@@ -33,6 +34,10 @@ def published(store: Store, accuracy: float, version: str, **changed: Any) -> Mo
     card = card_of(version, **{"test_accuracy": accuracy, "weights_sha256": sha256(version), **changed})
     publish_version(store, card, {gate.PREDICTIONS: save({"predicted": predicted, "labels": labels})})
     return card.ref()
+
+
+def save_images(count: int) -> bytes:
+    return save({"predicted": np.zeros(count, np.uint8), "labels": np.zeros(count, np.uint8)})
 
 
 def sha256(text: str) -> str:
@@ -141,6 +146,34 @@ def test_versions_tested_on_different_images_are_not_compared(store: Store) -> N
     assert "nightshift promote new" in verdict.reason
 
 
+LABELS = np.zeros(IMAGES, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "is damaged"),
+        (b"\xff" * 100, "is damaged"),
+        (save({"labels": LABELS}), "is damaged: 'predicted'"),
+        (save({"predicted": LABELS[:7], "labels": LABELS}), "of one length"),
+        (save({"predicted": LABELS.astype(np.float32), "labels": LABELS}), "uint8"),
+        (save({"predicted": LABELS[None], "labels": LABELS[None]}), "of one length"),
+        (save({"predicted": LABELS[:7], "labels": LABELS[:7]}), "of other images"),
+        (save({"predicted": LABELS, "labels": LABELS + 1}), "of other images"),
+    ],
+)
+def test_predictions_that_are_none_are_one_sentence_with_the_versions_name(body: bytes, reason: str) -> None:
+    """Whoever can write to the bucket can write the sha256 of anything."""
+    store = MemoryStore()
+    promote(store, published(store, 0.45, "first"))
+    card = card_of("strange", test_accuracy=0.5, weights_sha256=sha256("strange"))
+    publish_version(store, card, {gate.PREDICTIONS: body})
+    with pytest.raises(StorageError, match=reason) as refused:
+        promote(store, card.ref())
+    assert "strange" in str(refused.value)
+    assert champions.read_champion(store, "cifar10").version == "first"
+
+
 @pytest.mark.parametrize("key", ["champion.json", "first/predictions.safetensors"])
 def test_what_is_damaged_is_not_decided_upon(store: Store, key: str) -> None:
     promote(store, published(store, 0.30, "first"))
@@ -148,6 +181,25 @@ def test_what_is_damaged_is_not_decided_upon(store: Store, key: str) -> None:
     store.put(f"models/cifar10/{key}", body[:-20] + bytes([body[-20] ^ 1]) + body[-19:])
     with pytest.raises(StorageError, match=key):
         promote(store, published(store, 0.50, "second"))
+
+
+@pytest.mark.parametrize("file", ["card.json", "predictions.safetensors"])
+def test_a_former_champion_that_is_damaged_keeps_nobody_from_going_live(store: Store, file: str) -> None:
+    for version, accuracy in (("best", 0.50), ("worse", 0.49)):
+        assert promote(store, published(store, accuracy, version), max_regression=0.01).promoted
+    store.put(f"models/cifar10/best/{file}", b"damaged")
+    assert promote(store, published(store, 0.48, "third"), max_regression=0.01).promoted
+
+
+@pytest.mark.parametrize("predictions", [b"none", save({"labels": np.zeros(5, np.uint8)}), save_images(7)])
+def test_predictions_that_are_none_are_an_error_though_a_card_vouches_for_them(
+    store: Store, predictions: bytes
+) -> None:
+    promote(store, published(store, 0.50, "first"))
+    card = card_of("second", test_accuracy=0.6, weights_sha256=sha256("second"))
+    publish_version(store, card, {gate.PREDICTIONS: predictions})
+    with pytest.raises(DocumentDamagedError, match=r"/predictions\.safetensors is damaged|of other images"):
+        promote(store, card.ref())
 
 
 def test_mcnemars_test_and_its_interval_are_the_published_ones() -> None:

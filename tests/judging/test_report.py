@@ -107,11 +107,14 @@ def test_a_report_of_a_run_that_is_not_evaluated_has_its_course_so_far(
 def hostile_page(home: Path) -> Report:
     """Of a run in which everything that has a name of somebody's has each of the hostile ones."""
     store, texts = MemoryStore(), list(HOSTILE.values())
-    with hold_run(store, RunSpec("run", small_config(), DATASET, {text: text for text in texts}, 40), 60) as run:
+    # In some places a record holds no control characters, and no long text.
+    lines = [text for text in texts if re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{0,1000}", text)]
+    environment = {text: text for text in lines}
+    with hold_run(store, RunSpec("run", small_config(), DATASET, environment, 40), 60) as run:
         run.end("failed", texts[0])
         record = run.record
     for text in texts:
-        record = record.with_event(text, datetime.now(UTC), text)
+        record = record.with_event(text if text in lines else "failed", datetime.now(UTC), text)
     metrics = Metrics(
         **dict.fromkeys(("checkpoint", "dataset_digest", "weights_sha256", "predictions_sha256"), "0" * 64),
         **dict.fromkeys(("accuracy", "top5", "loss", "calibration_error"), 0.5),

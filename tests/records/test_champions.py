@@ -9,7 +9,7 @@ from nightshift.records import champions
 from nightshift.records.champions import History, Transition
 from nightshift.records.versions import ModelCard, publish_version
 from nightshift.storage.store import Store
-from tests.records.test_versions import card_of
+from tests.records.test_versions import card_of, replace_card
 from tests.stores import Faulty
 
 
@@ -86,3 +86,44 @@ def test_a_damaged_history_is_not_decided_upon(store: Store) -> None:
     with pytest.raises(DocumentDamagedError, match=r"champion\.json is damaged, or not a history of champions"):
         promote(store, card_of("second"), "gate/second")
     assert store.get(key)[0] == body
+
+
+def test_a_champion_whose_card_was_changed_afterwards_is_not_believed_until_somebody_promotes_it_again(
+    store: Store,
+) -> None:
+    publish(store, "a", "b")
+    for version in ("a", "b"):
+        champions.promote_by_hand(store, "cifar10", version)
+    replace_card(store, card_of("a", classes=["dog", "cat"]))
+    with pytest.raises(DocumentDamagedError) as refused:
+        champions.roll_back(store, "cifar10")
+    assert str(refused.value).startswith(f"{store.url('models/cifar10/a/card.json')} was changed after a went live")
+    assert str(refused.value).endswith("nightshift promote a")
+    champions.promote_by_hand(store, "cifar10", "a")
+    assert champions.roll_back(store, "cifar10", "b").version == "b"
+    assert champions.roll_back(store, "cifar10", "a").version == "a"
+
+
+def test_a_champion_whose_card_is_believed_anew_is_promoted_by_hand_once(store: Store) -> None:
+    publish(store, "a")
+    champions.promote_by_hand(store, "cifar10", "a")
+    replace_card(store, card_of("a", classes=["dog", "cat"]))
+    for _ in range(2):
+        champions.promote_by_hand(store, "cifar10", "a")
+    assert transitions(store) == [("promoted by hand", "a", None), ("promoted by hand", "a", "a")]
+
+
+def test_the_card_of_an_older_history_is_believed(store: Store) -> None:
+    publish(store, "a", "b")
+    for version in ("a", "b"):
+        promote(store, card_of(version), version)
+    assert [entry.card_sha256 for entry in champions.read_history(store, "cifar10").transitions] == [None, None]
+    assert champions.roll_back(store, "cifar10").version == "a"
+
+
+def test_a_history_under_another_models_key_is_not_believed(store: Store) -> None:
+    publish(store, "a")
+    champions.promote_by_hand(store, "cifar10", "a")
+    store.put("models/other/champion.json", store.get("models/cifar10/champion.json")[0])
+    with pytest.raises(DocumentDamagedError, match="it is the history of cifar10, copied from elsewhere"):
+        champions.read_champion(store, "other")

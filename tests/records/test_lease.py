@@ -30,7 +30,7 @@ from nightshift.records.keys import RECORDS
 from nightshift.records.lease import Run, RunSpec
 from nightshift.records.lease import acquire as acquire_run
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import CurvePoint, Origin, RunRecord, list_records, read_record
+from nightshift.records.run import CurvePoint, Origin, Result, RunRecord, list_records, read_record
 from nightshift.refs import DatasetRef
 from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store
@@ -55,6 +55,7 @@ def acquire(store: Store, lease_seconds: float = 60) -> Run:
 
 
 POINT = CurvePoint(epoch=1, step=20, loss=1.0, accuracy=0.5)
+RESULT = Result(test_accuracy=0.5, test_loss=1.0, weights_sha256="0" * 64, model="models/cifar10/run/")
 
 
 def add_curve_point(record: RunRecord) -> RunRecord:
@@ -205,7 +206,7 @@ def test_an_expired_owner_writes_nothing_over_the_one_who_has_taken_the_run_over
 
 
 def test_a_run_that_was_resumed_by_hand_is_no_longer_one_of_its_deployment(store: Store) -> None:
-    nightly = Origin(flow_run_id="a flow run", deployment="train-cifar/nightly")
+    nightly = Origin(flow_run_id="5a3c3c9e-5f0a-4d0c-8f53-0d6e6b1f9d11", deployment="train-cifar/nightly")
     acquire_run(store, replace(spec(), origin=nightly), 60).end("cancelled")
     assert acquire(store).record.origin.deployment is None
 

@@ -14,7 +14,7 @@ from nightshift.records.versions import publish_version
 from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 from tests.commands import Finished
-from tests.records.test_lease import acquire, hold
+from tests.records.test_lease import RESULT, acquire, hold
 from tests.records.test_versions import card_of
 from tests.stores import begin_upload, memory_store, wait_until
 
@@ -130,7 +130,7 @@ def test_a_version_that_was_published_after_it_was_found_is_not_deleted(store: S
     assert orphaned.keys == ["models/cifar10/run/weights.pth"]
     with hold(store) as run:  # resumed by hand meanwhile: it publishes the same keys and goes live
         publish_version(store, card_of("run"), {"weights.pth": b"half of a version"})
-        run.end("finished")
+        run.end("finished", result=RESULT)
     assert orphans.collect(store, orphaned).keys == []
     assert store.head("models/cifar10/run/weights.pth")
 

@@ -23,7 +23,7 @@ from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.commands import Finished
 from tests.conftest import small_config
-from tests.records.test_lease import POINT, acquire, hold
+from tests.records.test_lease import POINT, RESULT, acquire, hold
 from tests.stores import Faulty, wait_until
 
 A_DAY = timedelta(days=1)
@@ -71,7 +71,7 @@ def test_a_run_whose_lease_has_run_out_is_started_again(store: Store) -> None:
     ("status", "started"), [("interrupted", ["run"]), ("finished", []), ("failed", []), ("cancelled", [])]
 )
 def test_only_what_was_interrupted_is_started_again(store: Store, status: Status, started: list[str]) -> None:
-    acquire(store).end(status)
+    acquire(store).end(status, result=RESULT)
     assert claimed(store) == started
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from nightshift.errors import DocumentDamagedError, DocumentNewerError, ModelNotFoundError, StorageError
 from nightshift.records.versions import ModelCard, card_key, publish_version, read_card, read_file
+from nightshift.storage import documents
 from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store
 from tests.conftest import small_config
@@ -38,10 +39,16 @@ def card_of(version: str, **changed: Any) -> ModelCard:
     return ModelCard(**{**fields, **changed})
 
 
+def replace_card(store: Store, card: ModelCard) -> None:
+    """What whoever may write to the bucket can do."""
+    store.put(card_key(card.name, card.version), documents.encoded(card))
+
+
 def test_a_version_is_what_was_published(store: Store) -> None:
     publish_version(store, card_of("v"), {"weights.pth": b"weights"})
     card = read_card(store, "cifar10", "v")
-    assert card.changed(files={}) == card_of("v")
+    assert card.changed(files={}, sha256=None) == card_of("v")
+    assert card.sha256 == json.loads(store.get(card_key("cifar10", "v"))[0])["sha256"]
     assert card.train_config() == small_config("quick")
     assert read_file(store, card, "weights.pth") == b"weights"
     assert [item.key for item in store.list(card.ref().key)] == [
@@ -62,20 +69,65 @@ def test_a_version_without_its_card_is_not_published(store: Store) -> None:
         read_card(store, "cifar10", "half")
 
 
-def test_a_card_of_before_cards_had_formats_is_read_with_what_others_added_to_it() -> None:
+@pytest.mark.parametrize("number", [{}, {"format": 2}])
+def test_a_card_of_before_cards_were_sealed_is_read_with_what_others_added_to_it(number: dict[str, int]) -> None:
     store = MemoryStore()
     publish_version(store, card_of("v"), {"weights.pth": b"weights"})
     fields = json.loads(store.get(card_key("cifar10", "v"))[0])
-    del fields["format"]
-    fields |= {"trained_at": "2026-11-25T00:00:00+00:00", "approved_by": "somebody"}
+    del fields["format"], fields["sha256"]
+    fields |= {"trained_at": "2026-11-25T00:00:00+00:00", "approved_by": "somebody", **number}
     store.put(card_key("cifar10", "v"), json.dumps(fields, indent=1).encode())
-    assert read_card(store, "cifar10", "v").changed(files={}) == card_of("v")
+    assert read_card(store, "cifar10", "v").changed(files={}, sha256=None) == card_of("v")
+
+
+def test_every_flipped_byte_of_a_card_is_noticed() -> None:
+    store = MemoryStore()
+    publish_version(store, card_of("v"), {})
+    key = card_key("cifar10", "v")
+    body = store.get(key)[0]
+    for place in range(0, len(body), 7):
+        store.put(key, body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :])
+        try:
+            assert read_card(store, "cifar10", "v").changed(sha256=None) == card_of("v")  # other space between fields
+        except DocumentDamagedError:
+            continue
+
+
+def test_a_card_under_another_versions_key_is_not_believed() -> None:
+    store = MemoryStore()
+    publish_version(store, card_of("v"), {})
+    store.put(card_key("cifar10", "w"), store.get(card_key("cifar10", "v"))[0])
+    with pytest.raises(DocumentDamagedError, match="it is the card of cifar10/v, copied from elsewhere"):
+        read_card(store, "cifar10", "w")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"classes": ()},
+        {"mean": (125.0, 123.0)},
+        {"std": (63.0, 0.0, 66.5)},
+        {"mean": (1e308, 0.0, 0.0)},
+        {"test_accuracy": 1.5},
+        {"version": "../../runs"},
+        {"name": "a/b"},
+        {"architecture": "\x1b[2J"},
+        {"config": {"recipe": [[[[[[[[[[[[[[[[[["deep"]]]]]]]]]]]]]]]]]]}},
+    ],
+)
+def test_a_card_with_a_value_that_no_card_has_is_not_believed(changed: dict[str, Any]) -> None:
+    store = MemoryStore()
+    fields = card_of("v").model_dump(mode="json", exclude={"sha256"}) | changed
+    store.put(card_key("cifar10", "v"), json.dumps({**fields, "sha256": documents._digest(fields)}).encode())
+    with pytest.raises(DocumentDamagedError, match=r"v/card\.json is damaged"):
+        read_card(store, "cifar10", "v")
 
 
 def test_a_card_of_a_newer_nightshift_says_so() -> None:
     store = MemoryStore()
-    store.put(card_key("cifar10", "v"), b'{"format": 3}')
-    with pytest.raises(DocumentNewerError, match=r"format 3; this one reads up to 2\): update nightshift$"):
+    fields = {"format": 4}
+    store.put(card_key("cifar10", "v"), json.dumps({**fields, "sha256": documents._digest(fields)}).encode())
+    with pytest.raises(DocumentNewerError, match=r"format 4; this one reads up to 3\): update nightshift$"):
         read_card(store, "cifar10", "v")
 
 
@@ -89,10 +141,11 @@ def test_a_damaged_card_is_one_sentence_with_its_url(body: bytes) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("body", [b"Weights", b"weights and more", b"w", b""])
 @pytest.mark.parametrize("name", ["weights.pth", "unlisted.pth"])
-def test_a_file_that_is_not_what_was_published_is_not_used(name: str) -> None:
+def test_a_file_that_is_not_what_was_published_is_not_used(name: str, body: bytes) -> None:
     store = MemoryStore()
     publish_version(store, card_of("v"), {"weights.pth": b"weights"})
-    store.put(f"models/cifar10/v/{name}", b"Weights")
+    store.put(f"models/cifar10/v/{name}", body)
     with pytest.raises(StorageError, match=f"v/{name} is not what was published"):
         read_file(store, read_card(store, "cifar10", "v"), name)

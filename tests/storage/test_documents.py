@@ -1,6 +1,7 @@
 """Documents: what is damaged is not believed, what is newer says so, and no change is ever lost."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from nightshift.errors import (
     DocumentNewerError,
     ObjectNotFoundError,
     PreconditionFailedError,
+    StorageError,
     StorageUnreachableError,
 )
 from nightshift.ids import RunId
@@ -34,6 +36,7 @@ OF_FORMAT_1 = b"""{
 class Note(Document):
     title: ClassVar[str] = "note"
     if_damaged: ClassVar[str] = "Write it again"
+    max_bytes: ClassVar[int] = 1_000_000
 
     format: Literal[2] = 2
     name: RunId = "note"
@@ -47,6 +50,7 @@ class Note(Document):
 class OldNote(Document):
     title: ClassVar[str] = "note"
     if_damaged: ClassVar[str] = "Write it again"
+    max_bytes: ClassVar[int] = 1_000_000
 
     format: Literal[1] = 1
     name: RunId = "note"
@@ -79,7 +83,7 @@ def test_a_document_of_an_older_format_is_read_as_one_of_the_newest(store: Store
 def test_a_document_of_a_newer_format_says_that_nightshift_is_to_be_updated() -> None:
     body = documents.encoded(Note())
     with pytest.raises(DocumentNewerError) as refused:
-        documents.decoded(body, "s3://bucket/note.json", OldNote)
+        documents.decoded(body, "s3://bucket/note.json", OldNote, "note.json")
     assert str(refused.value) == (
         "s3://bucket/note.json was written by a newer nightshift (format 2; this one reads up to 1): update nightshift"
     )
@@ -116,6 +120,22 @@ def test_a_change_whose_response_is_lost_is_made_once() -> None:
     assert documents.read(store, "note.json", Note)[0].numbers == [1]
 
 
+def test_a_change_that_always_loses_the_race_ends_in_an_error() -> None:
+    store = Faulty(MemoryStore())
+    store.fail("put", PreconditionFailedError("as a store says it that never lets anybody write"), times=math.inf)
+    with pytest.raises(StorageError, match=r"note\.json could not be changed: 100 times another write came first"):
+        documents.change(store, "note.json", Note, add(1))
+    assert store.calls["put", "note.json"] == 100
+
+
+@pytest.mark.parametrize("wrong", [{"name": "a/b"}, {"numbers": list(range(200_000))}])
+def test_what_could_not_be_read_again_is_not_written(wrong: dict[str, Any]) -> None:
+    store = MemoryStore()
+    with pytest.raises(DocumentDamagedError, match="nothing was written, as it could not be read again"):
+        documents.change(store, "note.json", Note, lambda found: Note().changed(**wrong))
+    assert list(store.list("")) == []
+
+
 def test_a_change_that_changes_nothing_writes_nothing() -> None:
     store = Faulty(MemoryStore())
     documents.change(store, "note.json", Note, add(1))
@@ -138,7 +158,7 @@ def test_a_bit_that_flipped_on_the_wire_only_does_no_harm(monkeypatch: pytest.Mo
     documents.write(store, "note.json", Note(numbers=[1]), None)
     body, etag = store.get("note.json")
     answers = [(body.replace(b"1", b"3"), etag), (body, etag)]
-    monkeypatch.setattr(store, "get", lambda key: answers.pop(0))
+    monkeypatch.setattr(store, "get", lambda key, max_bytes: answers.pop(0))
     assert documents.read(store, "note.json", Note)[0].numbers == [1]
 
 
@@ -170,8 +190,10 @@ def sealed(**fields: Any) -> bytes:
         (sealed(format=2, numbers=[1, "x"]), "numbers.1: should be a valid integer"),
         (sealed(format=2, numbers=[float("inf")]), "numbers.0: "),
         (sealed(format=2, numbers=[1e400]), "numbers.0: "),
+        (sealed(format=2, more=[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]), "its lists and objects lie too deep in each other"),
+        (b" " * 1_000_001, "it has more than 1,000,000 bytes"),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_a_damaged_document_is_one_sentence_with_its_url_and_what_to_do(body: bytes, reason: str) -> None:
     store = MemoryStore()
@@ -190,7 +212,7 @@ def test_every_flipped_byte_of_a_sealed_document_is_noticed() -> None:
     for place in range(len(body)):
         damaged = body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
         try:
-            found = documents.decoded(damaged, "url", Note)
+            found = documents.decoded(damaged, "url", Note, "note.json")
         except DocumentDamagedError:
             continue
         # Space between the fields may have become other space.

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from nightshift.errors import ConfigError, ObjectNotFoundError, PreconditionFailedError
+from nightshift.errors import ConfigError, ObjectNotFoundError, ObjectTooLargeError, PreconditionFailedError
 from nightshift.storage.store import Store
 from tests.stores import begin_upload
 
@@ -28,6 +28,13 @@ def test_what_is_put_can_be_got_looked_up_listed_and_deleted(store: Store) -> No
     store.delete("some/key")
     assert store.head("some/key") is None
     assert list(store.list("")) == []
+
+
+def test_an_object_that_is_too_large_is_not_got(store: Store) -> None:
+    etag = store.put("key", b"x" * MIB)
+    with pytest.raises(ObjectTooLargeError, match=r"key has 1,048,576 bytes, and at most 1,048,575 are read"):
+        store.get("key", MIB - 1)
+    assert store.get("key", MIB) == (b"x" * MIB, etag)
 
 
 def test_versions_with_other_bytes_have_other_etags(store: Store) -> None:
@@ -129,6 +136,19 @@ def test_an_object_of_any_size_comes_back_whole_and_every_byte_is_reported_once(
     assert into.getvalue() == body
     assert store.download_bytes("big") == body
     assert sum(sent) == sum(received) == len(body)
+
+
+def test_an_object_larger_than_it_may_be_is_not_read_to_its_end(store: Store) -> None:
+    body, received = secrets.token_bytes(20 * MIB), list[int]()
+    store.upload("big", io.BytesIO(body))
+    into = io.BytesIO()
+    with pytest.raises(ObjectTooLargeError, match=re.escape(store.url("big"))):
+        store.download("big", into, received.append, max_bytes=MIB)
+    assert sum(received) < len(body)
+    assert len(into.getvalue()) <= MIB
+    with pytest.raises(ObjectTooLargeError):
+        store.download_bytes("big", max_bytes=len(body) - 1)
+    assert store.download_bytes("big", max_bytes=len(body)) == body
 
 
 @pytest.mark.parametrize(

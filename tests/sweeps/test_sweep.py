@@ -1,5 +1,6 @@
 """A sweep: what is asked, that it is asked once, which trials are stopped early, and what each came to."""
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,7 @@ from nightshift.cli.config import parse_space
 from nightshift.errors import ConfigError, PreconditionFailedError, ResumeMismatchError, StorageError
 from nightshift.records.lease import RunSpec, acquire
 from nightshift.records.run import CurvePoint, Result, RunRecord, Status, read_record
+from nightshift.storage import documents
 from nightshift.storage.store import Store
 from nightshift.sweeps.stored import Sweep, begin, best_model, end, results
 from nightshift.sweeps.stored import plan as plan_sweep
@@ -105,6 +107,25 @@ def test_a_sweep_that_is_started_again_with_another_space_is_refused(store: Stor
     begin(store, plan())
     with pytest.raises(ResumeMismatchError, match=r"space: stored .*0\.05"):
         begin(store, plan({"lr": [0.3]}))
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [
+        [{"run_id": "nightly-2026-11-25", "overrides": {"momentum": 0.8, "lr": 0.01}}],
+        [{"run_id": "sweep-01", "overrides": {"momentum": 0.8, "lr": 0.01, "nproc_per_node": 1024}}],
+        [{"run_id": "sweep-01", "overrides": {"momentum": 0.8, "lr": "fast"}}],
+        [{"run_id": f"sweep-{number:02}", "overrides": {"momentum": 0.8, "lr": 0.01}} for number in range(1, 10)],
+    ],
+    ids=["a run of somebody else's", "another field", "no value", "too many"],
+)
+def test_a_sweep_with_trials_that_are_not_its_own_is_not_believed(store: Store, trials: list[dict[str, Any]]) -> None:
+    begin(store, plan())
+    fields = json.loads(store.get("sweeps/sweep.json")[0]) | {"asked": trials}
+    del fields["sha256"]
+    store.put("sweeps/sweep.json", json.dumps({**fields, "sha256": documents._digest(fields)}).encode())
+    with pytest.raises(StorageError, match=r"sweeps/sweep\.json is damaged"):
+        begin(store, plan())
 
 
 def test_a_damaged_sweep_is_not_believed(store: Store) -> None:

@@ -1,5 +1,6 @@
 """The course of a training, line by line, and while it goes on."""
 
+import json
 import operator
 from datetime import UTC, datetime
 from functools import partial
@@ -11,6 +12,7 @@ from nightshift import progress
 from nightshift.errors import StorageUnreachableError, TrainingInterrupted
 from nightshift.progress import LogProgress, StepReport
 from nightshift.refs import DatasetRef
+from nightshift.storage.documents import MIB
 from nightshift.storage.memory import MemoryStore
 from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store
@@ -55,6 +57,23 @@ def line_of(step: int) -> TrainingLine:
     )
 
 
+WRONG = [
+    json.dumps({**line_of(6).model_dump(mode="json"), **wrong}).encode()
+    for wrong in (
+        {"at": "9999-12-31T23:59:59.999999-23:59"},
+        {"at": "0001-01-01T00:00:00Z"},
+        {"step": 10**30},
+        {"step": -1},
+        {"loss": float("nan")},
+        {"loss": 1e300},
+        {"images_per_second": float("inf")},
+        {"accuracy": 2},
+        {"train_seconds": 1e308},
+    )
+]
+"""Lines with a value that no training has."""
+
+
 def put_lines(store: Store, *lines: bytes) -> None:
     store.put("reports/run/metrics.jsonl", b"".join(line + b"\n" for line in lines))
 
@@ -65,12 +84,21 @@ def test_the_lines_after_the_restored_step_are_dropped(store: Store) -> None:
     assert MetricsLog(store, "run", 0).lines == []
 
 
-@pytest.mark.parametrize("damaged", [b'{"kind"', b"\xff", b"null", b'{"kind":"training","step":9}', b'{"kind":"else"}'])
+@pytest.mark.parametrize(
+    "damaged", [b'{"kind"', b"\xff", b"null", b'{"kind":"training","step":9}', b'{"kind":"else"}', *WRONG]
+)
 def test_a_damaged_line_is_left_out_with_a_warning(damaged: bytes, caplog: pytest.LogCaptureFixture) -> None:
     store = MemoryStore()
     put_lines(store, line_of(5).model_dump_json().encode(), damaged, line_of(7).model_dump_json().encode())
     assert read_lines(store, "run") == [line_of(5), line_of(7)]
     assert "1 of its lines" in caplog.text
+
+
+def test_metrics_that_are_too_large_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    put_lines(store, b"x" * (32 * MIB))
+    assert read_lines(store, "run") == []
+    assert "metrics of run run are left out" in caplog.text
 
 
 def test_a_line_that_an_older_nightshift_wrote_is_read() -> None:

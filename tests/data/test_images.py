@@ -1,0 +1,251 @@
+"""Images are opened by what is inside them, within bounds; whatever is none is refused with a reason."""
+
+import io
+import os
+import socket
+import stat
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from nightshift.data import images
+from nightshift.data.images import open_image
+from nightshift.errors import UnreadableImageError
+
+PIXELS = np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(PIXELS)
+
+
+def encoded(kind: str, picture: Image.Image | None = None, **options: Any) -> bytes:
+    file = io.BytesIO()
+    (picture or PICTURE).save(file, kind, **options)
+    return file.getvalue()
+
+
+def reason(source: Path | bytes) -> str:
+    """Why an image is refused, as one line; that takes no longer than it takes people to wonder."""
+    started = time.monotonic()
+    with pytest.raises(UnreadableImageError) as refused:
+        open_image(source)
+    assert time.monotonic() - started < 2
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_each_format_is_read_as_rgb(kind: str, tmp_path: Path) -> None:
+    body = encoded(kind, lossless=True)  # which only WEBP knows
+    path = tmp_path / "any-name.txt"
+    path.write_bytes(body)
+    for source in (body, path):
+        image = open_image(source)
+        assert (image.mode, image.size) == ("RGB", (48, 40))
+        if kind not in ("GIF", "JPEG"):
+            assert np.array_equal(np.asarray(image), PIXELS)
+
+
+@pytest.mark.parametrize(
+    "kind", ["AVIF", "BLP", "DDS", "EPS", "ICNS", "ICO", "JPEG2000", "PCX", "PDF", "SGI", "SPIDER", "TGA", "XBM"]
+)
+def test_no_other_format_is_read_whatever_the_name(kind: str, tmp_path: Path) -> None:
+    modes = {"BLP": "P", "SPIDER": "F", "XBM": "1"}
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(encoded(kind, PICTURE.convert(modes.get(kind, "RGB"))))
+    assert reason(path).startswith("not an image of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP, or damaged")
+
+
+def test_an_eps_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trap = tmp_path / "started"
+    for name in ("gs", "gswin32c", "gswin64c"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {trap}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    reason(encoded("EPS"))
+    assert not trap.exists()
+
+
+def test_an_image_is_turned_as_its_exif_data_says() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image = open_image(encoded("PNG", PICTURE.rotate(90, expand=True), exif=turned))
+    assert np.array_equal(np.asarray(image), PIXELS)
+
+
+def test_the_first_frame_of_several_is_read() -> None:
+    others = [PICTURE.rotate(90), PICTURE.rotate(180)]
+    for kind in ("TIFF", "WEBP", "PNG"):
+        body = encoded(kind, save_all=True, append_images=others, lossless=True)
+        assert np.array_equal(np.asarray(open_image(body)), PIXELS)
+    assert open_image(encoded("MPO", save_all=True, append_images=others)).size == (48, 40)
+
+
+def test_transparency_in_a_palette_is_left_out_without_a_warning() -> None:
+    palette = PICTURE.quantize(16)
+    image = open_image(encoded("PNG", palette, transparency=bytes(16)))
+    assert np.array_equal(np.asarray(image), np.asarray(palette.convert("RGB")))
+
+
+# What is no image file
+
+
+def pipe(path: Path) -> str:
+    os.mkfifo(path)
+    return "a pipe"
+
+
+def listening(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+    return "a socket"
+
+
+def device(path: Path) -> str:
+    path.symlink_to("/dev/zero")
+    return "a device"
+
+
+def link_to_nowhere(path: Path) -> str:
+    path.symlink_to("nowhere.png")
+    return "leads nowhere"
+
+
+def link_to_itself(path: Path) -> str:
+    path.symlink_to(path.name)
+    return "Too many levels of symbolic links"
+
+
+def folder(path: Path) -> str:
+    path.mkdir()
+    return "a folder"
+
+
+def nothing(path: Path) -> str:
+    return "there is no such file"
+
+
+def empty(path: Path) -> str:
+    path.touch()
+    return "it is empty"
+
+
+def huge(path: Path) -> str:
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    return "1,000,000 MB"
+
+
+@pytest.mark.parametrize(
+    "make", [pipe, listening, device, link_to_nowhere, link_to_itself, folder, nothing, empty, huge]
+)
+def test_what_is_no_regular_file_of_some_size_is_refused_at_once(tmp_path: Path, make: Callable[[Path], str]) -> None:
+    path = tmp_path / "x.png"
+    expected = make(path)
+    assert expected in reason(path)
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_meanwhile_does_not_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    regular, look = (tmp_path / "y.png"), Path.stat
+    regular.write_bytes(encoded("PNG"))
+    monkeypatch.setattr(Path, "stat", lambda path, **options: look(regular, **options))
+    assert stat.S_ISREG((tmp_path / "x.png").stat().st_mode)
+    assert "a pipe" in reason(tmp_path / "x.png")
+
+
+def test_names_that_cannot_be_names_are_refused() -> None:
+    assert "null" in reason(Path("a\0b.png"))
+    assert "too long" in reason(Path("x" * 5000 + ".png"))
+
+
+def test_a_name_that_is_no_utf_8_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(encoded("PNG"))
+    assert open_image(path).size == (48, 40)
+
+
+# What would take too much
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG of a bit a pixel, which a few hundred kilobytes can fill; only its beginning."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(8000, 7000), (12_000, 12_000), (60_000, 60_000)])
+def test_a_small_file_with_too_many_pixels_is_refused(size: tuple[int, int]) -> None:
+    """0.5 MB took 2 GB."""
+    told = reason(png_of(*size))
+    assert "pixels" in told
+    assert told.endswith("make it smaller")
+
+
+def test_a_photograph_of_45_megapixels_is_read() -> None:
+    assert open_image(encoded("JPEG", Image.new("RGB", (8192, 5464)))).size == (8192, 5464)
+
+
+def test_a_tiff_with_tiles_far_larger_than_the_image_is_refused() -> None:
+    """783 KB took 770 MB."""
+    content = zlib.compress(bytes(3 * 4096))
+    entries = [
+        *((256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)),
+        *((322, 4, 1, 16384), (323, 4, 1, 16384), (324, 4, 1, 8 + 2 + 12 * 10 + 4), (325, 4, 1, len(content))),
+    ]
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    body = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + struct.pack("<I", 0) + content
+    assert "268.4 million pixels" in reason(body)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
+    """440 KB took 19 s, and a scan more costs 82 bytes."""
+    body = encoded("JPEG", Image.new("RGB", (5000, 5000)), progressive=True, subsampling=0)
+    last = body[body.rfind(b"\xff\xc4", 0, body.rfind(b"\xff\xda")) : -2]
+    assert "scans" in reason(body[:-2] + 100 * last + body[-2:])
+    assert open_image(body).size == (5000, 5000)
+
+
+def test_what_follows_the_end_of_a_jpeg_is_not_counted_as_scans() -> None:
+    """Telephones put a film there."""
+    body = encoded("JPEG", Image.new("RGB", (4000, 3000)), progressive=True)
+    assert open_image(body + 1000 * b"\xff\xda\0\x02film").size == (4000, 3000)
+
+
+def test_a_large_ppm_in_plain_text_is_refused_and_a_small_one_read() -> None:
+    """24 MB took 18 s."""
+    assert open_image(b"P3 2 1 255 " + b"9 " * 6).size == (2, 1)
+    assert "too long" in reason(b"P3 2000 2000 255 " + b"1 " * 12_000_000)
+
+
+BODIES = [
+    *(encoded(kind) for kind in images.FORMATS),
+    encoded("JPEG", progressive=True),
+    encoded("TIFF", compression="tiff_lzw"),
+    encoded("PNG", PICTURE.quantize(16)),
+]
+
+
+@given(body=st.sampled_from(BODIES), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_image_is_read_or_refused_and_nothing_else(body: bytes, data: st.DataObject) -> None:
+    damaged = bytearray(body)
+    for _ in range(data.draw(st.integers(1, 8))):
+        damaged[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.one_of(st.none(), st.integers(0, len(body))))
+    with suppress(UnreadableImageError):
+        assert open_image(bytes(damaged[:cut])).mode == "RGB"

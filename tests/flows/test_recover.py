@@ -1,0 +1,66 @@
+"""Recovery on a Prefect server: it starts deployments of nightshift's training, and nothing else a record may name."""
+
+import json
+import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from nightshift.records.keys import record_key
+from nightshift.records.lease import acquire
+from nightshift.records.run import Origin, read_record
+from nightshift.workspace import Workspace
+from tests.commands import Finished
+from tests.records.test_lease import spec
+
+OURS = "flows.train_cifar.train_cifar"
+
+
+@pytest.fixture
+def ask(prefect_api: str) -> Callable[[str, dict[str, Any]], Any]:
+    """What the server's API says to a body."""
+
+    def request(path: str, body: dict[str, Any]) -> Any:
+        headers, data = {"Content-Type": "application/json"}, json.dumps(body).encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{prefect_api}/{path}", data, headers), timeout=60
+        ) as answer:
+            return json.load(answer)
+
+    return request
+
+
+def test_only_deployments_of_ours_are_started_whatever_a_record_says(
+    ask: Callable[..., Any], prefect_api: str, nightshift: Callable[..., Finished], workspace: Workspace
+) -> None:
+    deployments = {}
+    for name, entrypoint in (("train-cifar/ours", OURS), ("train-cifar/theirs", "evil.main"), ("evil/nightly", OURS)):
+        flow, _, deployment = name.partition("/")
+        flow_id = ask("flows/", {"name": flow})["id"]
+        made = ask("deployments/", {"name": deployment, "flow_id": flow_id, "entrypoint": entrypoint})
+        deployments[name] = made["id"]
+    named = {
+        "a-flow-of-others": "evil/nightly",
+        "an-entrypoint-of-others": "train-cifar/theirs",
+        "no-deployment": "evil",
+        "outside": "train-cifar/../../../flows/filter",
+        "gone": "train-cifar/gone",
+        "ours": "train-cifar/ours",
+    }
+    for run_id, deployment in named.items():
+        origin = Origin(flow_run_id=str(uuid4()), deployment=deployment)
+        acquire(workspace.store, replace(spec(run_id), origin=origin), lease_seconds=60).end("interrupted")
+    recovered = nightshift("recover", "--json", PREFECT_API_URL=prefect_api)
+    assert (recovered.exit_code, recovered.json["started"]) == (0, ["ours"]), recovered.err
+    for run_id in named:
+        url = workspace.store.url(record_key(run_id))
+        assert (f"({url})" in recovered.err) is (run_id != "ours"), recovered.err
+        claimed = bool(read_record(workspace.store, run_id)[0].recoveries)
+        assert claimed is (run_id in ("ours", "gone")), f"{run_id} was to be left alone"
+    started = ask("flow_runs/filter", {"deployments": {"id": {"any_": list(deployments.values())}}})
+    assert [(run["deployment_id"], run["parameters"]["run_id"]) for run in started] == [
+        (deployments["train-cifar/ours"], "ours")
+    ]
