@@ -43,7 +43,7 @@ LONGEST = (
     "test_lease.py",
     "test_checkpoints.py",
 )
-SLOW = {"deployments", "deployments/server", "faults", "flows", "parallel", "publishing"}
+SLOW = {"deployments", "deployments/server", "faults", "flows", "fuzz", "parallel", "publishing"}
 SLOW_FIXTURES = {"prefect_server", "candidates", "start"}
 
 
