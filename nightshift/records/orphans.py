@@ -142,7 +142,7 @@ def _once_live(store: Store, name: str) -> Callable[[str], bool]:
     """Whether a version of this model is in the history of champions; if that cannot be read, any may be."""
     try:
         versions = {entry.version for entry in champions.read_history(store, name).transitions}
-    except StorageError as error:
+    except (StorageError, ConfigError) as error:
         progress.current().warn(f"the versions of {name} are left alone: {error}")
         return lambda version: True
     return versions.__contains__

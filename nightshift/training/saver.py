@@ -138,17 +138,18 @@ class Saver:
 
     def _store(self, payload: Payload, epoch: int, train_seconds: float, stall_seconds: float) -> None:
         images, parts, curve = max(payload["epoch_images"], 1), payload["ranks"], payload["curve"]
+        loss = sum(float(part["epoch_loss"]) for part in parts) / images
+        if not math.isfinite(loss):
+            return  # a diverged state is not worth keeping; the loop itself notices within a moment
         metrics = CheckpointMetrics(
             train_seconds=train_seconds,
             stall_seconds=stall_seconds,
-            loss=sum(float(part["epoch_loss"]) for part in parts) / images,
+            loss=loss,
             accuracy=sum(int(part["epoch_correct"]) for part in parts) / images,
             epoch_loss=curve[-1]["loss"] if curve else None,
             skipped=self._skipped,
             failed=self._failed,
         )
-        if not math.isfinite(metrics.loss or 0.0):
-            return  # a diverged state is not worth keeping; the loop itself notices within a moment
         run, step, started = self._run, payload["step"], time.perf_counter()
         buffer = io.BytesIO()
         torch.save(payload, buffer, pickle_protocol=2)  # which `read_archive` reads, whatever torch's default becomes

@@ -101,7 +101,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
 
     def with_users(directory: Path, credentials: Credentials) -> Any:
         server = plan(directory, credentials)
-        return replace(server, command=[*server.command, "-s3.iam.readOnly=false"])
+        others = [word for word in server.command if not word.startswith("-s3.iam")]
+        return replace(server, command=[*others, "-s3.iam.readOnly=false"])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(s3, "_plan", with_users)

@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
     from pgserver.postgres_server import PostgresServer, get_server
 
+from nightshift.errors import PrefectServerError
 from nightshift.local.prefect import PrefectServer, online_workers
 from nightshift.records.lease import acquire
 from nightshift.records.run import Origin
@@ -59,7 +60,7 @@ def api_url(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
         assert server.poll() is None, (tmp_path / "log").read_text()
         try:
             return online_workers(PrefectServer(api_url)) == []
-        except OSError:
+        except PrefectServerError:
             return False
 
     eventually(answers, timeout=120)

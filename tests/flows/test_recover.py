@@ -1,7 +1,5 @@
 """Recovery on a Prefect server: it starts deployments of nightshift's training, and nothing else a record may name."""
 
-import json
-import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +7,8 @@ from uuid import uuid4
 
 import pytest
 
+from nightshift.local import prefect as local
+from nightshift.local.prefect import PrefectServer
 from nightshift.records.keys import record_key
 from nightshift.records.lease import acquire
 from nightshift.records.run import Origin, read_record
@@ -20,15 +20,11 @@ OURS = "flows.train_cifar.train_cifar"
 
 
 @pytest.fixture
-def ask(prefect_api: str) -> Callable[[str, dict[str, Any]], Any]:
+def ask(prefect_server: PrefectServer) -> Callable[[str, dict[str, Any]], Any]:
     """What the server's API says to a body."""
 
     def request(path: str, body: dict[str, Any]) -> Any:
-        headers, data = {"Content-Type": "application/json"}, json.dumps(body).encode()
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{prefect_api}/{path}", data, headers), timeout=60
-        ) as answer:
-            return json.load(answer)
+        return local.ask(prefect_server, path, body, timeout=60)
 
     return request
 
