@@ -35,6 +35,8 @@ from nightshift.errors import (
 from nightshift.refs import DatasetRef, RawRef
 from nightshift.workspace import Workspace
 
+_MAX_HEADER_BYTES = 1024**2
+"""Its first 8 bytes say how long its header is. A long one takes twenty times its size in memory."""
 _MAX_BYTES = 1024**3
 """The size of the largest packed data set, so that what was put in its place does not fill the disk."""
 
@@ -176,6 +178,9 @@ def _in_cache(workspace: Workspace, spec: Spec) -> bool:
 
 def _check_packed(spec: Spec, path: Path) -> None:
     try:
+        with open(path, "rb") as start:
+            if int.from_bytes(start.read(8), "little") > _MAX_HEADER_BYTES:
+                raise DataCorruptError("its header is too long")
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in spec.sha256}
             _check_facts(spec, (file.metadata() or {}).get("nightshift", ""))

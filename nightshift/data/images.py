@@ -24,6 +24,8 @@ FORMATS = {"BMP": 9, "GIF": 9, "JPEG": 9, "PNG": 9, "PPM": 9, "TIFF": 12, "WEBP"
 MAX_BYTES = 100_000_000
 """The size of the largest file that is read."""
 _MAX_MEMORY = 450_000_000
+_MAX_SIDE = 65_535
+"""To make an image of 40 million pixels in one line smaller takes Pillow 1.4 GB."""
 _JPEG_IN_SCANS = 13
 """As in FORMATS, for a JPEG of several scans: what they say is kept until the last."""
 _MAX_SCANNED = 1_000_000_000
@@ -115,6 +117,8 @@ def _check_regular(mode: int) -> None:
 
 def _check_costs(image: ImageFile.ImageFile, body: bytes) -> None:
     """Raise UnreadableImageError if decoding this image, whose header was read, would take too much memory or time."""
+    if max(image.size) > _MAX_SIDE:
+        raise UnreadableImageError(f"it is {image.width} x {image.height} pixels: {_SMALLER}")
     kind = "JPEG" if isinstance(image, JpegImageFile) else str(image.format)  # one of several pictures is an MPO
     pixels, bytes_a_pixel = image.width * image.height, FORMATS[kind]
     if kind == "JPEG" and (scans := _scans(body, most=_MAX_SCANNED // pixels)) > 1:

@@ -31,6 +31,8 @@ _Mean = Annotated[float, Field(ge=0, le=255)]
 _Deviation = Annotated[float, Field(gt=0, le=255)]
 
 T = TypeVar("T")
+_MAX_HEADER_BYTES = 4 * 1024 * 1024
+"""Of a safetensors file: its first 8 bytes say how long its header is. A tensor takes 100 of it, and 2000 of memory."""
 
 
 class PublishedFile(Part):
@@ -164,7 +166,7 @@ def read_file(store: Store, card: ModelCard, file_name: str) -> bytes:
 
 
 def read_tensors(store: Store, card: ModelCard, file_name: str, load: Callable[[bytes], T]) -> T:
-    """What `load` makes of a file of a version, after its sha256 was found right; what it raises is damage.
+    """What `load` makes of a safetensors file of a version, after its sha256 was found right; what it raises is damage.
 
     Raises:
         DocumentDamagedError: it is not what was published, or is none of which `load` makes something.
@@ -172,6 +174,8 @@ def read_tensors(store: Store, card: ModelCard, file_name: str, load: Callable[[
     """
     body = read_file(store, card, file_name)
     try:
+        if int.from_bytes(body[:8], "little") > _MAX_HEADER_BYTES:
+            raise ValueError("its header is too long")
         return load(body)
     except Exception as error:  # whoever can write to the bucket can write the sha256 of anything
         url = store.url(version_key(card.name, card.version) + file_name)

@@ -107,8 +107,17 @@ def retype(arrays: Arrays, metadata: dict[str, str]) -> None:
         lambda arrays, metadata: metadata.clear(),
         lambda arrays, metadata: metadata.update(nightshift="[]"),
         lambda arrays, metadata: metadata.update(nightshift="[" * 100_000),
+        lambda arrays, metadata: metadata.update(more="x" * 1024**2),
     ],
-    ids=["another shape", "another dtype", "an array fewer", "no facts", "facts that are a list", "facts without end"],
+    ids=[
+        "another shape",
+        "another dtype",
+        "an array fewer",
+        "no facts",
+        "facts that are a list",
+        "facts without end",
+        "a header that is too long",
+    ],
 )
 def test_a_packed_data_set_that_says_something_else_is_not_used(
     fresh: Workspace, small: Spec, told: Told, change: Callable[[Arrays, dict[str, str]], object]

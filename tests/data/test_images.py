@@ -188,9 +188,9 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(8000, 7000), (12_000, 12_000), (60_000, 60_000)])
+@pytest.mark.parametrize("size", [(8000, 7000), (12_000, 12_000), (60_000, 60_000), (40_000_000, 1), (1, 40_000_000)])
 def test_a_small_file_with_too_many_pixels_is_refused(size: tuple[int, int]) -> None:
-    """0.5 MB took 2 GB."""
+    """0.5 MB took 2 GB; 5 KB took 1.4 GB, to make a single line of pixels smaller."""
     told = reason(png_of(*size))
     assert "pixels" in told
     assert told.endswith("make it smaller")

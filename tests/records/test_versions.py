@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from safetensors.numpy import load
 
 from nightshift.errors import DocumentDamagedError, DocumentNewerError, ModelNotFoundError, StorageError
-from nightshift.records.versions import ModelCard, card_key, publish_version, read_card, read_file
+from nightshift.records.versions import ModelCard, card_key, publish_version, read_card, read_file, read_tensors
 from nightshift.storage import documents
 from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store
@@ -139,6 +140,17 @@ def test_a_damaged_card_is_one_sentence_with_its_url(body: bytes) -> None:
     with pytest.raises(DocumentDamagedError, match=re.escape(f"{store.url(key)} is damaged")) as refused:
         read_card(store, "cifar10", "v")
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_a_hundred_thousand_empty_tensors_is_not_even_listed() -> None:
+    """A million and a half in 84 MB took 1.9 GB and 16 s."""
+    tensors = ",".join(f'"{number}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for number in range(100_000))
+    header = f"{{{tensors}}}".encode()
+    store = MemoryStore()
+    publish_version(store, card_of("v"), {"weights.safetensors": len(header).to_bytes(8, "little") + header})
+    card = read_card(store, "cifar10", "v")
+    with pytest.raises(DocumentDamagedError, match="its header is too long"):
+        read_tensors(store, card, "weights.safetensors", load)
 
 
 @pytest.mark.parametrize("body", [b"Weights", b"weights and more", b"w", b""])
