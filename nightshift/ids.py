@@ -9,7 +9,8 @@ from pydantic import AfterValidator
 
 from nightshift.errors import ConfigError
 
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RUN_ID = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|(?<!\.)\.){0,99}"
+"""Of a run id, as a pattern for a part of a key."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -21,7 +22,7 @@ def parse_run_id(text: str) -> str:
         ConfigError: it is not 1 to 100 letters, digits, '.', '_' and '-', begins with neither a letter nor a
             digit, or contains '..'.
     """
-    if not _RUN_ID.fullmatch(text) or ".." in text:
+    if not re.fullmatch(RUN_ID, text):
         raise ConfigError(
             f"run id {text!r} is not valid: use up to 100 letters, digits, '.', '_' and '-', "
             "beginning with a letter or a digit and without '..'"

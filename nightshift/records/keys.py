@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from nightshift.ids import parse_run_id
+from nightshift.ids import RUN_ID, parse_run_id
 
 RECORDS = "runs/"
 PAYLOADS = "checkpoints/"
@@ -13,16 +13,15 @@ MODELS = "models/"
 DATASETS = "datasets/"
 PROBES = "probe/"
 
-_RUN = r"(?P<run_id>[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,99})"
-_NAME = _RUN.replace("?P<run_id>", "?:")
+_RUN = rf"(?P<run_id>{RUN_ID})"
 _REPORT_FILES = r"(metrics\.jsonl|evaluation\.json|predictions\.safetensors|report\.html|plots/[A-Za-z0-9_-]+\.svg)"
 _VERSION_FILES = r"(weights\.pth|weights\.safetensors|model\.pt2|predictions\.safetensors|card\.json)"
 _SHAPES = {
     "record": rf"{RECORDS}{_RUN}\.json",
     "payload": rf"{PAYLOADS}{_RUN}/[0-9]+-[0-9]+\.pt",
     "report": rf"{REPORTS}{_RUN}/{_REPORT_FILES}",
-    "version": rf"{MODELS}{_NAME}/{_RUN}/{_VERSION_FILES}",
-    "champion": rf"{MODELS}{_NAME}/champion\.json",
+    "version": rf"{MODELS}{RUN_ID}/{_RUN}/{_VERSION_FILES}",
+    "champion": rf"{MODELS}{RUN_ID}/champion\.json",
     "dataset": rf"{DATASETS}[0-9a-f]{{64}}/packed\.safetensors",
     "probe": rf"{PROBES}[0-9a-f]{{16}}",
 }
