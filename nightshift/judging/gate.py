@@ -7,6 +7,7 @@ say nothing of the difference: so half a point can be found that two separate in
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
@@ -112,9 +113,10 @@ def _judge(store: Store, card: ModelCard, history: History, settings: GateSettin
     if reason or not theirs:
         promoted, reason = not reason, reason or f"{card.test_accuracy:.2%}, and there was no champion"
     else:
-        comparison = compare(*_correct(store, card, theirs), theirs.version)
+        ours = _read_answers(store, card)
+        comparison = compare(*_correct(store, ours, theirs), theirs.version)
         promoted, reason = _weigh(comparison, settings)
-        if promoted and (slide := _slide(store, card, theirs, history, settings)):
+        if promoted and (slide := _slide(store, ours, theirs, history, settings)):
             promoted, reason = False, f"{reason}: {slide}"
     return Verdict(promoted=promoted, reason=reason, comparison=comparison, champion=champion)
 
@@ -160,7 +162,9 @@ def _past_left_out(version: str) -> Iterator[None]:
         progress.current().warn(f"nothing is compared with {version}, which was champion: {error}")
 
 
-def _slide(store: Store, card: ModelCard, champion: ModelCard, history: History, settings: GateSettings) -> str | None:
+def _slide(
+    store: Store, candidate: "_Answers", champion: ModelCard, history: History, settings: GateSettings
+) -> str | None:
     """How the candidate lies too far below the best champion since the last change by hand; None if it does not.
 
     Each night may be a little worse than the one before: without this, small steps down add up.
@@ -171,9 +175,9 @@ def _slide(store: Store, card: ModelCard, champion: ModelCard, history: History,
         return None
     with _past_left_out(best.version):
         theirs = champions.read_card_of(store, history, best.version)
-        if theirs.dataset_digest == card.dataset_digest:
+        if theirs.dataset_digest == candidate.card.dataset_digest:
             allowed = settings.max_regression if settings.max_slide is None else settings.max_slide
-            ours, best_of_all = _correct(store, card, theirs)
+            ours, best_of_all = _correct(store, candidate, theirs)
             lost, images = int(best_of_all.sum()) - int(ours.sum()), len(ours)
             if lost > allowed * images + 1e-6:
                 below = f"{100 * lost / images:.2f} points below {best.version}"
@@ -194,22 +198,33 @@ def _weigh(found: Comparison, settings: GateSettings) -> tuple[bool, str]:
     return True, reason
 
 
-def _correct(store: Store, card: ModelCard, theirs: ModelCard) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each of two versions classified each test image correctly, bool (N,).
+@dataclass(frozen=True)
+class _Answers:
+    """What a version said of each test image, and what is right: uint8 (N,)."""
+
+    card: ModelCard
+    predicted: np.ndarray
+    labels: np.ndarray
+
+
+def _correct(store: Store, ours: _Answers, champion: ModelCard) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the candidate, and a version that is or was champion, classified each test image correctly, bool (N,).
 
     Raises:
         DocumentDamagedError: predictions are not what was published, or the two are not of the same images.
         StorageError: they cannot be read.
     """
-    (ours, labels), (other, their_labels) = (
-        read_tensors(store, of, PREDICTIONS, _predictions) for of in (card, theirs)
-    )
-    if not np.array_equal(labels, their_labels):
+    theirs = _read_answers(store, champion)
+    if not np.array_equal(ours.labels, theirs.labels):
         raise DocumentDamagedError(
-            f"the predictions of {card.version} and {theirs.version} are of other images, though both name the "
+            f"the predictions of {ours.card.version} and {champion.version} are of other images, though both name the "
             "same data set. Promote by hand, or train and publish under another run id"
         )
-    return ours == labels, other == labels
+    return ours.predicted == ours.labels, theirs.predicted == theirs.labels
+
+
+def _read_answers(store: Store, card: ModelCard) -> _Answers:
+    return _Answers(card, *read_tensors(store, card, PREDICTIONS, _predictions))
 
 
 def _predictions(body: bytes) -> tuple[np.ndarray, np.ndarray]:

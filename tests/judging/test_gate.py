@@ -23,6 +23,7 @@ from nightshift.workspace import Workspace
 from tests.records.test_champions import transitions
 from tests.records.test_lease import hold
 from tests.records.test_versions import card_of
+from tests.stores import Faulty
 
 IMAGES = 10_000
 
@@ -275,6 +276,15 @@ def test_small_steps_down_do_not_add_up(store: Store) -> None:
         live.append(verdict.champion.test_accuracy)
     assert min(live) >= 0.94 - 0.003 - 1e-9
     assert "max_slide allows 0.30" in verdict.reason or "max_regression" in verdict.reason
+
+
+def test_each_versions_predictions_are_read_once_in_a_night(store: Store) -> None:
+    for version, accuracy in (("best", 0.50), ("worse", 0.49)):
+        assert promote(store, published(store, accuracy, version), max_regression=0.01).promoted
+    third = published(store, 0.495, "third")
+    counting = Faulty(store)
+    gate.promote(counting, third, GateSettings(max_regression=0.01))
+    assert counting.calls["download_bytes", "models"] == len(["third", "worse", "best"])
 
 
 def test_max_slide_is_measured_from_the_best_champion_since_the_last_change_by_hand(store: Store) -> None:
