@@ -20,28 +20,16 @@ from nightshift.settings import S3Settings
 from nightshift.storage.s3 import S3, Credentials
 from tests.conftest import eventually
 from tests.local.test_local_s3 import runs, server_pid, supervisor_pid
-from tests.sockets import listening
+from tests.sockets import GRPC_PREFACE, listening, unix_sockets
 
 Door = tuple[int, tuple[str, int] | str]
 """Where a process listens: a family of addresses and one of them."""
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
-"""How a gRPC client begins; a server that takes it answers with its settings."""
 
 FILED = f"/buckets/{s3.BUCKET}/key"
 """How the filer calls the object `key`."""
 
 STRANGER = Credentials("STRANGERSTRANGER", "stranger" * 5)
 CONFIGURE = f"s3.configure -user stranger -access_key {STRANGER.access_key} -secret_key {STRANGER.secret_key}"
-
-
-def unix_sockets(pid: int) -> list[Path]:
-    """The sockets in the file system on which a process listens."""
-    inodes = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()}
-    lines = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]]
-    here = Path(f"/proc/{pid}/cwd").readlink()
-    listens = "00010000"  # the kernel's __SO_ACCEPTCON
-    return [here / line[7] for line in lines if line[3] == listens and f"socket:[{line[6]}]" in inodes]
 
 
 def inner_doors(home: Path, store: S3) -> list[Door]:
@@ -108,7 +96,7 @@ def test_no_inner_port_tells_or_takes_anything(one: tuple[Path, S3], tmp_path: P
         (str(door[1]), way, message.partition(b"\r\n")[0]): answer
         for door in doors
         for way, tls in ways.items()
-        for message in [*messages, PREFACE]
+        for message in [*messages, GRPC_PREFACE]
         if (answer := ask(door, message, tls))
         and not answer.endswith(b"Client sent an HTTP request to an HTTPS server.\n")
     }
@@ -199,7 +187,7 @@ def test_a_server_of_yesterday_is_replaced_for_all_who_use_it_and_its_store_is_r
             assert store.get("large")[0] == large
             store.put("new", b"body")
             assert user.get("new")[0] == b"body"
-            assert ask(inner_doors(tmp_path, store)[0], PREFACE, client()) == b""
+            assert ask(inner_doors(tmp_path, store)[0], GRPC_PREFACE, client()) == b""
             new = server_pid(tmp_path)
         with embedded_s3(tmp_path):
             assert server_pid(tmp_path) == new

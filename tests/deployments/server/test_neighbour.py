@@ -15,7 +15,7 @@ from nightshift.local.s3 import embedded_credentials
 from tests.conftest import eventually
 from tests.deployments.server.conftest import CONFIG, Prefect, Training
 from tests.forked import forked
-from tests.sockets import listening, tree
+from tests.sockets import GRPC_PREFACE, listening, tree, unix_sockets
 
 NOBODY = 65_534
 REQUESTS = {
@@ -38,7 +38,7 @@ REQUESTS = {
         ("GET", "/metrics", ""),
     )
 }
-REQUESTS["gRPC"] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+REQUESTS["gRPC"] = GRPC_PREFACE
 REQUESTS["a pickle"] = b"\x80\x04\x95" + b"cos\nsystem\n(S'true'\ntR."
 REFUSALS = tuple(f"HTTP/1.{minor} {code} ".encode() for minor in (0, 1) for code in (400, 401, 403, 404, 405))
 TLS_ALERT = b"\x15\x03"
@@ -60,7 +60,8 @@ def test_a_neighbour_on_the_machine_gets_nothing_but_refusals(two_ranks: Trainin
     assert two_ranks.pid in pids
     ports = {port: address for pid in pids for port, address in listening(pid).items()}
     assert set(ports.values()) == {"0100007F"}, "somebody listens elsewhere than at 127.0.0.1"
-    found = as_nobody(look_around, sorted(ports), pids, [str(path) for path in unix_sockets(pids)], str(home))
+    sockets = sorted({str(path) for pid in pids for path in unix_sockets(pid)})
+    found = as_nobody(look_around, sorted(ports), pids, sockets, str(home))
     assert found["ports"], "nothing was tried"
     assert {what: answer for what, answer in found["ports"].items() if not says_nothing(answer)} == {}
     assert found["others"] == []
@@ -131,17 +132,4 @@ def processes_of(home: Path) -> set[int]:
             said = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
             if str(home).encode() in said and int(process.name) != os.getpid():
                 found.update(tree(int(process.name)))
-    return found
-
-
-def unix_sockets(pids: list[int]) -> set[Path]:
-    """The sockets in the file system on which one of these processes listens."""
-    found = set()
-    for pid in pids:
-        with suppress(OSError):
-            inodes = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()}
-            for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == "00010000" and f"socket:[{fields[6]}]" in inodes and len(fields) > 7:
-                    found.add(Path(f"/proc/{pid}/cwd").readlink() / fields[7])
     return found
