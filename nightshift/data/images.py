@@ -11,6 +11,7 @@ import re
 import stat
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -36,6 +37,10 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
 _SMALLER = "make it smaller"
+Resize = Literal["crop", "pad", "stretch"]
+"""How an image that is no square becomes one: `fit` says what each does."""
+WHITE = (255, 255, 255)
+"""What stands where an image shows nothing."""
 
 # Pillow only warns of what is larger than its own limit, and raises at twice that.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -73,6 +78,37 @@ def open_image(source: Path | bytes) -> Image.Image:
         raise UnreadableImageError(f"it has too many pixels: {_SMALLER}") from None
     except Exception as error:  # decoders raise anything on damaged files
         raise UnreadableImageError(f"damaged: {str(error) or type(error).__name__}") from error
+
+
+def fit(image: Image.Image, size: int, how: Resize) -> np.ndarray:
+    """An image as a square of `size` by `size` pixels: uint8 (size, size, 3).
+
+    `crop` scales its shorter side to `size` and cuts off both ends of the longer one alike. `pad` scales its longer
+    side to `size` and puts it in the middle of white. `stretch` scales each side by itself. All scale by Pillow's
+    bicubic filter, which sees every pixel when it makes an image smaller. An image that has the size already is
+    returned unchanged to the bit, whatever `how` says.
+
+    Args:
+        image: in RGB, as `open_image` returns it.
+    """
+    if image.size == (size, size):
+        return np.asarray(image)
+    width, height = image.size
+    if how == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    if how == "stretch":
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    longer = max(width, height)
+    # A line of pixels, however thin, is still seen.
+    scaled = image.resize(
+        (max(1, round(width * size / longer)), max(1, round(height * size / longer))), Image.Resampling.BICUBIC
+    )
+    square = Image.new("RGB", (size, size), WHITE)
+    square.paste(scaled, ((size - scaled.width) // 2, (size - scaled.height) // 2))
+    return np.asarray(square)
 
 
 def check_size(size: int) -> None:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nightshift.data import images
-from nightshift.data.images import open_image
+from nightshift.data.images import Resize, fit, open_image
 from nightshift.errors import UnreadableImageError
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)
@@ -93,6 +93,58 @@ def test_transparency_in_a_palette_is_left_out_without_a_warning() -> None:
     palette = PICTURE.quantize(16)
     image = open_image(encoded("PNG", palette, transparency=bytes(16)))
     assert np.array_equal(np.asarray(image), np.asarray(palette.convert("RGB")))
+
+
+# Squares
+
+
+def halves(width: int, height: int) -> Image.Image:
+    """The left half red, the right half blue."""
+    image = Image.new("RGB", (width, height), (255, 0, 0))
+    image.paste((0, 0, 255), (width // 2, 0, width, height))
+    return image
+
+
+def test_a_crop_keeps_the_middle_of_the_longer_side() -> None:
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, 32:64] = PIXELS[:32, :32]
+    assert np.array_equal(fit(Image.fromarray(pixels), 32, "crop"), PIXELS[:32, :32])
+    assert np.array_equal(fit(Image.fromarray(pixels.swapaxes(0, 1)), 32, "crop"), PIXELS[:32, :32].swapaxes(0, 1))
+
+
+def test_a_pad_shows_the_whole_image_in_the_middle_of_white() -> None:
+    found = fit(halves(96, 32), 48, "pad")
+    assert (found[:16] == 255).all()
+    assert (found[32:] == 255).all()
+    assert (found[16:32, :20] == (255, 0, 0)).all()
+    assert (found[16:32, 28:] == (0, 0, 255)).all()
+
+
+def test_a_stretch_shows_the_whole_image_on_the_whole_square() -> None:
+    found = fit(halves(96, 32), 48, "stretch")
+    assert (found[:, :20] == (255, 0, 0)).all()
+    assert (found[:, 28:] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("how", get_args(Resize))
+def test_an_image_that_has_the_size_already_is_unchanged_to_the_bit(how: Resize) -> None:
+    assert np.array_equal(fit(Image.fromarray(PIXELS[:, :40]), 40, how), PIXELS[:, :40])
+
+
+@pytest.mark.parametrize("how", get_args(Resize))
+@pytest.mark.parametrize("size", [16, 40, 512])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65_535, 1), (1, 600), (511, 513)])
+def test_every_image_fits_every_square(how: Resize, size: int, shape: tuple[int, int]) -> None:
+    found = fit(Image.new("RGB", shape, (10, 20, 30)), size, how)
+    assert (found.shape, found.dtype) == ((size, size, 3), np.uint8)
+    assert (found == (10, 20, 30)).all(2).any()
+
+
+def test_an_image_is_made_smaller_from_all_its_pixels() -> None:
+    """Lines of black and white, of a pixel each, become grey and not black or white."""
+    lines = np.zeros((128, 128, 3), np.uint8)
+    lines[::2] = 255
+    assert (abs(fit(Image.fromarray(lines), 32, "stretch")[2:-2].astype(int) - 127) <= 2).all()
 
 
 # What is no image file
