@@ -5,7 +5,7 @@ nothing that is computed from it, or shown of it, can overflow, and no name lead
 """
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field
 
@@ -34,3 +34,5 @@ Line = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"
 """Text without control characters."""
 Text = Annotated[str, Field(max_length=2**24), AfterValidator(lambda text: text[:_LONGEST_TEXT])]
 """A message, in several lines perhaps. The rest of a very long one is left out."""
+Resize = Literal["crop", "pad", "stretch"]
+"""How an image that is no square becomes one: `data.images.fit` says what each does."""

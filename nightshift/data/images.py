@@ -11,7 +11,6 @@ import re
 import stat
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -19,6 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from nightshift.errors import UnreadableImageError
+from nightshift.values import Resize
 
 FORMATS = {"BMP": 9, "GIF": 9, "JPEG": 9, "PNG": 9, "PPM": 9, "TIFF": 12, "WEBP": 17}
 """What is read, and how many bytes a pixel takes at most until the image is upright and in RGB, as was measured."""
@@ -37,8 +37,6 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
 _SMALLER = "make it smaller"
-Resize = Literal["crop", "pad", "stretch"]
-"""How an image that is no square becomes one: `fit` says what each does."""
 WHITE = (255, 255, 255)
 """What stands where an image shows nothing."""
 
@@ -49,7 +47,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 def open_image(source: Path | bytes) -> Image.Image:
     """An image in RGB as people see it: turned as its EXIF data says, and the first frame if there are several.
 
-    Alpha is left out: what lies under it is seen. Grey of 16 bits is cut to its upper 8.
+    What is transparent is seen on white. Grey of 16 bits is cut to its upper 8.
 
     Args:
         source: a file, or the content of one.
@@ -61,15 +59,12 @@ def open_image(source: Path | bytes) -> Image.Image:
     body = _read(source) if isinstance(source, Path) else source
     check_size(len(body))
     try:
-        with Image.open(io.BytesIO(body), formats=tuple(FORMATS)) as image:
-            _check_costs(image, body)
-            ImageOps.exif_transpose(image, in_place=True)
-            image.info.pop("transparency", None)  # else Pillow warns of leaving it out
-            if image.mode == "RGB":
-                return image
-            if image.mode.startswith("I;16"):  # Pillow would clip it at 255
-                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+        image = _decoded(body)
+        if image.mode == "RGB":
+            return image
+        white = Image.new("RGB", image.size, WHITE)
+        white.paste(image, mask=image)
+        return white
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:  # Pillow's own message names an object in memory
@@ -78,6 +73,23 @@ def open_image(source: Path | bytes) -> Image.Image:
         raise UnreadableImageError(f"it has too many pixels: {_SMALLER}") from None
     except Exception as error:  # decoders raise anything on damaged files
         raise UnreadableImageError(f"damaged: {str(error) or type(error).__name__}") from error
+
+
+def _decoded(body: bytes) -> Image.Image:
+    """The first frame, upright: in RGBA if anything in it may be transparent, else in RGB."""
+    with Image.open(io.BytesIO(body), formats=tuple(FORMATS)) as image:
+        _check_costs(image, body)
+        if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+            raise UnreadableImageError("nothing says which of its values is white: save it with 8 or 16 bits a channel")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip it at 255
+            values = np.asarray(image)
+            grey = (values // 257).astype(np.uint8)
+            if "transparency" in image.info:
+                grey[values == image.info["transparency"]] = 255
+            return Image.fromarray(grey).convert("RGB")
+        wanted = "RGBA" if image.has_transparency_data else "RGB"
+        return image if image.mode == wanted else image.convert(wanted)
 
 
 def fit(image: Image.Image, size: int, how: Resize) -> np.ndarray:

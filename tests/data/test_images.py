@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nightshift.data import images
-from nightshift.data.images import Resize, fit, open_image
+from nightshift.data.images import fit, open_image
 from nightshift.errors import UnreadableImageError
+from nightshift.values import Resize
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS)
@@ -89,10 +90,63 @@ def test_the_first_frame_of_several_is_read() -> None:
     assert open_image(encoded("MPO", save_all=True, append_images=others)).size == (48, 40)
 
 
-def test_transparency_in_a_palette_is_left_out_without_a_warning() -> None:
-    palette = PICTURE.quantize(16)
-    image = open_image(encoded("PNG", palette, transparency=bytes(16)))
-    assert np.array_equal(np.asarray(image), np.asarray(palette.convert("RGB")))
+def with_alpha(mode: str) -> Image.Image:
+    """The picture, whose left half is transparent."""
+    picture = PICTURE.convert(mode)
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(0, (0, 0, 24, 40))
+    picture.putalpha(alpha)
+    return picture
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_what_is_transparent_is_seen_on_white(kind: str, mode: str) -> None:
+    found = np.asarray(open_image(encoded(kind, with_alpha(mode), lossless=True)))
+    assert (found[:, :24] == 255).all()
+    assert np.array_equal(found[:, 24:], np.asarray(PICTURE.convert(mode).convert("RGB"))[:, 24:])
+
+
+def test_what_is_half_transparent_is_half_white() -> None:
+    picture = Image.new("RGBA", (2, 2), (0, 100, 200, 128))
+    assert open_image(encoded("PNG", picture)).getpixel((0, 0)) == (127, 177, 227)
+
+
+def test_alpha_that_hides_nothing_changes_nothing() -> None:
+    assert np.array_equal(np.asarray(open_image(encoded("PNG", PICTURE.convert("RGBA")))), PIXELS)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_colour_of_a_palette_that_is_transparent_is_white(kind: str) -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.putpixel((1, 0), 1)
+    body = encoded(kind, palette, transparency=0)
+    assert np.asarray(open_image(body)).tolist() == [[[255, 255, 255], [0, 200, 0]]]
+    whole = PICTURE.quantize(16)
+    assert (np.asarray(open_image(encoded("PNG", whole, transparency=bytes(16)))) == 255).all()
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGB", (9, 9, 9)), ("L", 9), ("1", 0), ("I;16", 9)])
+def test_the_colour_that_a_png_calls_transparent_is_white(mode: str, colour: Any) -> None:
+    picture = Image.new(mode, (2, 1), colour)
+    picture.putpixel((1, 0), (80, 80, 80) if mode == "RGB" else 80 * 257 if mode == "I;16" else 255)
+    found = np.asarray(open_image(encoded("PNG", picture, transparency=colour)))
+    assert found[0, 0].tolist() == [255, 255, 255]
+    assert found[0, 1].tolist() == [80, 80, 80] if mode in ("RGB", "I;16") else [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_grey_of_16_bits_is_neither_white_nor_black(kind: str) -> None:
+    grey = np.asarray(PICTURE.convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    found = open_image(encoded(kind, deep if kind != "PPM" else deep.convert("I")))
+    assert np.array_equal(np.asarray(found), np.asarray(Image.fromarray(grey).convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_of_which_nobody_knows_what_is_white_are_refused(mode: str) -> None:
+    assert "which of its values is white" in reason(encoded("TIFF", PICTURE.convert(mode)))
 
 
 # Squares
@@ -136,7 +190,8 @@ def test_an_image_that_has_the_size_already_is_unchanged_to_the_bit(how: Resize)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65_535, 1), (1, 600), (511, 513)])
 def test_every_image_fits_every_square(how: Resize, size: int, shape: tuple[int, int]) -> None:
     found = fit(Image.new("RGB", shape, (10, 20, 30)), size, how)
-    assert (found.shape, found.dtype) == ((size, size, 3), np.uint8)
+    assert found.shape == (size, size, 3)
+    assert found.dtype == np.uint8
     assert (found == (10, 20, 30)).all(2).any()
 
 
