@@ -3,22 +3,22 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from models.names import MODELS, check_model_name
+from models.names import MODELS, check_image_size
 
 if TYPE_CHECKING:  # torch takes seconds to import, and whoever needs only the names does not wait for it
     from torch import nn
 
 
-def build_model(name: str, num_classes: int) -> "nn.Module":
-    """A freshly initialized network for float32 images of shape (batch, 3, 32, 32).
+def build_model(name: str, num_classes: int, image_size: int = 32) -> "nn.Module":
+    """A freshly initialized network for float32 images of shape (batch, 3, image_size, image_size).
 
     It returns logits of shape (batch, num_classes). The initial weights come from torch's global
     generator, so that a seed decides them.
 
     Raises:
-        ValueError: there is no such model; the message lists the known ones.
+        ValueError: there is no such model, and the message lists the known ones; or it takes no images of this size.
     """
-    check_model_name(name)
-    module, _, attribute = MODELS[name].partition(":")
-    network: nn.Module = getattr(import_module(module), attribute)(num_classes)
+    check_image_size(name, image_size)
+    module, _, attribute = MODELS[name].place.partition(":")
+    network: nn.Module = getattr(import_module(module), attribute)(num_classes, image_size)
     return network

@@ -3,10 +3,11 @@
 from torch import nn
 
 
-def resnet18(num_classes: int) -> nn.Module:
+def resnet18(num_classes: int, image_size: int = 32) -> nn.Module:
     """ResNet-18 whose first convolution is 3x3 with stride 1 and which does not pool before the first stage.
 
-    The ImageNet stem would leave 8 by 8 pixels of a 32 by 32 image before the first residual block.
+    The ImageNet stem would leave 8 by 8 pixels of a 32 by 32 image before the first residual block. This one is the
+    same for images of any size: it works hard on large ones.
     """
     from torchvision.models import resnet  # here, because it takes a second to import
 

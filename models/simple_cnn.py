@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 
 class SimpleCNN(nn.Module):
-    """Two convolutions and two fully connected layers, for images of 32 by 32 pixels."""
+    """Two convolutions and two fully connected layers, for images of 32 by 32 pixels and no others."""
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 32, 3, 1)
         self.conv2 = nn.Conv2d(32, 64, 3, 1)
@@ -23,7 +23,7 @@ class SimpleCNN(nn.Module):
         return self.fc2(x)  # type: ignore[no-any-return]
 
 
-def simple_cnn_sequential(num_classes: int = 10) -> nn.Sequential:
+def simple_cnn_sequential(num_classes: int = 10, image_size: int = 32) -> nn.Sequential:
     """SimpleCNN as a Sequential: the same layers in the same order, so the same seed gives the same weights."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3, 1),

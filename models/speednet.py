@@ -10,21 +10,28 @@ from models.layers import DiracConv, FastNorm, SmallHead, Whitening
 
 
 class SpeedNet(nn.Module):
-    """A fixed 2x2 whitening layer, three groups of two convolutions, a global maximum, linear: 1,973,000 parameters."""
+    """A fixed 2x2 whitening layer, three groups of two convolutions, a global maximum, linear: 1,973,000 parameters.
 
-    def __init__(self, num_classes: int = 10, widths: tuple[int, int, int] = (64, 256, 256)) -> None:
+    It takes images from 17 by 17 pixels up: of 16 by 16 a single pixel would be left, of which batch norm can learn
+    nothing in a batch of one image.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, image_size: int = 32, widths: tuple[int, int, int] = (64, 256, 256)
+    ) -> None:
         super().__init__()
         self.whiten = Whitening(24, patch=2)
         before = (self.whiten.out_channels, *widths)
-        self.groups = nn.Sequential(nn.GELU(), *map(_group, before, widths), nn.MaxPool2d(3))
+        side_left = (image_size - 1) // 8
+        self.groups = nn.Sequential(nn.GELU(), *map(_group, before, widths), nn.MaxPool2d(side_left))
         self.head = SmallHead(widths[-1], num_classes)
 
     def initialize_from(self, images: Tensor) -> None:
-        """Fit the first layer to normalized training images, float32 (images, 3, 32, 32)."""
+        """Fit the first layer to normalized training images, float32 (images, 3, side, side)."""
         self.whiten.fit(images)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, 32, 32) → logits (batch, num_classes)."""
+        """(batch, 3, side, side) → logits (batch, num_classes)."""
         return self.head(self.groups(self.whiten(x)).flatten(1))  # type: ignore[no-any-return]
 
 
