@@ -5,10 +5,10 @@ Each names something in the store. A reference that is read from a stored result
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from nightshift.ids import RunId, Sha256
-from nightshift.values import FROZEN, Count, Line, Loss, Number, Seconds, Share, Text
+from nightshift.values import FROZEN, MOST_CLASSES, Count, ImageSize, Line, Loss, Number, Seconds, Share, Text
 
 
 class _Ref(BaseModel):
@@ -31,6 +31,9 @@ class DatasetRef(_Ref):
     digest: Sha256
     key: Line
     source: Line
+    classes: int = Field(10, ge=1, le=MOST_CLASSES)
+    """How many. What was stored before this was said is CIFAR-10; so it is for the size."""
+    image_size: ImageSize = 32
 
 
 class CheckpointRef(_Ref):

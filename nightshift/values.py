@@ -34,5 +34,14 @@ Line = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"
 """Text without control characters."""
 Text = Annotated[str, Field(max_length=2**24), AfterValidator(lambda text: text[:_LONGEST_TEXT])]
 """A message, in several lines perhaps. The rest of a very long one is left out."""
+SMALLEST_IMAGE, LARGEST_IMAGE = 16, 512
+ImageSize = Annotated[int, Field(ge=SMALLEST_IMAGE, le=LARGEST_IMAGE)]
+"""The side of the images a network is trained on, in pixels: they are squares."""
+MOST_CLASSES = 100_000
+LONGEST_CLASS_NAMES = 8_000_000
+"""How many bytes the names of a data set's classes may have together, as JSON: a card and a report hold them all."""
+LONGEST_CLASS_NAME = 1000
+ClassName = Annotated[str, Field(max_length=LONGEST_CLASS_NAME)]
+"""Any text: a folder's name, or what somebody has typed into a table."""
 Resize = Literal["crop", "pad", "stretch"]
 """How an image that is no square becomes one: `data.images.fit` says what each does."""

@@ -83,8 +83,7 @@ def verify(run: RunArgument, as_json: AsJson = False) -> None:
     """Read every checkpoint of a run back and check it."""
     from nightshift.checkpoints.verify import verify_checkpoints
     from nightshift.cli.screen import joined, styled
-    from nightshift.data.names import check_names
-    from nightshift.data.specs import get_spec
+    from nightshift.data.names import check_fits, check_names
     from nightshift.records.run import read_record
     from nightshift.training.state import payload_check
 
@@ -93,7 +92,8 @@ def verify(run: RunArgument, as_json: AsJson = False) -> None:
         record, _ = read_record(workspace.store, run)
         config = record.train_config()
         check_names(config)
-        check = payload_check(config, len(get_spec(record.dataset.name).classes))
+        check_fits(config, record.dataset.image_size)
+        check = payload_check(config, record.dataset.classes, record.dataset.image_size)
         for checkpoint, problem in verify_checkpoints(workspace.store, record, check):
             checked += 1
             if problem:

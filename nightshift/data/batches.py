@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from nightshift.config.train import TrainConfig
 from nightshift.data.datasets import Dataset
+from nightshift.data.names import check_classes, check_fits
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
+    """How the steps of a run divide into epochs.
+
+    Raises:
+        ConfigError: as `check_fits`, and if a data set has too few or too many classes.
+    """
+    check_fits(config, dataset.image_size)
+    check_classes(dataset.classes)
     images = min(len(dataset.train_images), config.data.max_train_images or len(dataset.train_images))
     return Plan(images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last)
 
@@ -68,7 +76,7 @@ def training_batch(
         share: which images of the batch to return, where several ranks share it; by default all.
 
     Returns:
-        uint8 images (share, 32, 32, 3) and int64 labels (share,), on the device of the data set.
+        uint8 images (share, side, side, 3) and int64 labels (share,), on the device of the data set.
     """
     indices = batch_indices(plan, config.seed, step)
     images = _gather(dataset.train_images, indices, config, plan, step, share)
@@ -76,10 +84,13 @@ def training_batch(
 
 
 def pixel_statistics(dataset: Dataset, normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel to normalize by, on the scale 0 to 255."""
+    """Mean and standard deviation per channel to normalize by, on the scale 0 to 255.
+
+    The deviation of a channel in which all pixels are the same is taken for 1.
+    """
     if normalization == "half":
         return (127.5,) * 3, (127.5,) * 3
-    return dataset.mean, dataset.std
+    return dataset.mean, tuple(deviation or 1.0 for deviation in dataset.std)
 
 
 def normalizer(dataset: Dataset, normalization: str) -> tuple[Tensor, Tensor]:
@@ -94,7 +105,7 @@ def scale_and_shift(means: Sequence[float], deviations: Sequence[float]) -> tupl
 
 
 def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """uint8 (batch, 32, 32, 3) → normalized float32 (batch, 3, 32, 32) in channels_last memory format."""
+    """uint8 (batch, side, side, 3) → normalized float32 (batch, 3, side, side) in channels_last memory format."""
     pixels = images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
     return torch.addcmul(shift, pixels, scale, out=pixels)  # fresh memory would cost several times the arithmetic
 

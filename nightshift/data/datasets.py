@@ -1,6 +1,6 @@
 """Raw data from the first source that answers, packed once into one immutable object named by its content.
 
-A packed data set is a safetensors file: uint8 images (N, 32, 32, 3) and uint8 labels (N,) for `train` and
+A packed data set is a safetensors file: uint8 images (N, side, side, 3) and uint8 labels (N,) for `train` and
 `test`, class names and the training images' per-channel mean and standard deviation. The store has it as
 `datasets/<digest>/packed.safetensors`, and each worker's disk caches it under the same digest; the trainer
 maps it into memory from there. Nothing is stored or used before arrays, class names and statistics match the known
@@ -33,6 +33,7 @@ from nightshift.errors import (
     ObjectTooLargeError,
 )
 from nightshift.refs import DatasetRef, RawRef
+from nightshift.values import Resize
 from nightshift.workspace import Workspace
 
 _MAX_HEADER_BYTES = 1024**2
@@ -43,7 +44,10 @@ _MAX_BYTES = 1024**3
 
 @dataclass(frozen=True)
 class Dataset:
-    """A packed data set mapped into memory. Images are uint8 (N, 32, 32, 3), labels uint8 (N,)."""
+    """A packed data set mapped into memory.
+
+    Images are uint8 (N, side, side, 3). Labels (N,) are uint8 or, for more than 256 classes, int32.
+    """
 
     name: str
     digest: str
@@ -55,6 +59,13 @@ class Dataset:
     mean: tuple[float, float, float]
     """Per channel, over the training images, on the scale 0 to 255; so is `std`."""
     std: tuple[float, float, float]
+    resize: Resize = "stretch"
+    """How images of other shapes were made squares, and so how those to predict are."""
+
+    @property
+    def image_size(self) -> int:
+        """The side of the images, in pixels."""
+        return self.train_images.shape[1]
 
     def resident_on(self, device: torch.device) -> Self:
         """The same data set with its training part in a device's memory, so that no step has to copy images there."""
@@ -102,7 +113,14 @@ def pack(workspace: Workspace, raw: RawRef) -> DatasetRef:
         with progress.current().transfer(f"storing {spec.name}", size) as advance, open(cached, "rb") as file:
             workspace.store.upload(spec.key, file, advance)
     _raw_path(workspace, spec).unlink(missing_ok=True)
-    return DatasetRef(name=spec.name, digest=spec.digest, key=spec.key, source=source)
+    return DatasetRef(
+        name=spec.name,
+        digest=spec.digest,
+        key=spec.key,
+        source=source,
+        classes=len(spec.classes),
+        image_size=spec.image_size,
+    )
 
 
 def open_dataset(workspace: Workspace, ref: DatasetRef) -> Dataset:
@@ -130,7 +148,7 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     total = len(pixels)
     mean = [int(value) / total for value in counts @ values]
     variance = [int(value) / total - m * m for value, m in zip(counts @ (values * values), mean, strict=True)]
-    return mean, [value**0.5 for value in variance]
+    return mean, [max(value, 0.0) ** 0.5 for value in variance]  # rounding may leave less than nothing
 
 
 def _write_packed(spec: Spec, arrays: Arrays, path: Path) -> None:
@@ -185,8 +203,11 @@ def _check_packed(spec: Spec, path: Path) -> None:
             arrays = {name: file.get_tensor(name) for name in spec.sha256}
             _check_facts(spec, (file.metadata() or {}).get("nightshift", ""))
         spec.check(arrays)
+        image = (spec.image_size, spec.image_size, 3)
+        label_type = np.uint8 if len(spec.classes) <= 256 else np.int32
         for name, array in arrays.items():  # the same bytes can have another shape
-            if array.dtype != np.uint8 or array.shape[1:] != ((32, 32, 3) if name.endswith("images") else ()):
+            dtype, shape = (np.uint8, image) if name.endswith("images") else (label_type, ())
+            if array.dtype != dtype or array.shape[1:] != shape:
                 raise DataCorruptError(f"{name} is {array.dtype} {array.shape}")
     except (DataCorruptError, OSError):
         raise

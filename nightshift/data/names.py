@@ -1,15 +1,17 @@
-"""Fast checks that what a config names exists: without torch, numpy, Prefect or a server."""
+"""Fast checks that what a config names exists and fits: without torch, numpy, Prefect or a server."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from typing import Any
 
-from models.names import check_model_name
+from models.names import check_image_size, check_model_name
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
 from nightshift.data.specs import get_spec
 from nightshift.errors import ConfigError
+from nightshift.values import LARGEST_IMAGE, LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES, SMALLEST_IMAGE
 
 
 def checked_config(
@@ -26,12 +28,48 @@ def checked_config(
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raise ConfigError if the network or the data set does not exist; the message lists those that do."""
-    get_spec(config.data.dataset)
+    """Raise ConfigError if the network or the data set does not exist, or if one does not fit the other.
+
+    The message lists those that exist, or that fit.
+    """
+    spec = get_spec(config.data.dataset)
     try:
         check_model_name(config.model.name)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    check_fits(config, spec.image_size)
+
+
+def check_fits(config: TrainConfig, image_size: int) -> None:
+    """Raise ConfigError unless a config can be trained on square images with a side of so many pixels."""
+    if not SMALLEST_IMAGE <= image_size <= LARGEST_IMAGE:
+        raise ConfigError(
+            f"image_size={image_size} is not valid: images have a side of {SMALLEST_IMAGE} to {LARGEST_IMAGE} pixels"
+        )
+    try:
+        check_image_size(config.model.name, image_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.augment.translate >= image_size:
+        raise ConfigError(
+            f"augment.translate={config.augment.translate} shifts images of {image_size} by {image_size} pixels out of "
+            f"sight: {image_size - 1} is the most here"
+        )
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise ConfigError if a data set has too few classes, too many, or names that a card cannot hold."""
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        raise ConfigError(f"the data set has {len(classes):,} classes: it takes 2 to {MOST_CLASSES:,}")
+    if len(set(classes)) < len(classes):
+        raise ConfigError("two classes of the data set have the same name")
+    if (longest := max(map(len, classes))) > LONGEST_CLASS_NAME:
+        raise ConfigError(f"the name of a class has {longest:,} characters, and {LONGEST_CLASS_NAME:,} are the most")
+    if len(json.dumps(classes)) > LONGEST_CLASS_NAMES:
+        raise ConfigError(
+            f"the names of the {len(classes):,} classes have more than {LONGEST_CLASS_NAMES:,} bytes together: "
+            "give them shorter names"
+        )
 
 
 def check_extras(config: TrainConfig) -> None:

@@ -23,6 +23,8 @@ class Spec:
     """The sha256 of the bytes of each array: `train_images`, `train_labels`, `test_images`, `test_labels`."""
     facts_sha256: str
     """The sha256 of the packed file's class names, mean and deviation, which the digest leaves out."""
+    image_size: int = 32
+    """The side of its images, in pixels."""
 
     @property
     def digest(self) -> str:

@@ -109,7 +109,10 @@ class Result(Part):
 
 
 class RunRecord(Document):
-    """Everything the store knows of a run. `sequence` makes every write differ, and with it every ETag."""
+    """Everything the store knows of a run. `sequence` makes every write differ, and with it every ETag.
+
+    Records of format 2 do not say how many classes the data set has, and how large its images are.
+    """
 
     title: ClassVar[str] = "run record"
     if_damaged: ClassVar[str] = (
@@ -118,7 +121,7 @@ class RunRecord(Document):
     )
     max_bytes: ClassVar[int] = 8 * documents.MIB
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     run_id: RunId
     sequence: Count = 0
     status: Status = "running"

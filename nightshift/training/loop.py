@@ -95,7 +95,7 @@ class Loop:
         return recorder.finish(state, parts)
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        """Forward, backward, update, on this rank's images, uint8 (share, 32, 32, 3), and labels, int64 (share,)."""
+        """Forward, backward, update, on this rank's images, uint8 (share, side, side, 3), and int64 labels (share,)."""
         state, plan, batch = self._state, self._plan, self._plan.batch_of(self._state.step)
         epoch, within = plan.position(state.step)
         if within == 0:

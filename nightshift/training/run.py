@@ -10,7 +10,7 @@ from nightshift import progress
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import open_dataset
-from nightshift.data.names import check_extras, check_names
+from nightshift.data.names import check_extras, check_fits, check_names
 from nightshift.errors import RunNotFoundError
 from nightshift.hardware import Hardware, failures_explained, find_device, ranks_here
 from nightshift.ids import RunId
@@ -53,7 +53,7 @@ def train_alone(
             says that it could not be.
         LeaseLostError: another trainer has taken the run over.
         LeaseHeldError, ResumeMismatchError: as `hold`.
-        ConfigError: the model or the device does not exist.
+        ConfigError: the model or the device does not exist, or the model takes no images of this size.
         TrainingDivergedError: the loss is not finite; the last good checkpoint remains.
     """
     job = Job(run_id=run_id, config=config, dataset=dataset, origin=origin or Origin())
@@ -108,6 +108,7 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
         ConfigError, ResumeMismatchError, StorageError: as `train_alone`.
     """
     check_config(job.config)
+    check_fits(job.config, job.dataset.image_size)
     with suppress(RunNotFoundError):
         record, _ = read_record(workspace.store, job.run_id)
         if record.status == "finished" and record.checkpoints:

@@ -177,7 +177,7 @@ def _restore_rng(rng: Payload, device: torch.device) -> None:
 
 
 _INITIAL_IMAGES = 5000
-"""How many training images a network sees to set its first weights."""
+"""How many images of 32 by 32 pixels a network sees to set its first weights; of larger ones as many pixels."""
 
 
 def build_state(
@@ -194,7 +194,7 @@ def build_state(
             ranks it returns None, and they receive rank 0's state.
     """
     seed_everything(config.seed)
-    model = build_model(config.model.name, len(dataset.classes))
+    model = build_model(config.model.name, len(dataset.classes), dataset.image_size)
     model = ranks.synchronized(model, device).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(model, build_optimizer(model, config.optimizer), device, config.optimizer.ema_decay)
     stored = read(state.check)
@@ -206,13 +206,13 @@ def build_state(
     return state
 
 
-def payload_check(config: TrainConfig, classes: int) -> Callable[[Payload], None]:
+def payload_check(config: TrainConfig, classes: int, image_size: int = 32) -> Callable[[Payload], None]:
     """`TrainState.check` of a run with this config, for whoever only wants to look at its payloads.
 
     Raises:
-        ValueError: there is no such network here.
+        ValueError: there is no such network here, or it takes no images of this size.
     """
-    model = build_model(config.model.name, classes)
+    model = build_model(config.model.name, classes, image_size)
     optimizer = build_optimizer(model, config.optimizer)
     return TrainState(model, optimizer, torch.device("cpu"), config.optimizer.ema_decay).check
 
@@ -220,5 +220,6 @@ def payload_check(config: TrainConfig, classes: int) -> Callable[[Payload], None
 def show_first_images(model: nn.Module, config: TrainConfig, dataset: Dataset) -> None:
     """Show a network training images, if it sets its first weights from them (`initialize_from`)."""
     if hasattr(model, "initialize_from"):
-        images = dataset.train_images[:_INITIAL_IMAGES].cpu()  # so that every device begins with the same weights
+        count = min(_INITIAL_IMAGES, max(1, _INITIAL_IMAGES * 32**2 // dataset.image_size**2))
+        images = dataset.train_images[:count].cpu()  # so that every device begins with the same weights
         model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.data.normalization)))  # type: ignore[operator]

@@ -1,6 +1,7 @@
 """Order and augmentation: step k is the same batch, whatever was asked before it."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
 from nightshift.data.batches import Plan, batch_indices, make_plan, normalizer, to_input, training_batch
 from nightshift.data.datasets import Dataset
+from nightshift.errors import ConfigError
 from nightshift.training.ranks import Ranks
 
 
@@ -59,7 +61,7 @@ def shifts(images: Tensor, originals: Tensor, reach: int) -> list[set[tuple[int,
     found: list[set[tuple[int, int]]] = [set() for _ in images]
     for down in range(2 * reach + 1):
         for right in range(2 * reach + 1):
-            crop = padded[:, down : down + 32, right : right + 32]
+            crop = padded[:, down : down + images.shape[1], right : right + images.shape[2]]
             for number in (crop == images).flatten(1).all(1).nonzero().flatten().tolist():
                 found[number].add((down - reach, right - reach))
     return found
@@ -274,3 +276,34 @@ def test_a_plan_is_limited_to_the_images_there_are_and_those_wanted(limit: int |
 def test_more_images_a_batch_than_there_are_make_one_whole_batch() -> None:
     plan = make_plan(config_of(batch_size=64, drop_last=True), dataset_of(noise(50)))
     assert (plan.batch_size, plan.steps_per_epoch) == (50, 1)
+
+
+@pytest.mark.parametrize(("size", "translate"), [(16, 15), (17, 16), (24, 16), (48, 3), (33, 0)])
+def test_images_of_any_size_are_flipped_and_shifted_by_no_more_than_there_is(size: int, translate: int) -> None:
+    chance = torch.Generator().manual_seed(size)
+    images = torch.randint(256, (40, size, size, 3), dtype=torch.uint8, generator=chance)
+    found, originals = first_epoch(dataset_of(images), config_of(flip="random", translate=translate))
+    assert found.shape == images.shape
+    for image, original in zip(found, originals, strict=True):
+        values = set(original.flatten(0, 1)[:, 0].tolist())
+        assert set(image.flatten(0, 1)[:, 0].tolist()) <= values
+        mirrored = [shifts(image[None], turned[None], translate)[0] for turned in (original, original.flip(1))]
+        assert any(mirrored)
+
+
+def test_a_shift_that_is_no_smaller_than_the_images_is_refused_with_both() -> None:
+    with pytest.raises(ConfigError, match=r"augment\.translate=16 shifts images of 16 by 16 pixels out of sight: 15"):
+        make_plan(config_of(translate=16), dataset_of(torch.zeros(8, 16, 16, 3, dtype=torch.uint8)))
+
+
+def test_labels_may_be_wider_than_a_byte() -> None:
+    labels = torch.tensor([0, 255, 256, 70_000] * 10, dtype=torch.int32)
+    dataset, config = dataset_of(noise(40), labels), config_of(batch_size=40)
+    found = batch(dataset, config, 0)[1]
+    assert found.dtype == torch.int64
+    assert found.sort().values.tolist() == labels.sort().values.tolist()
+
+
+def test_a_channel_in_which_all_pixels_are_the_same_can_be_normalized() -> None:
+    black = replace(dataset_of(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)), mean=(0, 0, 0), std=(0, 0, 0))
+    assert to_input(black.train_images, *normalizer(black, "dataset")).eq(0).all()
