@@ -111,12 +111,10 @@ def under_nightshift(workspace: Workspace, ref: DatasetRef, recipe: str, seed: i
 def measured(dataset: Dataset, recipe: str, copies: Sequence[tuple[float, dict[str, Tensor]]]) -> list[Copy]:
     config = make_config(recipe)
     return [
-        Copy(seconds, evaluation.measure(logits, dataset.test_labels.long(), dataset.classes)["accuracy"])
+        Copy(seconds, evaluation.measure(answers, dataset.classes)["accuracy"])
         for seconds, weights in copies
-        for logits in [
-            evaluation.predict_test_images(
-                evaluation.load_model(config, weights, len(dataset.classes)), dataset, config
-            )
+        for answers in [
+            evaluation.answer_test_images(evaluation.load_model(config, weights, len(dataset.classes)), dataset, config)
         ]
     ]
 

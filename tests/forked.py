@@ -12,7 +12,7 @@ from unittest import mock
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 # The first optimizer imports torch._dynamo, the publication torch.export and the report scipy.stats: ten seconds.
-HEAVY = ("torch._dynamo", "torch.export", "torchmetrics.functional.classification", "scipy.stats")
+HEAVY = ("torch._dynamo", "torch.export", "scipy.stats")
 OURS = ("nightshift.local.s3", "nightshift.publishing.export", "nightshift.judging.plots", "nightshift.parallel.worker")
 # Prefect itself reads the environment when it is imported; these are what it imports.
 OF_PREFECT = ("griffe", "httpx", "jinja2", "jsonschema", "opentelemetry.trace", "pendulum", "prometheus_client")

@@ -1,10 +1,11 @@
 """How good the stored weights are: read back from the store, verified, and never taken from memory."""
 
 import hashlib
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,11 +23,22 @@ from nightshift.records.lease import attached
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation
 from nightshift.storage.documents import MIB
 from nightshift.storage.store import Store
+from nightshift.values import MOST_CLASSES
 from nightshift.workspace import Workspace
 
-BATCH = 1000
 CALIBRATION_BINS = 15
+MATRIX_CLASSES = 32
+"""Of up to so many classes the whole confusion matrix is kept, of more only the pairs that are confused most."""
+_BATCH = 1000
+"""How many images of 32 by 32 pixels are predicted at a time."""
+_LOGITS = 2**25
+"""How many logits there may be at a time: those of all test images, of 100,000 classes, would fill any machine."""
+_TOP = 5
 _MISTAKES = 10
+_PAIRS = 50
+_MAX_METRICS = 32 * MIB
+"""Of 100,000 classes with long names it takes 24."""
+_MAX_PREDICTIONS = 256 * MIB
 
 
 class _Part(BaseModel):
@@ -34,13 +46,22 @@ class _Part(BaseModel):
 
 
 class ClassMetrics(_Part):
-    """One class against all others."""
+    """One class against all others. Of a class without test images nothing is known."""
 
     name: str
     images: int
-    precision: float
-    recall: float
-    f1: float
+    precision: float | None
+    """0 if no image was taken for it."""
+    recall: float | None
+    f1: float | None
+
+
+class Confused(_Part):
+    """How many test images of one class were taken for another."""
+
+    label: str
+    predicted: str
+    images: int
 
 
 class Bin(_Part):
@@ -81,11 +102,34 @@ class Metrics(_Part):
     calibration_error: float
     """Expected calibration error of Guo et al. (2017, arXiv 1706.04599), 15 bins: 0 if confidence equals accuracy."""
     reliability: list[Bin]
-    classes: list[ClassMetrics]
-    confusion: list[list[int]]
-    """How many images of the row's class were classified as the column's."""
-    mistakes: list[Mistake]
+    classes: list[ClassMetrics] = Field(max_length=MOST_CLASSES)
+    confusion: list[list[int]] = Field(max_length=MATRIX_CLASSES)
+    """How many images of the row's class were classified as the column's. Empty if there are more than 32 classes."""
+    confused: list[Confused] = Field([], max_length=_PAIRS)
+    """The fifty pairs of classes that are confused most often. What an older nightshift has measured has none."""
+    mistakes: list[Mistake] = Field(max_length=_MISTAKES)
     """The ten most confident mistakes."""
+
+    @model_validator(mode="after")
+    def _check_confusion(self) -> Self:
+        if self.confusion and {len(self.confusion)} != {len(self.classes), *map(len, self.confusion)}:
+            raise ValueError("the confusion matrix is not one of these classes")
+        return self
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of N images, in a few values an image, on the CPU."""
+
+    labels: Tensor
+    """What is right, int64 (N,), as `predicted`."""
+    predicted: Tensor
+    confidence: Tensor
+    """The probability of the predicted class, float32 (N,)."""
+    in_top5: Tensor
+    """Whether the right class is among the five most probable, bool (N,)."""
+    loss: Tensor
+    """Cross-entropy, float32 (N,)."""
 
 
 def evaluate(workspace: Workspace, checkpoint: CheckpointRef, dataset_ref: DatasetRef) -> Evaluation:
@@ -114,7 +158,7 @@ def evaluate(workspace: Workspace, checkpoint: CheckpointRef, dataset_ref: Datas
 def read_metrics(store: Store, run_id: str) -> Metrics | None:
     """The stored metrics of a run, or None if there are none."""
     try:
-        return Metrics.model_validate_json(store.get(report_key(run_id, "evaluation.json"), 16 * MIB)[0])
+        return Metrics.model_validate_json(store.get(report_key(run_id, "evaluation.json"), _MAX_METRICS)[0])
     except (ObjectNotFoundError, ObjectTooLargeError, ValueError):  # damaged metrics are measured again
         return None
 
@@ -125,23 +169,27 @@ def read_predictions(store: Store, metrics: Metrics) -> bytes:
     Raises:
         StorageError: it cannot be read, or is not what was stored.
     """
-    body = store.get(metrics.predictions)[0]
+    body = store.get(metrics.predictions, _MAX_PREDICTIONS)[0]
     if hashlib.sha256(body).hexdigest() != metrics.predictions_sha256:
         raise StorageError(f"{store.url(metrics.predictions)} is damaged: delete it, and start the run again")
     return body
 
 
 def load_model(
-    config: TrainConfig, weights: dict[str, Tensor], classes: int, device: torch.device | None = None
+    config: TrainConfig,
+    weights: dict[str, Tensor],
+    classes: int,
+    device: torch.device | None = None,
+    image_size: int = 32,
 ) -> nn.Module:
     """The trained network, ready to predict: batch norm uses what it has learned, dropout drops nothing.
 
     Raises:
-        ConfigError: there is no such network here.
+        ConfigError: there is no such network here, or it takes no images of this size.
         CheckpointCorruptError: the weights are none of this network's.
     """
     try:
-        model = build_model(config.model.name, classes)
+        model = build_model(config.model.name, classes, image_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     check_weights(weights, model)
@@ -151,7 +199,7 @@ def load_model(
 
 @torch.inference_mode()
 def predict(model: nn.Module, inputs: Tensor, tta: str = "off") -> Tensor:
-    """Logits (batch, classes), float32 on the CPU, of normalized images (batch, 3, 32, 32).
+    """Logits (batch, classes), float32 on the CPU, of normalized images (batch, 3, side, side).
 
     With tta "flip" they are the mean over the image and its mirror image. With "crops" they are half that mean, plus
     half the same mean over the image shifted by a pixel, both to the upper left and to the lower right (Jordan, arXiv
@@ -172,24 +220,26 @@ def _mirrored_mean(model: nn.Module, inputs: Tensor) -> Tensor:
     return (model(inputs) + model(inputs.flip(3))) / 2  # type: ignore[no-any-return]
 
 
-def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of `Metrics` that follow from logits (N, classes), float32, and labels (N,), int64."""
-    # Here, because they take more than a second to import.
-    from scipy.stats import binned_statistic, binomtest
-    from torchmetrics.functional import classification as tm
+def answers_to(logits: Tensor, labels: Tensor) -> Answers:
+    """What logits (N, classes), float32, say of images with these labels (N,), int64."""
+    confidence, predicted = logits.softmax(1).max(1)
+    best = logits.topk(min(_TOP, logits.shape[1]), 1).indices
+    return Answers(
+        labels=labels,
+        predicted=predicted,
+        confidence=confidence,
+        in_top5=(best == labels[:, None]).any(1),
+        loss=F.cross_entropy(logits, labels, reduction="none"),
+    )
 
-    count, probabilities = len(classes), logits.softmax(1)
-    confidence, predicted = probabilities.max(1)
-    correct = predicted == labels
+
+def measure(answers: Answers, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of `Metrics` that follow from what a model says of the test images."""
+    from scipy.stats import binned_statistic, binomtest  # here, because it takes more than a second to import
+
+    labels, predicted, confidence = answers.labels, answers.predicted, answers.confidence
+    count, correct = len(classes), predicted == labels
     share = binomtest(int(correct.sum()), len(labels))
-    per_class = {
-        name: function(predicted, labels, count, average="none")
-        for name, function in (
-            ("precision", tm.multiclass_precision),
-            ("recall", tm.multiclass_recall),
-            ("f1", tm.multiclass_f1_score),
-        )
-    }
     sums, _, _ = binned_statistic(
         confidence.double().numpy(),
         torch.stack([torch.ones_like(confidence), confidence, correct]).double().numpy(),
@@ -197,31 +247,24 @@ def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[st
         bins=CALIBRATION_BINS,
         range=(0, 1),
     )
+    bins = [
+        Bin(images=int(images), confidence=certain / images, accuracy=right / images)
+        for images, certain, right in sums.T
+        if images
+    ]
     wrong = (~correct).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:_MISTAKES]
     return {
         "images": len(labels),
         "accuracy": share.statistic,  # in double precision: the gate compares it with a threshold
         "interval": tuple(share.proportion_ci(0.95, method="wilson")),
-        "top5": float(tm.multiclass_accuracy(probabilities, labels, count, average="micro", top_k=min(5, count))),
-        "loss": float(F.cross_entropy(logits, labels)),
-        "calibration_error": float(
-            tm.multiclass_calibration_error(probabilities, labels, count, n_bins=CALIBRATION_BINS)
-        ),
-        "reliability": [
-            Bin(images=int(images), confidence=certain / images, accuracy=right / images)
-            for images, certain, right in sums.T
-            if images
-        ],
-        "classes": [
-            ClassMetrics(
-                name=name,
-                images=int((labels == number).sum()),
-                **{metric: float(values[number]) for metric, values in per_class.items()},
-            )
-            for number, name in enumerate(classes)
-        ],
-        "confusion": tm.multiclass_confusion_matrix(predicted, labels, count).tolist(),
+        "top5": float(answers.in_top5.double().mean()),
+        "loss": float(answers.loss.double().mean()),
+        "calibration_error": sum(bin.images * abs(bin.accuracy - bin.confidence) for bin in bins) / len(labels),
+        "reliability": bins,
+        "classes": _of_each_class(labels, predicted, classes),
+        "confusion": _counted_pairs(labels, predicted, count).tolist() if count <= MATRIX_CLASSES else [],
+        "confused": _most_confused(labels[wrong], predicted[wrong], classes),
         "mistakes": [
             Mistake(
                 image=image,
@@ -232,6 +275,38 @@ def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[st
             for image in worst.tolist()
         ],
     }
+
+
+def _of_each_class(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) -> list[ClassMetrics]:
+    count = len(classes)
+    right = torch.bincount(labels[labels == predicted], minlength=count).tolist()
+    images = torch.bincount(labels, minlength=count).tolist()
+    taken_for_it = torch.bincount(predicted, minlength=count).tolist()
+    return [
+        ClassMetrics(
+            name=name,
+            images=images[number],
+            precision=right[number] / max(taken_for_it[number], 1) if images[number] else None,
+            recall=right[number] / images[number] if images[number] else None,
+            f1=2 * right[number] / (images[number] + taken_for_it[number]) if images[number] else None,
+        )
+        for number, name in enumerate(classes)
+    ]
+
+
+def _counted_pairs(labels: Tensor, predicted: Tensor, count: int) -> Tensor:
+    """The confusion matrix, int64 (classes, classes)."""
+    return torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
+
+
+def _most_confused(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) -> list[Confused]:
+    count = len(classes)
+    pairs, images = torch.unique(labels * count + predicted, return_counts=True)
+    most = images.argsort(descending=True, stable=True)[:_PAIRS]
+    return [
+        Confused(label=classes[pair // count], predicted=classes[pair % count], images=times)
+        for pair, times in zip(pairs[most].tolist(), images[most].tolist(), strict=True)
+    ]
 
 
 def _evaluate(
@@ -245,9 +320,10 @@ def _evaluate(
     dataset = open_dataset(workspace, dataset_ref)
     device = find_device(config.hardware.device)
     with failures_explained(device):
-        logits = predict_test_images(load_model(config, weights, len(dataset.classes), device), dataset, config)
+        model = load_model(config, weights, len(dataset.classes), device, dataset.image_size)
+        answers = answer_test_images(model, dataset, config)
     labels = dataset.test_labels
-    body = save_safetensors({"predicted": logits.argmax(1).to(torch.uint8), "labels": labels.clone()})
+    body = save_safetensors({"predicted": answers.predicted.to(labels.dtype), "labels": labels.clone()})
     key = report_key(checkpoint.run_id, "predictions.safetensors")
     workspace.store.put(key, body)
     return Metrics(
@@ -255,16 +331,28 @@ def _evaluate(
         weights_sha256=weights_sha256(weights),
         predictions=key,
         predictions_sha256=hashlib.sha256(body).hexdigest(),
-        **measure(logits, labels.long(), dataset.classes),
+        **measure(answers, dataset.classes),
     )
 
 
-def predict_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) -> Tensor:
-    """Logits (N, classes), float32, of all test images, predicted as the config says."""
+def images_at_a_time(image_size: int, classes: int) -> int:
+    """How many images are predicted at a time, so that large images and many classes take no more memory than CIFAR-10.
+
+    1000 of CIFAR-10's, and 1 at least.
+    """
+    return max(1, min(_BATCH, _BATCH * 32**2 // image_size**2, _LOGITS // classes))
+
+
+def answer_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) -> Answers:
+    """What a model says of all test images, predicted as the config says."""
     scale, shift = batches.normalizer(dataset, config.data.normalization)
-    return torch.cat(
-        [
-            predict(model, batches.to_input(images, scale, shift), config.evaluation.tta)
-            for images in torch.split(dataset.test_images, BATCH)
-        ]
+    size = images_at_a_time(dataset.image_size, len(dataset.classes))
+    parts = [
+        answers_to(predict(model, batches.to_input(images, scale, shift), config.evaluation.tta), labels.long())
+        for images, labels in zip(
+            torch.split(dataset.test_images, size), torch.split(dataset.test_labels, size), strict=True
+        )
+    ]
+    return Answers(
+        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
     )

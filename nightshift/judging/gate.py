@@ -24,7 +24,10 @@ from nightshift.storage.store import Store
 
 SIGNIFICANCE = 0.05
 PREDICTIONS = "predictions.safetensors"
-"""A file of each version: `predicted` and `labels`, uint8 (N,), of the test images in the data set's order."""
+"""A file of each version: `predicted` and `labels` of the test images in the data set's order.
+
+Both are uint8 (N,), or int32 (N,) where the data set's labels are.
+"""
 
 
 def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdict:
@@ -200,7 +203,7 @@ def _weigh(found: Comparison, settings: GateSettings) -> tuple[bool, str]:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What a version said of each test image, and what is right: uint8 (N,)."""
+    """What a version said of each test image, and what is right: uint8 or int32 (N,)."""
 
     card: ModelCard
     predicted: np.ndarray
@@ -230,6 +233,8 @@ def _read_answers(store: Store, card: ModelCard) -> _Answers:
 def _predictions(body: bytes) -> tuple[np.ndarray, np.ndarray]:
     stored = load_safetensors(body)
     predicted, labels = stored["predicted"], stored["labels"]
-    if not predicted.dtype == labels.dtype == np.uint8 or not predicted.shape == labels.shape == (labels.size or 1,):
-        raise ValueError("predicted and labels are not uint8 of one length")
+    if predicted.dtype not in (np.uint8, np.int32) or predicted.dtype != labels.dtype:
+        raise ValueError("predicted and labels are not both uint8 or both int32")
+    if not predicted.shape == labels.shape == (labels.size or 1,):
+        raise ValueError("predicted and labels are not of one length")
     return predicted, labels

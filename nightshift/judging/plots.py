@@ -131,14 +131,17 @@ def nights(labels: Sequence[str], accuracies: Sequence[float], promoted: Sequenc
 
 
 def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
-    """Misclassified images, uint8 (N, 32, 32, 3), each with its class and the predicted one."""
+    """Misclassified images, uint8 (N, side, side, 3), each with its class and the predicted one.
+
+    All are shown as large, whatever their size: small ones as their pixels are, large ones smoothed.
+    """
     columns = min(5, len(found))
     rows = -(-len(found) // columns)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(1.7 * columns, 2.4 * rows), layout="constrained")
         for place, (mistake, pixels) in enumerate(zip(found, images, strict=True)):
             axes = figure.add_subplot(rows, columns, place + 1)
-            axes.imshow(pixels, interpolation="nearest")
+            axes.imshow(pixels, interpolation="auto")
             axes.set_axis_off()
             label, predicted = figure_label(mistake.label), figure_label(mistake.predicted)
             title = f"{label}\n→ {predicted}\n{mistake.probability:.1%}"

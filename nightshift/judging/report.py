@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
+from typing import Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,7 +16,7 @@ from markupsafe import Markup
 from nightshift import progress
 from nightshift.data.datasets import open_dataset
 from nightshift.judging import evaluation
-from nightshift.judging.evaluation import Metrics
+from nightshift.judging.evaluation import ClassMetrics, Metrics
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.records.run import Result, RunRecord, newest_records
@@ -26,6 +27,9 @@ from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
 from nightshift.workspace import Workspace
 
 _NIGHTS = 14
+_WORST = 20
+"""Of more classes than fit into a confusion matrix, only so many are shown: those that are recognized worst."""
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,28 @@ class Night:
     at: datetime
     accuracy: float
     promoted: bool
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes that a report shows."""
+
+    shown: list[ClassMetrics]
+    count: int
+    """How many there are, shown or not."""
+    untested: int
+    """How many have no test images."""
+    named: list[str]
+    """Some of these."""
+
+    @classmethod
+    def of(cls, found: Metrics) -> Self:
+        untested = [metric.name for metric in found.classes if not metric.images]
+        shown = found.classes
+        if len(shown) > evaluation.MATRIX_CLASSES:
+            tested = [metric for metric in shown if metric.recall is not None]
+            shown = sorted(tested, key=lambda metric: (metric.recall, -metric.images))[:_WORST]
+        return cls(shown, len(found.classes), len(untested), untested[:_NAMED])
 
 
 def publish_report(
@@ -108,6 +134,7 @@ def build_report(
         "config": config,
         "verdict": verdict,
         "metrics": found,
+        "classes": Classes.of(found) if found else None,
         "champion": champion if verdict and verdict.comparison else None,
         "nights": nights,
         "events": record.events,
@@ -172,8 +199,9 @@ def _plots(
             [night.accuracy for night in nights],
             [night.promoted for night in nights],
         )
-    if found:
+    if found and found.confusion:
         figures["confusion"] = plots.confusion(found.confusion, [metric.name for metric in found.classes])
+    if found:
         figures["reliability"] = plots.reliability(found.reliability)
     if found and found.mistakes:
         images = open_dataset(workspace, record.dataset).test_images[[mistake.image for mistake in found.mistakes]]

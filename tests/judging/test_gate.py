@@ -158,6 +158,7 @@ LABELS = np.zeros(IMAGES, np.uint8)
         (save({"labels": LABELS}), "is damaged: 'predicted'"),
         (save({"predicted": LABELS[:7], "labels": LABELS}), "of one length"),
         (save({"predicted": LABELS.astype(np.float32), "labels": LABELS}), "uint8"),
+        (save({"predicted": LABELS.astype(np.int32), "labels": LABELS}), "both int32"),
         (save({"predicted": LABELS[None], "labels": LABELS[None]}), "of one length"),
         (save({"predicted": LABELS[:7], "labels": LABELS[:7]}), "of other images"),
         (save({"predicted": LABELS, "labels": LABELS + 1}), "of other images"),
@@ -201,6 +202,18 @@ def test_predictions_that_are_none_are_an_error_though_a_card_vouches_for_them(
     publish_version(store, card, {gate.PREDICTIONS: predictions})
     with pytest.raises(DocumentDamagedError, match=r"/predictions\.safetensors is damaged|of other images"):
         promote(store, card.ref())
+
+
+def test_classes_beyond_a_byte_are_told_apart(store: Store) -> None:
+    """256 more is another class."""
+    labels = np.arange(1000, dtype=np.int32)
+    for version, predicted in (("right", labels), ("wrong", labels ^ 256)):
+        card = card_of(version, weights_sha256=sha256(version))
+        publish_version(store, card, {gate.PREDICTIONS: save({"predicted": predicted, "labels": labels})})
+        verdict = promote(store, card.ref())
+    assert not verdict.promoted
+    assert verdict.comparison
+    assert (verdict.comparison.only_champion, verdict.comparison.only_candidate) == (1000, 0)
 
 
 def test_mcnemars_test_and_its_interval_are_the_published_ones() -> None:

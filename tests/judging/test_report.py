@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from markdown_it import MarkdownIt
 
 from nightshift.errors import TrainingInterrupted
@@ -84,7 +85,7 @@ def test_the_report_has_the_verdict_the_comparison_and_what_it_was_made_of(
     for text in (page.html, page.markdown):
         for fact in (
             *("✗ Not promoted", record.result.verdict.reason, f"{100 * shown.accuracy:.2f} %", champion),
-            *("label_smoothing", "torch", "cat", "at 2.5 an hour", f"{100 * shown.classes[3].recall:.2f} %"),
+            *("label_smoothing", "torch", "cat", "at 2.5 an hour", f"{100 * (shown.classes[3].recall or 0):.2f} %"),
         ):
             assert fact in unescape(text), fact
     assert workspace.store.get("reports/epochs-1/report.html")[0].decode() == page.html
@@ -151,6 +152,55 @@ def test_no_text_becomes_markup_in_markdown_or_a_further_cell_of_a_table(hostile
     assert len(blocks) == 7
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+@pytest.fixture(scope="module")
+def crowded_page(home: Path) -> Report:
+    """Of 300 classes, of which every tenth has no test images and one is always taken for the next."""
+    store, count = MemoryStore(), 300
+    with hold_run(store, RunSpec("run", small_config(), DATASET, {"torch": "x"}, 40), 60) as run:
+        run.end("failed", "")
+        record = run.record
+    labels = torch.tensor([number for number in range(count) if number % 10] * 3)
+    answers = evaluation.Answers(
+        labels=labels,
+        predicted=torch.where(labels == 77, 78, labels),
+        confidence=torch.full((len(labels),), 0.5),
+        in_top5=torch.ones(len(labels), dtype=torch.bool),
+        loss=torch.ones(len(labels)),
+    )
+    measured = evaluation.measure(answers, tuple(f"kind {number}" for number in range(count)))
+    digests = dict.fromkeys(("checkpoint", "dataset_digest", "weights_sha256", "predictions_sha256"), "0" * 64)
+    metrics = Metrics(**digests, tta="off", predictions="none", **{**measured, "mistakes": []})
+    store.put("reports/run/evaluation.json", metrics.model_dump_json().encode())
+    return build_report(Workspace(store, home, 60, 5), record, None, None)
+
+
+def test_of_many_classes_the_worst_and_the_most_confused_are_shown_and_no_picture(crowded_page: Report) -> None:
+    assert "confusion" not in crowded_page.plots
+    html = re.sub(r"<[^>]+>", " ", crowded_page.html)
+    assert re.search(r"kind 77\s+kind 78\s+3\s", html)
+    assert "| kind 77 | kind 78 | 3 |" in crowded_page.markdown
+    for text in (html, crowded_page.markdown):
+        assert "20 of 300" in text
+        assert "nothing is known: 30: kind 0, kind 10, kind 20," in text
+        assert text.index("kind 77") < text.index("kind 1 ")
+        assert "kind 299" not in text
+
+
+def test_a_page_of_many_classes_is_a_table_for_every_reader_of_markdown(crowded_page: Report) -> None:
+    for block in re.findall(r"(?:^\|.*\n)+", crowded_page.markdown, re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 512])
+def test_images_of_every_size_are_shown_alike_among_the_mistakes(size: int) -> None:
+    found = [Mistake(image=0, label="cat", predicted="dog", probability=0.5)]
+    figure = plots.mistakes(found, np.full((1, size, size, 3), 99, np.uint8))
+    shown = re.search(r'<image [^>]*?width="([0-9.]+)"', figure) or re.search(r'width="([0-9.]+)"[^>]*/>', figure)
+    assert shown
+    assert 80 < float(shown[1]) < 160
+    assert len(figure) < 100_000
 
 
 def test_a_class_may_have_any_name_in_the_figures(hostile_page: Report) -> None:
