@@ -29,7 +29,7 @@ _TOLERANCE = 1e-5
 class Format:
     """How a model is written to a file, and how the file is run on images.
 
-    `run` takes the file's bytes, a freshly built network and normalized images (batch, 3, 32, 32); it returns
+    `run` takes the file's bytes, a freshly built network and normalized images (batch, 3, side, side); it returns
     logits (batch, classes).
     """
 
@@ -44,7 +44,7 @@ def export(model: nn.Module, fresh: nn.Module, inputs: Tensor, name: str) -> byt
     Args:
         model: on the CPU, in inference mode.
         fresh: the same architecture with any weights. Formats that hold only weights are read into it.
-        inputs: normalized images, float32 (batch, 3, 32, 32).
+        inputs: normalized images, float32 (batch, 3, side, side), two or more.
 
     Raises:
         ConfigError: there is no such format, or what it needs is not installed.

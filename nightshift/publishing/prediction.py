@@ -17,7 +17,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from nightshift.data import batches
-from nightshift.data.images import MAX_BYTES, check_size, open_image
+from nightshift.data.images import MAX_BYTES, check_size, fit, open_image
 from nightshift.data.names import check_places
 from nightshift.errors import (
     ConfigError,
@@ -33,6 +33,7 @@ from nightshift.records.versions import read_card, read_tensors
 from nightshift.refs import PredictionsRef
 from nightshift.storage.store import Store, Stored
 from nightshift.text import as_json, csv_cell
+from nightshift.values import Resize
 
 _BATCH = 256
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -75,7 +76,7 @@ class Classifier:
             ModelNotFoundError: no such version is published, or there is no champion.
             DocumentDamagedError, CheckpointCorruptError: its card or its weights are not what was published.
             StorageError: they cannot be read.
-            ConfigError: there is no such network here, or its config cannot be read.
+            ConfigError: there is no such network here, it takes no images of this size, or its config cannot be read.
         """
         if version == "champion":
             history = champions.read_history(store, name)
@@ -85,17 +86,20 @@ class Classifier:
         config = card.train_config()
         weights = read_tensors(store, card, "weights.safetensors", load_safetensors)
         self.version, self.classes, self._tta = card.version, card.classes, config.evaluation.tta
+        self.image_size, self.resize = card.image_size, card.resize
         device = find_device()
-        self._model: nn.Module = evaluation.load_model(config, weights, len(self.classes), device)
+        self._model: nn.Module = evaluation.load_model(config, weights, len(self.classes), device, self.image_size)
         self._scale, self._shift = batches.scale_and_shift(card.mean, card.std)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """uint8 images (batch, 32, 32, 3) → probabilities (batch, classes), float32 on the CPU."""
+        """uint8 images (batch, side, side, 3) → probabilities (batch, classes), float32 on the CPU."""
         inputs = batches.to_input(images, self._scale, self._shift)
         return evaluation.predict(self._model, inputs, self._tta).softmax(1)
 
     def predict(self, store: Store, places: Iterable[str]) -> Iterator[Prediction]:
         """Predict each image at these places, in their order. A bad one is reported and does not stop the others.
+
+        Each becomes a square as the training images did.
 
         Args:
             store: its connection reads the places that begin with s3://.
@@ -106,8 +110,9 @@ class Classifier:
             StorageError: a bucket cannot be listed, or the store does not answer.
         """
         sources = _sources(store, places)
-        while batch := list(islice(sources, _BATCH)):
-            decoded = [_decode(source) for source in batch]
+        size = min(_BATCH, evaluation.images_at_a_time(self.image_size, len(self.classes)))
+        while batch := list(islice(sources, size)):
+            decoded = [_decode(source, self.image_size, self.resize) for source in batch]
             good = [image for image in decoded if isinstance(image, np.ndarray)]
             found = iter(self.probabilities(torch.from_numpy(np.stack(good))) if good else ())
             for source, image in zip(batch, decoded, strict=True):
@@ -241,10 +246,10 @@ def _from_bucket(bucket: Store, stored: Stored) -> Image.Image:
         raise UnreadableImageError(str(error)) from error
 
 
-def _decode(source: _Source, size: int = 32) -> np.ndarray | str:
-    """The image as uint8 (size, size, 3), or the reason why it cannot be read."""
+def _decode(source: _Source, size: int, how: Resize) -> np.ndarray | str:
+    """The image as `fit` makes it, or the reason why it cannot be read."""
     try:
         image = source.read()
     except UnreadableImageError as error:
         return str(error)
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
+    return fit(image, size, how)

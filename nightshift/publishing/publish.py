@@ -20,7 +20,7 @@ from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
 from nightshift.workspace import Workspace
 
 _IMAGES = 256
-"""How many test images an exported file is compared on."""
+"""How many test images an exported file is compared on; fewer if they are large, and two at least."""
 PUBLISHED = {"weights.pth": "state_dict", "weights.safetensors": "safetensors", "model.pt2": "pt2"}
 
 
@@ -76,7 +76,10 @@ def _publish(workspace: Workspace, record: RunRecord, checkpoint: CheckpointRef,
         run_id=record.run_id,
         architecture=config.model.name,
         classes=dataset.classes,
-        input="float32 (batch, 3, 32, 32), RGB, (pixel - mean) / std with pixel 0…255",
+        image_size=dataset.image_size,
+        resize=dataset.resize,
+        input=f"float32 (batch, 3, {dataset.image_size}, {dataset.image_size}), RGB, "
+        "(pixel - mean) / std with pixel 0…255",
         output="logits, float32 (batch, classes)",
         mean=mean,
         std=std,
@@ -94,7 +97,12 @@ def _publish(workspace: Workspace, record: RunRecord, checkpoint: CheckpointRef,
 
 def _exporter(weights: dict[str, Tensor], config: TrainConfig, dataset: Dataset) -> Callable[[str], bytes]:
     """`export` for these weights. Files are compared on the first test images."""
-    model = evaluation.load_model(config, weights, len(dataset.classes))
-    fresh = build_model(config.model.name, len(dataset.classes)).to(memory_format=torch.channels_last)
-    inputs = batches.to_input(dataset.test_images[:_IMAGES], *batches.normalizer(dataset, config.data.normalization))
+    classes, size = len(dataset.classes), dataset.image_size
+    model = evaluation.load_model(config, weights, classes, image_size=size)
+    fresh = build_model(config.model.name, classes, size).to(memory_format=torch.channels_last)
+    count = max(2, min(_IMAGES, evaluation.images_at_a_time(size, classes)))
+    images = dataset.test_images[:count]
+    if len(images) == 1:
+        images = torch.cat([images, images])  # an exporter takes a batch of one for a batch that is always one
+    inputs = batches.to_input(images, *batches.normalizer(dataset, config.data.normalization))
     return lambda name: export(model, fresh, inputs, name)

@@ -25,7 +25,7 @@ from nightshift.refs import ModelRef
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
 from nightshift.storage.store import Store
-from nightshift.values import Count, Line, Loss, Moment, Share
+from nightshift.values import MOST_CLASSES, ClassName, Count, ImageSize, Line, Loss, Moment, Resize, Share
 
 _Mean = Annotated[float, Field(ge=0, le=255)]
 _Deviation = Annotated[float, Field(gt=0, le=255)]
@@ -45,22 +45,27 @@ class PublishedFile(Part):
 class ModelCard(Document):
     """What a published version is, what it was made of, and how good it is.
 
-    Cards of format 1 hold no number, and those of format 2 no sha256 either.
+    Cards of format 3 say no size: their images have a side of 32 pixels. Those of format 2 hold no sha256 either, and
+    those of format 1 no number.
     """
 
     title: ClassVar[str] = "card of a published model"
     if_damaged: ClassVar[str] = (
         "Bring an older version of the object back if the bucket keeps them, or train and publish under another run id"
     )
-    max_bytes: ClassVar[int] = 4 * documents.MIB
+    max_bytes: ClassVar[int] = 16 * documents.MIB
     sealed_since: ClassVar[int] = 3
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     name: RunId
     version: RunId
     run_id: RunId
     architecture: Line
-    classes: tuple[Line, ...] = Field(min_length=1)
+    classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    image_size: ImageSize = 32
+    """The side of the images it takes, in pixels."""
+    resize: Resize = "stretch"
+    """How an image of another shape becomes such a square."""
     input: Line
     """What the network takes, for people."""
     output: Line

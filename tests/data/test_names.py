@@ -61,6 +61,7 @@ def test_the_most_and_the_longest_classes_fit() -> None:
         (["cat"], "has 1 classes"),
         ([str(number) for number in range(MOST_CLASSES + 1)], "has 100,001 classes"),
         (["cat", "dog", "cat"], "two classes of the data set have the same name"),
+        (["cat", "caf\udce9"], r"no text in UTF-8: 'caf\\udce9'"),
         (["cat", "x" * 1001], "has 1,001 characters, and 1,000 are the most"),
         ([f"{number:0200}" for number in range(50_000)], "50,000 classes have more than 8,000,000 bytes together"),
     ],

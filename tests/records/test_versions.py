@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 from safetensors.numpy import load
 
+from nightshift.data.names import check_classes
 from nightshift.errors import DocumentDamagedError, DocumentNewerError, ModelNotFoundError, StorageError
 from nightshift.records.versions import ModelCard, card_key, publish_version, read_card, read_file, read_tensors
 from nightshift.storage import documents
 from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store
+from nightshift.values import LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES
 from tests.conftest import small_config
+from tests.hostile import HOSTILE
 
 
 def card_of(version: str, **changed: Any) -> ModelCard:
@@ -70,6 +73,25 @@ def test_a_version_without_its_card_is_not_published(store: Store) -> None:
         read_card(store, "cifar10", "half")
 
 
+def test_a_card_of_before_images_had_sizes_is_of_images_of_32_by_32_that_are_stretched() -> None:
+    store = MemoryStore()
+    fields = card_of("v").model_dump(mode="json", exclude={"sha256", "image_size", "resize"}) | {"format": 3}
+    store.put(card_key("cifar10", "v"), json.dumps({**fields, "sha256": documents._digest(fields)}).encode())
+    card = read_card(store, "cifar10", "v")
+    assert (card.image_size, card.resize, card.sha256) == (32, "stretch", documents._digest(fields))
+    assert card.changed(sha256=None) == card_of("v")
+
+
+def test_a_card_holds_the_most_classes_and_any_names() -> None:
+    longest = LONGEST_CLASS_NAMES // MOST_CLASSES - 4
+    hostile = tuple(text for text in HOSTILE.values() if len(text) <= LONGEST_CLASS_NAME)
+    for names in (hostile, tuple(f"{number:0{longest}}" for number in range(MOST_CLASSES))):
+        check_classes(names)
+        store = MemoryStore()
+        publish_version(store, card_of("v", classes=names), {})
+        assert read_card(store, "cifar10", "v").classes == names
+
+
 @pytest.mark.parametrize("number", [{}, {"format": 2}])
 def test_a_card_of_before_cards_were_sealed_is_read_with_what_others_added_to_it(number: dict[str, int]) -> None:
     store = MemoryStore()
@@ -113,6 +135,11 @@ def test_a_card_under_another_versions_key_is_not_believed() -> None:
         {"version": "../../runs"},
         {"name": "a/b"},
         {"architecture": "\x1b[2J"},
+        {"image_size": 15},
+        {"image_size": 513},
+        {"resize": "tile"},
+        {"classes": ["x"] * 100_001},
+        {"classes": ["x" * 1001]},
         {"config": {"recipe": [[[[[[[[[[[[[[[[[["deep"]]]]]]]]]]]]]]]]]]}},
     ],
 )
@@ -126,9 +153,9 @@ def test_a_card_with_a_value_that_no_card_has_is_not_believed(changed: dict[str,
 
 def test_a_card_of_a_newer_nightshift_says_so() -> None:
     store = MemoryStore()
-    fields = {"format": 4}
+    fields = {"format": 5}
     store.put(card_key("cifar10", "v"), json.dumps({**fields, "sha256": documents._digest(fields)}).encode())
-    with pytest.raises(DocumentNewerError, match=r"format 4; this one reads up to 3\): update nightshift$"):
+    with pytest.raises(DocumentNewerError, match=r"format 5; this one reads up to 4\): update nightshift$"):
         read_card(store, "cifar10", "v")
 
 
