@@ -108,7 +108,7 @@ def fit(image: Image.Image, size: int, how: Resize) -> np.ndarray:
     width, height = image.size
     if how == "crop":
         side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
+        left, top = (width - side) // 2, (height - side) // 2  # whole pixels, which are not blurred
         box = (left, top, left + side, top + side)
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
     if how == "stretch":

@@ -166,6 +166,10 @@ def test_a_crop_keeps_the_middle_of_the_longer_side() -> None:
     assert np.array_equal(fit(Image.fromarray(pixels.swapaxes(0, 1)), 32, "crop"), PIXELS[:32, :32].swapaxes(0, 1))
 
 
+def test_a_crop_of_an_image_whose_shorter_side_has_the_size_only_cuts() -> None:
+    assert np.array_equal(fit(Image.fromarray(PIXELS[:, :47]), 40, "crop"), PIXELS[:, 3:43])
+
+
 def test_a_pad_shows_the_whole_image_in_the_middle_of_white() -> None:
     found = fit(halves(96, 32), 48, "pad")
     assert (found[:16] == 255).all()
