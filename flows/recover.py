@@ -28,7 +28,8 @@ from prefect.states import AwaitingRetry
 from pydantic import Field
 
 from nightshift import progress
-from nightshift.config.recipes import overrides_of
+from nightshift.config.project import Project, load_project
+from nightshift.config.recipes import named
 from nightshift.errors import DeploymentNotFoundError
 from nightshift.records import recovery
 from nightshift.records.recovery import Found, InterruptedRun
@@ -39,8 +40,8 @@ from nightshift.workspace import open_workspace
 
 WithinHours = Annotated[float, Field(ge=0, le=876_000)]
 Deployments = Callable[[str], DeploymentResponse | None]
-_OURS = re.compile(r"train-cifar/[^/%&<>?#.\\][^/%&<>?#\\]*")
-_ENTRYPOINT = re.compile(r"(.*/)?flows[./]train_cifar(\.py)?[.:]train_cifar")
+_OURS = re.compile(r"(train-cifar|retrain)/[^/%&<>?#.\\][^/%&<>?#\\]*")
+_ENTRYPOINT = re.compile(r"(.*/)?flows[./](train_cifar(\.py)?[.:]train_cifar|retrain(\.py)?[.:]retrain)")
 _ON_ITS_WAY = {StateType.SCHEDULED, StateType.PENDING}
 _PREFECTS_TURN = timedelta(minutes=5)
 """How long a run whose flow run the server knows is left to the automations, which take two minutes."""
@@ -61,7 +62,7 @@ def recover(within_hours: WithinHours = 24) -> dict[str, list[str]]:
     settings = Settings.load()
     with open_workspace(settings) as workspace:
         found = recovery.find(workspace.store, timedelta(hours=within_hours))
-        started = start_deployed(workspace.store, found, settings.max_recoveries)
+        started = start_deployed(workspace.store, found, settings)
     start_sweeps(timedelta(hours=within_hours))
     progress.current().say(f"started: {', '.join(started) or 'none'}; live: {', '.join(found.live) or 'none'}")
     return {"started": started, "live": found.live}
@@ -76,19 +77,21 @@ def is_being_cancelled() -> bool:
         return False
 
 
-def start_deployed(store: Store, found: Found, max_recoveries: int) -> list[str]:
+def start_deployed(store: Store, found: Found, settings: Settings) -> list[str]:
     """Start again those interrupted runs that a deployment of ours had started. Returns their run ids."""
     started = []
     with get_client(sync_client=True) as client:
         deployments = _deployments(client)
-        for record in recovery.claim_due(store, _to_start(store, client, found, deployments), max_recoveries):
+        project = load_project(settings.project)
+        due = recovery.claim_due(store, _to_start(store, client, found, deployments), settings.max_recoveries)
+        for record in due:
             with recovery.apart(store, record.run_id, _server_fails):
-                _start(client, record, deployments)
+                _start(client, record, deployments, project)
                 started.append(record.run_id)
     return started
 
 
-def _start(client: SyncPrefectClient, record: RunRecord, deployments: Deployments) -> None:
+def _start(client: SyncPrefectClient, record: RunRecord, deployments: Deployments, project: Project) -> None:
     assert record.origin.deployment is not None
     deployment = deployments(record.origin.deployment)
     if not deployment:
@@ -96,12 +99,12 @@ def _start(client: SyncPrefectClient, record: RunRecord, deployments: Deployment
             f"there is no deployment {record.origin.deployment!r} any more. To go on without it: "
             f"nightshift resume {record.run_id}"
         )
-    config = record.train_config()
+    recipe, overrides = named(record.train_config(), project)
     client.create_flow_run_from_deployment(
         deployment.id,
         parameters={
-            "recipe": config.recipe,
-            "overrides": overrides_of(config),
+            "recipe": recipe,
+            "overrides": overrides,
             "run_id": record.run_id,
             "promote": record.origin.promote,
         },

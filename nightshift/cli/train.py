@@ -37,18 +37,29 @@ def train(
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="Name of the run; an unfinished one of this name is resumed.")
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", metavar="PLACE", help="Train on a folder, an s3:// prefix or a table, as it is."),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Train, evaluate and publish: the whole flow in this process."""
-    from nightshift.data.names import check_extras, checked_config
+    from nightshift.config.project import load_project
+    from nightshift.data.names import check_extras, checked_config, name_of_place
     from nightshift.ids import new_run_id, parse_run_id
+    from nightshift.settings import Settings
 
-    config = checked_config(recipe, parse_overrides(overrides))
+    project, changes = load_project(Settings.load().project), parse_overrides(overrides)
+    if images in project.datasets:
+        changes, images = {"dataset": images, **changes}, None
+    elif images is not None:
+        changes = {"dataset": name_of_place(images), **changes}
+    config = checked_config(recipe, changes, project=project, images=images)
     check_extras(config)
     run_id = parse_run_id(run_id) if run_id is not None else new_run_id(recipe, datetime.now(UTC))
-    _run_and_print(run_id, config, as_json, verbose)
+    _run_and_print(run_id, config, as_json, verbose, images=images)
 
 
 @app.command(rich_help_panel="Train")
@@ -135,7 +146,7 @@ def recover(
         if on_server:
             from flows.recover import start_deployed
 
-            started += start_deployed(workspace.store, found, settings.max_recoveries)
+            started += start_deployed(workspace.store, found, settings)
         here = [run for run in found.interrupted if not (on_server and run.record.origin.deployment)]
         run_flow = None
         for record in recovery.claim_due(workspace.store, here, settings.max_recoveries):
@@ -159,9 +170,16 @@ def recover(
         raise typer.Exit(1)
 
 
-def _run_and_print(run_id: str, config: "TrainConfig", as_json: bool, verbose: bool, promote: bool = True) -> None:
+def _run_and_print(
+    run_id: str,
+    config: "TrainConfig",
+    as_json: bool,
+    verbose: bool,
+    promote: bool = True,
+    images: str | None = None,
+) -> None:
     with flow_runner(verbose) as run_flow:
-        record = run_flow(run_id, config, promote)
+        record = run_flow(run_id, config, promote, images)
     if as_json:
         print_json(record.summary())
     else:

@@ -1,32 +1,120 @@
 """The user's project file, `nightshift.toml`: what belongs to a team and not to a machine.
 
-It lies in the working directory of whoever deploys; the setting NIGHTSHIFT_PROJECT names another.
+It lies in the working directory of whoever deploys, starts runs or works; the setting NIGHTSHIFT_PROJECT names another.
 """
 
 import tomllib
 from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nightshift.errors import ConfigError
 from nightshift.explain import problem_of
+from nightshift.ids import parse_dataset_name
+
+Effect = Literal["off", "warn", "stop"]
+"""What becomes of a night whose images break a rule: nothing, a finding in the report, or no training."""
 
 
-class DeploymentConfig(BaseModel):
+class Table(BaseModel):
+    """One table of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DeploymentConfig(Table):
     """When a deployment starts by itself, `[deployments.NAME]`; what is left out is as nightshift ships it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     cron: str | None = Field(None, description="When, in five fields, such as `0 2 * * *`.")
     timezone: str | None = Field(None, description="A name of the IANA database, such as Europe/Berlin.")
 
 
-class Project(BaseModel):
+class SplitConfig(Table):
+    """How images are divided among training, validation and test, where the source does not say so itself.
+
+    The split is a function of the group alone, so an image stays where it is however many others come.
+    """
+
+    test: float = Field(0.1, ge=0, lt=1, description="The share that only the gate and the report see.")
+    validation: float = Field(0.1, ge=0, lt=1, description="The share that sweeps choose by.")
+    by: str = Field(
+        "image", description="`image`, or a column of the table: images with the same value are in one split."
+    )
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self) -> Self:
+        if self.test + self.validation >= 1:
+            raise ValueError("test and validation leave nothing to train on: together they must be below 1")
+        return self
+
+
+class RulesConfig(Table):
+    """What may be wrong with a night's images, `[datasets.NAME.rules]`: an effect for each rule, and its bounds."""
+
+    unreadable: Effect = Field("stop", description="More than `max_unreadable` of the images cannot be read.")
+    max_unreadable: float = Field(0.05, ge=0, le=1, description="A share of all images.")
+    few_images: Effect = Field("warn", description="A class has fewer than `min_images_per_class` images.")
+    min_images_per_class: int = Field(20, ge=1, description="Over all splits.")
+    new_class: Effect = Field("warn", description="A class that the last snapshot did not have.")
+    gone_class: Effect = Field("stop", description="A class of the last snapshot has no image any more.")
+    vanished: Effect = Field("stop", description="More than `max_vanished` of the last snapshot's images are gone.")
+    max_vanished: float = Field(0.2, ge=0, le=1, description="A share of the last snapshot's images.")
+    label_shift: Effect = Field("warn", description="A class' share changed by more than `max_label_shift`.")
+    max_label_shift: float = Field(
+        0.1, ge=0, le=1, description="The largest change of one class' share since the last snapshot."
+    )
+    duplicates: Effect = Field("warn", description="The same file stands in the data set more than once.")
+    conflicts: Effect = Field("warn", description="One image stands under two labels. All its copies are left out.")
+    groups: Effect = Field("warn", description="A group stands in two splits that the source itself names.")
+
+
+class DatasetConfig(Table):
+    """Where a team's images are and how they are stored, `[datasets.NAME]`."""
+
+    source: str = Field(
+        description="A folder or s3:// prefix with one folder a class, or a table: .csv, .jsonl or .parquet."
+    )
+    profile: str | None = Field(None, description="The AWS profile to read an s3:// source with.")
+    endpoint_url: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="The S3-compatible endpoint of an s3:// source."
+    )
+    image_size: Annotated[int, Field(ge=16, le=512)] | Literal["auto"] = Field(
+        "auto", description="Images are stored as so many pixels square; auto: as the first ones are, up to 128."
+    )
+    resize: Literal["crop", "pad", "stretch"] = Field("crop", description="How an image is made square.")
+    split: SplitConfig = SplitConfig()
+    rules: RulesConfig = RulesConfig()
+    retrain_unchanged: bool = Field(False, description="Train also when nothing has changed since the last run.")
+
+
+class RecipeConfig(BaseModel):
+    """A recipe of the team's own, `[recipes.NAME]`: another one, with some fields replaced."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    base: str = Field("quick", description="The recipe whose fields these replace.")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Project(Table):
     """All of `nightshift.toml`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+    datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
+    recipes: dict[str, RecipeConfig] = Field(default_factory=dict)
     deployments: dict[str, DeploymentConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_are_names(self) -> Self:
+        for name in self.datasets:
+            try:
+                parse_dataset_name(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
 
 
 def load_project(path: Path) -> Project:

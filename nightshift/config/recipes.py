@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from nightshift.config.project import Project
 from nightshift.config.train import (
     AugmentConfig,
     DataConfig,
@@ -17,6 +18,7 @@ from nightshift.config.train import (
     TrainConfig,
 )
 from nightshift.errors import ConfigError
+from nightshift.explain import near_miss
 
 
 @dataclass(frozen=True)
@@ -85,30 +87,57 @@ def recipe_names() -> list[str]:
     return sorted(_RECIPES)
 
 
-def get_recipe(name: str) -> Recipe:
-    """The recipe called `name`.
+def get_recipe(name: str, project: Project | None = None) -> Recipe:
+    """The recipe called `name`, of nightshift or of a project.
 
     Raises:
-        ConfigError: there is none; the message lists those there are.
+        ConfigError: there is none, or it rests on itself; the message lists those there are.
     """
-    if name not in _RECIPES:
-        raise ConfigError(f"there is no recipe {name!r}. The recipes are: {', '.join(recipe_names())}")
-    return _RECIPES[name]
+    own = (project or Project()).recipes
+    chain, overrides = [name], dict[str, Any]()
+    while (found := own.get(chain[-1])) and found.base not in chain:
+        overrides = {**found.overrides, **overrides}
+        chain.append(found.base)
+    if found:
+        raise ConfigError(f"recipe {name!r} rests on itself: {' → '.join([*chain, found.base])}")
+    if chain[-1] not in _RECIPES:
+        known = sorted([*recipe_names(), *own])
+        raise ConfigError(
+            f"there is no recipe {chain[-1]!r}.{near_miss(chain[-1], known)} The recipes are: {', '.join(known)}"
+        )
+    base = _RECIPES[chain[-1]]
+    if len(chain) == 1:
+        return base
+    try:
+        config = base.config.override(overrides)
+    except ConfigError as error:
+        raise ConfigError(f"recipe {name!r} of the project file: {error}") from None
+    return Recipe(config.model_copy(update={"recipe": name}), f"{chain[1]}, changed by nightshift.toml.")
 
 
-def overrides_of(config: TrainConfig) -> dict[str, Any]:
-    """The fields in which a config differs from its recipe's, by dotted name: `make_config` makes it of them again."""
-    base = get_recipe(config.recipe).config.flat()
-    return {name: value for name, value in config.flat().items() if base[name] != value}
+def named(config: TrainConfig, project: Project | None = None) -> tuple[str, dict[str, Any]]:
+    """A recipe, and the fields in which a config differs from it: `make_config` makes the config of them again.
+
+    It is the config's own recipe, or `quick` where that one is none any more.
+    """
+    recipe = config.recipe if config.recipe in {*recipe_names(), *(project or Project()).recipes} else "quick"
+    base = get_recipe(recipe, project).config.flat()
+    return recipe, {name: value for name, value in config.flat().items() if base[name] != value and name != "recipe"}
 
 
-def make_config(recipe: str, overrides: Mapping[str, Any] | None = None, night: datetime | None = None) -> TrainConfig:
+def make_config(
+    recipe: str,
+    overrides: Mapping[str, Any] | None = None,
+    night: datetime | None = None,
+    project: Project | None = None,
+) -> TrainConfig:
     """A recipe's config with some fields replaced.
 
     Args:
         overrides: as for `TrainConfig.override`; besides, the seed `date` stands for a number that is another each
             night, such as 20261125. The config has the number.
         night: whose date that is; now, in UTC, by default.
+        project: what else there are recipes in.
 
     Raises:
         ConfigError: the recipe or a field does not exist, or a value is out of range.
@@ -118,4 +147,4 @@ def make_config(recipe: str, overrides: Mapping[str, Any] | None = None, night: 
         raise ConfigError("recipe cannot be overridden: name the recipe itself (--recipe)")
     if overrides.get("seed") == "date":
         overrides["seed"] = int(f"{night or datetime.now(UTC):%Y%m%d}")
-    return get_recipe(recipe).config.override(overrides)
+    return get_recipe(recipe, project).config.override(overrides)

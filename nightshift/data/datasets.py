@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from nightshift import progress
-from nightshift.data.sources import _from_outside
-from nightshift.data.specs import Arrays, Spec, get_spec
+from nightshift.data.cifar10 import _from_outside
+from nightshift.data.specs import SPECS, Arrays, Spec, get_spec
 from nightshift.errors import (
     DataCorruptError,
     DataUnavailableError,
@@ -61,6 +61,9 @@ class Dataset:
     std: tuple[float, float, float]
     resize: Resize = "stretch"
     """How images of other shapes were made squares, and so how those to predict are."""
+    validation_images: Tensor | None = None
+    """What sweeps choose by; none where the data set has no such split."""
+    validation_labels: Tensor | None = None
 
     @property
     def image_size(self) -> int:
@@ -88,7 +91,7 @@ def fetch(workspace: Workspace, name: str) -> RawRef:
         return RawRef(name=name, digest=spec.digest, source="bucket")
     source, arrays = _from_outside(workspace, spec)
     raw = _raw_path(workspace, spec)
-    with _complete_file(raw) as file:
+    with complete_file(raw) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     return RawRef(name=name, digest=spec.digest, source=source)
 
@@ -105,7 +108,7 @@ def pack(workspace: Workspace, raw: RawRef) -> DatasetRef:
         made_here = True
         if not _raw_path(workspace, spec).exists():  # another machine fetched it, or it was deleted since
             source = fetch(workspace, spec.name).source
-        with np.load(_raw_path(workspace, spec)) as arrays, _complete_file(cached) as file:
+        with np.load(_raw_path(workspace, spec)) as arrays, complete_file(cached) as file:
             _write_packed(spec, dict(arrays), Path(file.name))
     # What was made here is whole: it replaces a damaged one.
     if made_here or workspace.store.head(spec.key) is None:
@@ -129,6 +132,10 @@ def open_dataset(workspace: Workspace, ref: DatasetRef) -> Dataset:
     Raises:
         DataUnavailableError: it is neither here nor in the store.
     """
+    if ref.name not in SPECS:
+        from nightshift.data.packed import open_packed  # it is made of what stands here
+
+        return open_packed(workspace, ref)
     spec = get_spec(ref.name)
     if not _in_cache(workspace, spec) and not _from_bucket(workspace, spec):
         raise DataUnavailableError(f"{workspace.store.url(spec.key)} is gone: start the run again to store it anew")
@@ -229,7 +236,7 @@ def _from_bucket(workspace: Workspace, spec: Spec) -> bool:
             what = f"{spec.name} from the bucket"
             with (
                 progress.current().transfer(what, stored.size) as advance,
-                _complete_file(_cache_path(workspace, spec)) as file,
+                complete_file(_cache_path(workspace, spec)) as file,
             ):
                 workspace.store.download(spec.key, file, advance, max_bytes=_MAX_BYTES)
                 file.flush()
@@ -243,7 +250,7 @@ def _from_bucket(workspace: Workspace, spec: Spec) -> bool:
 
 
 @contextmanager
-def _complete_file(path: Path) -> Iterator[IO[bytes]]:
+def complete_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that gets its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:

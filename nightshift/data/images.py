@@ -22,6 +22,8 @@ from nightshift.values import Resize
 
 FORMATS = {"BMP": 9, "GIF": 9, "JPEG": 9, "PNG": 9, "PPM": 9, "TIFF": 12, "WEBP": 17}
 """What is read, and how many bytes a pixel takes at most until the image is upright and in RGB, as was measured."""
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+"""Of the names by which images are found in folders."""
 MAX_BYTES = 100_000_000
 """The size of the largest file that is read."""
 _MAX_MEMORY = 450_000_000

@@ -1,43 +1,87 @@
 """Fast checks that what a config names exists and fits: without torch, numpy, Prefect or a server."""
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from models.names import check_image_size, check_model_name
+from nightshift.config.project import DatasetConfig, Project
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
-from nightshift.data.specs import get_spec
+from nightshift.data.specs import SPECS
 from nightshift.errors import ConfigError
+from nightshift.explain import near_miss
+from nightshift.ids import parse_dataset_name
 from nightshift.values import LARGEST_IMAGE, LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES, SMALLEST_IMAGE
 
 
 def checked_config(
-    recipe: str, overrides: Mapping[str, Any] | None = None, night: datetime | None = None
+    recipe: str,
+    overrides: Mapping[str, Any] | None = None,
+    night: datetime | None = None,
+    project: Project | None = None,
+    images: str | None = None,
 ) -> TrainConfig:
     """A recipe's config with some fields replaced, after a check that everything it names exists.
 
+    Args:
+        project: what else there are recipes and data sets in.
+        images: the place of the images, for a data set that is not in the project.
+
     Raises:
-        ConfigError: as `make_config` and `check_names`.
+        ConfigError: as `make_config`, `check_names` and `dataset_config`.
     """
-    config = make_config(recipe, overrides, night)
+    config = make_config(recipe, overrides, night, project)
     check_names(config)
+    if config.data.dataset not in SPECS:
+        dataset_config(project or Project(), config.data.dataset, images)
     return config
 
 
-def check_names(config: TrainConfig) -> None:
-    """Raise ConfigError if the network or the data set does not exist, or if one does not fit the other.
+def dataset_config(project: Project, name: str, images: str | None = None) -> DatasetConfig:
+    """Where the images of a data set are: as the project says, or at the place `images`.
 
-    The message lists those that exist, or that fit.
+    Raises:
+        ConfigError: the project has no such data set, and no place is given; the message lists those there are.
     """
-    spec = get_spec(config.data.dataset)
+    if images is not None:
+        check_places([images])
+        return DatasetConfig(source=images)
+    if name not in project.datasets:
+        known = sorted([*SPECS, *project.datasets])
+        raise ConfigError(
+            f"there is no data set {name!r}.{near_miss(name, known)} The data sets are: {', '.join(known)}. To train "
+            "on a folder as it is: nightshift train --images FOLDER"
+        )
+    return project.datasets[name]
+
+
+def name_of_place(place: str) -> str:
+    """The name of the data set that is trained on from a place: its last part, and what tells it from other places."""
+    whole = place if place.startswith("s3://") else str(Path(place).expanduser().absolute())
+    words = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(whole.rstrip("/")).stem).strip("-")[:40] or "images"
+    return parse_dataset_name(f"{words}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}")
+
+
+def check_names(config: TrainConfig) -> None:
+    """Raise ConfigError if the network does not exist or does not fit the data set, or if the data set's name is none.
+
+    The message lists the networks that exist, or that fit. What a team's own data set is like, its snapshot says.
+    """
+    name = config.data.dataset
+    if name not in SPECS:
+        parse_dataset_name(name)
     try:
         check_model_name(config.model.name)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    check_fits(config, spec.image_size)
+    if name in SPECS:
+        check_fits(config, SPECS[name].image_size)
 
 
 def check_fits(config: TrainConfig, image_size: int) -> None:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from nightshift.ids import RUN_ID, parse_run_id
+from nightshift.ids import DATASET, RUN_ID, parse_run_id
 
 RECORDS = "runs/"
 PAYLOADS = "checkpoints/"
@@ -23,9 +23,12 @@ _SHAPES = {
     "version": rf"{MODELS}{RUN_ID}/{_RUN}/{_VERSION_FILES}",
     "champion": rf"{MODELS}{RUN_ID}/champion\.json",
     "dataset": rf"{DATASETS}[0-9a-f]{{64}}/packed\.safetensors",
+    "snapshot": rf"{DATASETS}{DATASET}/(history\.json|snapshots/[0-9a-f]{{64}}\.(json|parquet))",
+    "part": rf"{DATASETS}{DATASET}/parts/[0-9a-f]{{64}}\.parquet",
+    "shard": rf"{DATASETS}shards/[0-9a-f]{{64}}",
     "probe": rf"{PROBES}[0-9a-f]{{16}}",
 }
-Kind = Literal["record", "payload", "report", "version", "champion", "dataset", "probe"]
+Kind = Literal["record", "payload", "report", "version", "champion", "dataset", "snapshot", "part", "shard", "probe"]
 
 
 @dataclass(frozen=True)

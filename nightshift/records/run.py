@@ -203,6 +203,8 @@ class RunRecord(Document):
             "verdict": verdict and verdict.model_dump(mode="json", exclude={"champion"}),
             "model": result and result.model,
             "data_source": self.dataset.source,
+            "dataset": self.dataset.name,
+            "snapshot": self.dataset.digest,
         }
 
 
@@ -219,6 +221,14 @@ def read_record(store: Store, run_id: str) -> tuple[RunRecord, str]:
         raise RunNotFoundError(
             f"there is no run {run_id!r} in {store.url(RECORDS)}: `nightshift runs` lists those there are"
         ) from None
+
+
+def dataset_of(store: Store, run_id: str) -> DatasetRef | None:
+    """The data set that a run was begun with; None if there is no such run yet. Raises as `read_record` otherwise."""
+    try:
+        return read_record(store, run_id)[0].dataset
+    except RunNotFoundError:
+        return None
 
 
 def write_record(store: Store, record: RunRecord, etag: str | None) -> str:

@@ -105,6 +105,10 @@ class MemoryStore:
             if url.startswith(ours + prefix):
                 yield self._stored(url.removeprefix(ours), item)
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        below = (item.key.removeprefix(prefix) for item in self.list(prefix))
+        yield from dict.fromkeys(rest.partition("/")[0] for rest in below if "/" in rest)
+
     def delete(self, key: str) -> None:
         with self._lock:
             self._objects.pop(self.url(key), None)

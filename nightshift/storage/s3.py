@@ -65,16 +65,27 @@ class Credentials:
 class S3:
     """A `Store` in a bucket."""
 
-    def __init__(self, settings: S3Settings, credentials: Credentials | None = None, attempts: int = 5) -> None:
-        """Raises SettingsError if no client can be made of the settings."""
+    def __init__(
+        self,
+        settings: S3Settings,
+        credentials: Credentials | None = None,
+        attempts: int = 5,
+        profile: str | None = None,
+    ) -> None:
+        """A client with these credentials, else those of an AWS profile, else those that boto3 finds.
+
+        Raises:
+            SettingsError: no client can be made of the settings.
+        """
         assert settings.bucket is not None
-        self._made_of = settings, credentials, attempts
+        self._made_of = settings, credentials, attempts, profile
+        self.is_embedded = credentials is not None
         self.bucket = settings.bucket
         self.prefix = settings.prefix.strip("/") + "/" if settings.prefix.strip("/") else ""
         self.endpoint = masked(settings.endpoint_url or f"AWS S3 ({settings.region})")
         self._allow_unfenced = settings.allow_unfenced
         self._clock = _ServerClock()
-        self._client = _client(settings, credentials, attempts)
+        self._client = _client(settings, credentials, attempts, profile)
         self._client.meta.events.register("after-call.s3", self._clock.read)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,6 +166,14 @@ class S3:
                 for found in page.get("Contents", []):
                     key = found["Key"].removeprefix(self.prefix)
                     yield Stored(key, found["Size"], found["ETag"], found["LastModified"])
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        with self._explained("list", prefix):
+            for page in self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="/"
+            ):
+                for found in page.get("CommonPrefixes", []):
+                    yield found["Prefix"].removeprefix(self.prefix + prefix).rstrip("/")
 
     def delete(self, key: str) -> None:
         with self._explained("delete", key):
@@ -242,9 +261,9 @@ class S3:
             raise StorageError(f"{what}: {error}") from error
 
 
-def _client(settings: S3Settings, credentials: Credentials | None, attempts: int) -> "S3Client":
+def _client(settings: S3Settings, credentials: Credentials | None, attempts: int, profile: str | None) -> "S3Client":
     try:
-        return boto3.client(
+        return boto3.Session(profile_name=profile).client(
             "s3",
             endpoint_url=settings.endpoint_url,
             region_name=settings.region,

@@ -149,6 +149,9 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[Stored]:
         """All objects whose key begins with `prefix`, in the order of their keys."""
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        """The distinct parts between `prefix` and the next / of the keys that have one there, in their order."""
+
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
 

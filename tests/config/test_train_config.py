@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.names import known_models
-from nightshift.config.recipes import get_recipe, make_config, overrides_of, recipe_names
+from nightshift.config.recipes import get_recipe, make_config, named, recipe_names
 from nightshift.config.train import TrainConfig, fields, is_decisive
 from nightshift.data.specs import SPECS
 from nightshift.errors import ConfigError
@@ -227,7 +227,7 @@ def test_what_says_only_how_often_and_where_decides_no_bits() -> None:
     ],
 )
 def test_a_field_is_named_in_short_in_full_or_by_its_section(overrides: dict[str, Any]) -> None:
-    assert overrides_of(make_config("quick", overrides)) == {"optimizer.lr": 0.1, "optimizer.name": "sgd"}
+    assert named(make_config("quick", overrides)) == ("quick", {"optimizer.lr": 0.1, "optimizer.name": "sgd"})
 
 
 def test_a_name_that_several_fields_have_is_refused_with_all_of_them() -> None:
@@ -237,7 +237,7 @@ def test_a_name_that_several_fields_have_is_refused_with_all_of_them() -> None:
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_a_config_is_its_recipe_and_what_differs_from_it(recipe: str) -> None:
     config = make_config(recipe, {path: value for path, value in OTHER.items() if path != "recipe"})
-    assert make_config(recipe, overrides_of(config)) == config
+    assert make_config(*named(config)) == config
 
 
 def test_a_config_of_format_1_is_read_as_one_of_today() -> None:

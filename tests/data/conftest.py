@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from nightshift.data import sources
+from nightshift.data import cifar10
 from nightshift.data.datasets import facts_of, fetch, pack
 from nightshift.data.specs import SPECS, Arrays, Spec
 from nightshift.progress import LogProgress, shown_by
@@ -64,12 +64,12 @@ def small(few: Arrays, monkeypatch: pytest.MonkeyPatch) -> Spec:
     facts = facts_of("small", classes, few)
     spec = Spec("small", classes, sums, hashlib.sha256(facts.encode()).hexdigest())
     monkeypatch.setitem(SPECS, "small", spec)
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
     return spec
 
 
 def no_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {})
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {})
 
 
 def provide(workspace: Workspace, name: str) -> DatasetRef:

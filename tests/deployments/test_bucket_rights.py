@@ -18,7 +18,6 @@ import boto3
 import pytest
 from safetensors.numpy import load_file
 
-from nightshift.data import sources
 from nightshift.data.datasets import facts_of, fetch, pack
 from nightshift.data.specs import SPECS, Arrays, Spec
 from nightshift.errors import StorageDeniedError
@@ -152,7 +151,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, cifar10: DatasetRef, home: Path) -> No
     classes = SPECS["cifar10"].classes
     facts = hashlib.sha256(facts_of("tiny", classes, few).encode()).hexdigest()
     monkeypatch.setitem(SPECS, "tiny", Spec("tiny", classes, sums, facts))
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
 
 
 class Torn(io.BytesIO):

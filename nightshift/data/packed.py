@@ -1,0 +1,135 @@
+"""A snapshot on this machine: the pixels of its shards in one file, from which they are mapped into memory.
+
+The file is a cache. It is safetensors: for each split uint8 images (N, size, size, 3) and their classes' numbers (N,),
+uint8 or, for more than 256 classes, int32. Images are in the order of their ids. Each image's pixels are compared with
+the sha256 that the snapshot's digest rests on when the file is made, and the file with its own when it is opened.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyarrow import compute
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from nightshift import progress
+from nightshift.data import rows as table
+from nightshift.data.datasets import Dataset, channel_statistics, complete_file
+from nightshift.data.snapshot import read_rows
+from nightshift.errors import DataCorruptError, ObjectNotFoundError, ObjectTooLargeError
+from nightshift.records import snapshots
+from nightshift.records.snapshots import SPLITS
+from nightshift.refs import DatasetRef, SnapshotRef
+from nightshift.storage.store import Store
+from nightshift.workspace import Workspace
+
+_MAX_SHARD = 1024**3
+
+
+def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef) -> DatasetRef:
+    """Make sure that this machine has a snapshot's pixels, and return what names them.
+
+    Raises:
+        DataCorruptError, StorageError: they cannot be had.
+    """
+    ref = DatasetRef(
+        name=snapshot.name,
+        digest=snapshot.digest,
+        key=snapshots.rows_key(snapshot.name, snapshot.digest),
+        source=f"snapshot {snapshot.digest[:12]}",
+    )
+    _in_cache(workspace, ref)
+    return ref
+
+
+def open_packed(workspace: Workspace, ref: DatasetRef) -> Dataset:
+    """Map a snapshot into memory, after a look whether this machine's copy is whole.
+
+    Raises:
+        DataCorruptError, StorageError: it is not here, and cannot be had.
+    """
+    path, facts = _in_cache(workspace, ref)
+    with safe_open(path, framework="pt") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Dataset(
+        ref.name, ref.digest, tuple(facts["classes"]), **arrays, mean=tuple(facts["mean"]), std=tuple(facts["std"])
+    )
+
+
+def _in_cache(workspace: Workspace, ref: DatasetRef) -> tuple[Path, dict[str, Any]]:
+    path = workspace.home / "datasets" / f"{ref.digest}.safetensors"
+    if path.exists():
+        try:
+            return path, _facts(path)
+        except DataCorruptError as error:
+            progress.current().warn(f"{path} is damaged ({error}): packing it again")
+            path.unlink()
+    arrays, classes = _assembled(workspace.store, ref)
+    mean, std = channel_statistics(arrays["train_images"])
+    sums = {name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()}
+    facts = {"name": ref.name, "classes": classes, "mean": mean, "std": std, "sha256": sums}
+    with complete_file(path) as file:
+        # One metadata entry, because safetensors writes several in an order that varies.
+        save_file(arrays, file.name, metadata={"nightshift": json.dumps(facts)})
+    return path, facts
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="np") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["nightshift"])
+            for name, expected in facts["sha256"].items():
+                if hashlib.sha256(np.ascontiguousarray(file.get_tensor(name)).data).hexdigest() != expected:
+                    raise DataCorruptError(f"{name} does not have its sha256")
+    except DataCorruptError:
+        raise
+    except Exception as error:  # readers raise anything on bytes that nobody has written
+        raise DataCorruptError(f"it cannot be read: {str(error) or type(error).__name__}") from error
+    return facts
+
+
+def _assembled(store: Store, ref: DatasetRef) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of all splits, from the shards, and the names of the classes in the order of their numbers."""
+    manifest, rows = read_rows(store, ref.name, ref.digest)
+    used, classes = table.kept(rows), sorted(manifest.classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    arrays: dict[str, np.ndarray] = {}
+    places: dict[bytes, list[tuple[int, bytes, np.ndarray]]] = defaultdict(list)
+    for split in SPLITS:
+        part = used.filter(compute.equal(used["split"], split))
+        images = np.empty((len(part), manifest.image_size, manifest.image_size, 3), np.uint8)
+        labels = np.empty(len(part), np.uint8 if len(classes) <= 256 else np.int32)
+        for at, (label, shard, offset, pixels) in enumerate(table.iterate(part, "label", "shard", "offset", "pixels")):
+            labels[at] = numbers[label]
+            places[shard].append((offset, pixels, images[at]))
+        arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+    with progress.current().transfer(f"packing {manifest.images:,} images", None) as advance:
+        for shard, wanted in places.items():
+            body = _shard(store, shard.hex())
+            for offset, pixels, into in wanted:
+                image = body[offset : offset + into.nbytes]
+                if hashlib.sha256(image).digest() != pixels:
+                    raise DataCorruptError(
+                        f"{store.url(snapshots.shard_key(shard.hex()))} does not hold what it should"
+                    )
+                into[:] = np.frombuffer(image, np.uint8).reshape(into.shape)
+            advance(len(body))
+    return arrays, classes
+
+
+def _shard(store: Store, digest: str) -> bytes:
+    """A shard's bytes. One that arrives damaged is fetched a second time."""
+    key = snapshots.shard_key(digest)
+    for _ in range(2):
+        try:
+            body = store.download_bytes(key, max_bytes=_MAX_SHARD)
+        except (ObjectNotFoundError, ObjectTooLargeError) as error:
+            raise DataCorruptError(f"{error}: bring an older version of it back, or make a new snapshot") from error
+        if hashlib.sha256(body).hexdigest() == digest:
+            return body
+        progress.current().warn(f"{store.url(key)} arrived damaged")
+    raise DataCorruptError(f"{store.url(key)} is damaged: bring an older version of it back")

@@ -1,0 +1,121 @@
+"""The new images of a night, read in parts: each is committed by itself, so an interrupted snapshot goes on after it.
+
+A part is a function of the listing and of the last snapshot, and its shard is named by its content. So two machines
+that do the same work end with the same objects.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+
+import pyarrow as pa
+from pyarrow import compute
+
+from nightshift import progress
+from nightshift.data import rows as table
+from nightshift.data.decode import Decoded, Decoders, Shape
+from nightshift.data.rows import READ
+from nightshift.data.sources.listed import Listed, Source
+from nightshift.errors import DataCorruptError, ObjectNotFoundError
+from nightshift.records import snapshots
+from nightshift.records.keys import DATASETS, place_of
+from nightshift.storage.store import Store
+
+_IMAGES = 2_000
+_BYTES = 64 * 1024**2
+
+
+def pending(store: Store, name: str, shape: Shape) -> dict[str, pa.Table]:
+    """The rows of parts that a snapshot which was interrupted has left, by key."""
+    parts = {}
+    for stored in store.list(f"{DATASETS}{name}/parts/"):
+        if place_of(stored.key):
+            with suppress(DataCorruptError, ObjectNotFoundError):  # of another shape, damaged, or done meanwhile
+                body = store.download_bytes(stored.key, max_bytes=table.MAX_BYTES)
+                parts[stored.key] = table.from_parquet(body, READ, shape, store.url(stored.key))
+    return parts
+
+
+def unknown(listing: pa.Table, known: list[pa.Table]) -> pa.Table:
+    """The part of a listing that nothing is known of, and that is not refused already."""
+    new = listing.filter(compute.equal(listing["refused"], ""))
+    if known:
+        there = pa.concat_tables([part.select(["id", "hint"]) for part in known])
+        new = new.join(there, ["id", "hint"], join_type="left anti")
+    return new.sort_by("id")
+
+
+def in_parts(new: pa.Table, shape: Shape) -> Iterator[pa.Table]:
+    size = max(1, min(_IMAGES, _BYTES // shape.bytes))
+    for start in range(0, len(new), size):
+        yield new.slice(start, size)
+
+
+def part_key(name: str, part: pa.Table, shape: Shape) -> str:
+    sha256 = hashlib.sha256(table.pixels_of(shape).encode())
+    for row in table.iterate(part, "id", "hint"):
+        for value in row:
+            sha256.update(f"{len(value)} {value}".encode())
+    return snapshots.part_key(name, sha256.hexdigest())
+
+
+def read_parts(store: Store, name: str, source: Source, shape: Shape, new: pa.Table) -> Iterator[pa.Table]:
+    """Read images, and store each part as soon as it is complete. Yields its rows."""
+    if not len(new):
+        return
+    total = compute.sum(new["size"]).as_py()
+    with (
+        progress.current().transfer(f"reading {len(new):,} images", total) as advance,
+        Decoders(source, shape) as decoders,
+        ThreadPoolExecutor(1) as uploader,
+    ):
+        decoded, stored = decoders.read(listed_of(new)), None
+        for part in in_parts(new, shape):
+            rows, shard = _packed(part, islice(decoded, len(part)), advance)
+            if stored:
+                stored.result()
+            stored = uploader.submit(_store_part, store, part_key(name, part, shape), rows, shard, shape)
+            yield rows
+        if stored:
+            stored.result()
+
+
+def listed_of(listing: pa.Table) -> Iterator[Listed]:
+    for name, place, hint, label in table.iterate(listing, "id", "place", "hint", "label"):
+        yield Listed(name, place, hint, label)
+
+
+def _packed(part: pa.Table, decoded: Iterable[Decoded], advance: Callable[[int], object]) -> tuple[pa.Table, bytes]:
+    """The rows of a part, and the pixels of its images one after the other. What stands in it twice is stored once."""
+    shard, offsets, columns = bytearray(), dict[bytes, int](), []
+    for image, size in zip(decoded, part["size"].to_pylist(), strict=True):
+        pixels = hashlib.sha256(image.pixels).digest()
+        if image.pixels and pixels not in offsets:
+            offsets[pixels] = len(shard)
+            shard += image.pixels
+        columns.append((image.content, pixels, image.width, image.height, offsets.get(pixels, 0), image.refused))
+        advance(size)
+    content, pixels_of, widths, heights, at, unreadable = zip(*columns, strict=True)
+    body = bytes(shard)
+    values = {
+        "id": part["id"],
+        "hint": part["hint"],
+        "content": [value or None for value in content],
+        "pixels": [None if reason else value for value, reason in zip(pixels_of, unreadable, strict=True)],
+        "width": widths,
+        "height": heights,
+        "shard": [hashlib.sha256(body).digest()] * len(part),
+        "offset": at,
+        "unreadable": unreadable,
+    }
+    return pa.table(values, READ), body
+
+
+def _store_part(store: Store, key: str, rows: pa.Table, shard: bytes, shape: Shape) -> None:
+    """Store a shard before the rows that name it. One that is there already is written anew, lest gc finds it old."""
+    if shard:
+        store.upload(snapshots.shard_key(hashlib.sha256(shard).hexdigest()), io.BytesIO(shard))
+    store.put(key, table.as_parquet(rows, shape))

@@ -1,0 +1,129 @@
+"""The rows of a snapshot, one an image, as a table of Arrow and as Parquet in the store.
+
+Whoever can write to the bucket can write such a file. So its size and columns are bounded before it is read, and what
+training rests on is bound by the snapshot's digest: image, label, split and the sha256 of the pixels.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import compute, parquet
+
+from nightshift.data.decode import Shape
+from nightshift.errors import DataCorruptError, ObjectTooLargeError
+
+_SHA256 = pa.binary(32)
+LISTED = pa.schema(
+    {
+        "id": pa.string(),
+        "place": pa.string(),
+        "hint": pa.string(),
+        "size": pa.int64(),
+        "label": pa.string(),
+        "split": pa.string(),
+        "group": pa.string(),
+        "extra": pa.string(),
+        "refused": pa.string(),
+    }
+)
+"""What `Listed` has."""
+READ = pa.schema(
+    {
+        "id": pa.string(),
+        "hint": pa.string(),
+        "content": _SHA256,
+        "pixels": _SHA256,
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "shard": _SHA256,
+        "offset": pa.int64(),
+        "unreadable": pa.string(),
+    }
+)
+"""What is known of an image once it was read, or why it cannot be: the sha256 of its file and of its pixels, its size
+in pixels, and where its pixels lie in which shard, in bytes."""
+ROWS = pa.schema(
+    [
+        *(LISTED.field(name) for name in ("id", "hint", "label", "split", "group", "extra")),
+        *(field for field in READ if field.name not in ("id", "hint")),
+        pa.field("refused", pa.string()),
+    ]
+)
+"""A snapshot. `split` is empty where `refused` says why the image is left out."""
+
+MAX_BYTES = 8 * 1024**3
+"""Of a file of rows, and of what is in it."""
+_MOST_ROWS = 20_000_000
+_BATCH = 10_000
+
+
+def as_parquet(rows: pa.Table, shape: Shape) -> bytes:
+    """The file in which rows are stored. It says how their pixels are stored."""
+    buffer = io.BytesIO()
+    parquet.write_table(rows.replace_schema_metadata({"pixels": pixels_of(shape)}), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def from_parquet(body: bytes, schema: pa.Schema, shape: Shape, url: str) -> pa.Table:
+    """The rows that were stored.
+
+    Raises:
+        DataCorruptError: it is no such file, or its pixels are stored in another way.
+    """
+    try:
+        file = parquet.ParquetFile(io.BytesIO(body))
+        if not file.schema_arrow.equals(schema):
+            raise ValueError("its columns are others")
+        if (file.schema_arrow.metadata or {}).get(b"pixels") != pixels_of(shape).encode():
+            raise ValueError("its pixels are stored in another way")
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        if file.metadata.num_rows > _MOST_ROWS or sum(group.total_byte_size for group in groups) > MAX_BYTES:
+            raise ObjectTooLargeError(f"{url} is too large")
+        rows = file.read()
+        rows.validate(full=True)
+    except Exception as error:  # a reader of Parquet raises anything on bytes that are none
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise DataCorruptError(f"{url} is damaged, or no rows of a snapshot: {reason}") from None
+    return rows.replace_schema_metadata(None)
+
+
+def pixels_of(shape: Shape) -> str:
+    """What was done to the pixels, in a word: part of a snapshot's digest."""
+    return f"RGB {shape.size} {shape.resize} 1"
+
+
+def kept(rows: pa.Table) -> pa.Table:
+    """The rows of images that are used."""
+    return rows.filter(compute.equal(rows["refused"], ""))
+
+
+def digest_of(rows: pa.Table, shape: Shape, split: str | None = None) -> str:
+    """sha256, hexadecimal, over the sorted images that are used: id, content, label, split and pixels.
+
+    Args:
+        split: of this one alone.
+    """
+    sha256 = hashlib.sha256(pixels_of(shape).encode())
+    for row in iterate(rows, "id", "content", "label", "split", "pixels", "refused"):
+        if not row[-1] and split in (None, row[3]):
+            name, content, label, of_split, pixels, _ = row
+            for part in (name.encode(), content, label.encode(), of_split.encode(), pixels):
+                sha256.update(len(part).to_bytes(4, "little") + part)
+    return sha256.hexdigest()
+
+
+def iterate(rows: pa.Table, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns, row by row; a batch at a time is in Python's memory."""
+    for batch in rows.select(columns).to_batches(_BATCH):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def with_columns(rows: pa.Table, columns: Mapping[str, list[Any]]) -> pa.Table:
+    """Rows with some columns replaced."""
+    for name, values in columns.items():
+        index = rows.schema.get_field_index(name)
+        rows = rows.set_column(index, rows.schema.field(name), pa.array(values, rows.schema.field(name).type))
+    return rows

@@ -1,0 +1,320 @@
+"""Tonight's images as a snapshot: list, read what is new, divide, check, and commit.
+
+    listing = what the source has tonight
+    known   = rows of the last snapshot, and of parts that an interrupted one has left, with the same name and hint
+    new     = listing - known, in parts of some thousand images
+    for each part: read, decode, upload one shard, then the part's rows
+    rows    = known + new; under several labels: refused; split = f(group)
+    upload rows, then the manifest; append to the history; delete the parts
+
+Listing and snapshot are tables of Arrow, so a million images take some hundred megabytes.
+"""
+
+import io
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import compute
+
+from nightshift import progress
+from nightshift.config.project import DatasetConfig
+from nightshift.data import rows as table
+from nightshift.data.decode import Decoders, Shape
+from nightshift.data.parts import in_parts, listed_of, part_key, pending, read_parts, unknown
+from nightshift.data.rows import LISTED, READ, ROWS
+from nightshift.data.rules import classes_of, findings_of
+from nightshift.data.sources.listed import Listed, Source
+from nightshift.data.sources.places import open_source
+from nightshift.data.split import split_of
+from nightshift.errors import (
+    DataCorruptError,
+    DatasetRejectedError,
+    DocumentDamagedError,
+    NoImagesError,
+    ObjectNotFoundError,
+    SourceError,
+)
+from nightshift.records import snapshots
+from nightshift.records.snapshots import MAX_CLASSES, SPLITS, Entry, History, Manifest
+from nightshift.refs import SnapshotRef
+from nightshift.storage.store import Store
+from nightshift.text import plain
+
+_LISTED_AT_ONCE = 10_000
+_FIRST = 100
+"""How many images decide the size at which all are stored, where the data set does not."""
+_SMALLEST, _LARGEST_AUTO = 16, 128
+_LONGEST_LABEL = 200
+_NAMED = 5
+"""How many of the images that are left out are named on the way."""
+
+
+def make_snapshot(store: Store, name: str, config: DatasetConfig) -> SnapshotRef:
+    """Tonight's snapshot of a data set, in the store and in its history.
+
+    Raises:
+        NoImagesError, SourceError: the source has nothing to offer, or is not what it has to be.
+        DatasetRejectedError: it has nothing to train on, or to test with. Rules that are broken raise nothing: they are
+            in the snapshot's findings.
+        StorageError: the source or the store does not answer. It goes on with what was read when it is made again.
+    """
+    started = time.monotonic()
+    source, history = open_source(config, store), snapshots.read_history(store, name)
+    listing = _listing(source)
+    newest = _stored(store, history, history.newest)
+    shape = _shape(config, source, listing, newest)
+    parts = pending(store, name, shape)
+    known = [part.select(READ.names) for part in parts.values()]
+    if newest and newest[0] == shape:
+        whole = newest[1].filter(compute.equal(newest[1]["unreadable"], ""))  # what could not be read is tried again
+        known.insert(0, whole.select(READ.names))
+    new = unknown(listing, known)
+    read = list(read_parts(store, name, source, shape, new))
+    rows = _assembled(listing, [*known, *read], config)
+    rejected = _unfit(rows)
+    if rejected:
+        raise DatasetRejectedError(f"{name} cannot be trained on: {rejected}")
+    accepted = newest if history.accepted == history.newest else _stored(store, history, history.accepted)
+    findings = findings_of(rows, accepted and accepted[1], config.rules)
+    manifest = _manifest(name, rows, shape)
+    added, removed, relabelled = difference(newest and newest[1], rows)
+    entry = Entry(
+        digest=manifest.digest,
+        at=store.now(),
+        images=manifest.images,
+        classes=len(manifest.classes),
+        added=len(added),
+        removed=len(removed),
+        relabelled=len(relabelled),
+        refused=manifest.refused,
+        read=len(new),
+        findings=findings,
+    )
+    store.upload(snapshots.rows_key(name, manifest.digest), io.BytesIO(table.as_parquet(rows, shape)))
+    snapshots.write_manifest(store, manifest)
+    snapshots.append(store, name, entry)
+    for key in [*parts, *(part_key(name, part, shape) for part in in_parts(new, shape))]:
+        store.delete(key)
+    made = _ref(name, entry, time.monotonic() - started)
+    _tell(made, rows)
+    return made
+
+
+def stored_snapshot(store: Store, name: str, digest: str) -> SnapshotRef:
+    """An earlier snapshot, by its digest or the beginning of it; raises SourceError if it is not exactly one."""
+    return _ref(name, snapshots.read_history(store, name).find(digest), 0)
+
+
+def check_rules(snapshot: SnapshotRef) -> None:
+    """Raise DatasetRejectedError, which says what to do, if a snapshot breaks a rule that stops the night."""
+    broken = [finding for finding in snapshot.findings if not finding.ok]
+    for finding in snapshot.findings:
+        progress.current().warn(f"{snapshot.name}: {finding.detail}")
+    if broken:
+        rules = ", ".join(f'{finding.rule} = "warn"' for finding in broken)
+        raise DatasetRejectedError(
+            f"tonight's images of {snapshot.name} are not trained on: "
+            f"{'; '.join(finding.detail for finding in broken)}. "
+            f"Mend them; or, if it is meant to be so, set {rules} in [datasets.{snapshot.name}.rules] for a night"
+        )
+
+
+def read_rows(store: Store, name: str, digest: str) -> tuple[Manifest, pa.Table]:
+    """A snapshot's manifest and rows, which were checked against its digest.
+
+    Raises:
+        SourceError: there is no such snapshot.
+        DataCorruptError: its rows are not what its digest says.
+    """
+    manifest = snapshots.read_manifest(store, name, digest)
+    shape = Shape(manifest.image_size, manifest.resize)
+    key = snapshots.rows_key(name, digest)
+    body = store.download_bytes(key, max_bytes=table.MAX_BYTES)
+    rows = table.from_parquet(body, ROWS, shape, store.url(key))
+    if table.digest_of(rows, shape) != digest:
+        raise DataCorruptError(f"{store.url(key)} is not what its digest says: bring an older version of it back")
+    return manifest, rows
+
+
+def difference(before: pa.Table | None, after: pa.Table) -> tuple[list[str], list[str], list[str]]:
+    """The ids of the images that are used after and not before, before and not after, and under another label."""
+    new = table.kept(after)
+    if before is None:
+        return new["id"].to_pylist(), [], []
+    old = table.kept(before)
+    added = new.filter(compute.invert(compute.is_in(new["id"], value_set=old["id"])))["id"].to_pylist()
+    removed = old.filter(compute.invert(compute.is_in(old["id"], value_set=new["id"])))["id"].to_pylist()
+    both = new.select(["id", "label"]).join(old.select(["id", "label"]), "id", join_type="inner", right_suffix=" old")
+    relabelled = both.filter(compute.not_equal(both["label"], both["label old"]))["id"].to_pylist()
+    return added, removed, sorted(relabelled)
+
+
+def _ref(name: str, entry: Entry, seconds: float) -> SnapshotRef:
+    return SnapshotRef(name=name, seconds=seconds, **entry.model_dump(exclude={"at", "classes"}))
+
+
+def _tell(made: SnapshotRef, rows: pa.Table) -> None:
+    """Say what was found, and name the first images that are left out."""
+    progress.current().say(
+        f"snapshot {made.digest[:12]} of {made.name}: {made.images:,} images, {made.added:,} added, {made.removed:,} "
+        f"removed, {made.relabelled:,} relabelled, {made.refused:,} left out; {made.read:,} read in {made.seconds:,.1f} s"
+    )
+    for name, reason in islice(_refusals(rows), _NAMED):
+        progress.current().warn(f"left out: {name}: {reason}")
+    if made.refused > _NAMED:
+        progress.current().warn(f"{made.refused - _NAMED:,} more are left out: nightshift data check names all")
+
+
+def _listing(source: Source) -> pa.Table:
+    """All that the source has, sorted by id, each once."""
+    batches, images = [], source.list()
+    with progress.current().transfer("listing the images", None):
+        while some := list(islice(images, _LISTED_AT_ONCE)):
+            columns = zip(*map(_as_row, some), strict=True)
+            arrays = [pa.array(values, field.type) for values, field in zip(columns, LISTED, strict=True)]
+            batches.append(pa.record_batch(arrays, LISTED))
+    return _each_once(pa.Table.from_batches(batches, LISTED).sort_by("id"))
+
+
+def _as_row(listed: Listed) -> tuple[Any, ...]:
+    name, place, label, group, refused = listed.id, listed.place, listed.label, listed.group, listed.refused
+    if not _is_text(name + place):
+        name, place, refused = plain(name), "", "its name is not UTF-8: rename it"
+    if not (_is_text(label) and label.isprintable() and len(label) <= _LONGEST_LABEL):
+        label, refused = "", refused or "its label is too long, or has characters that cannot be shown"
+    return name, place, listed.hint, listed.size, label, listed.split, plain(group), listed.extra, refused
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written in UTF-8, which a file's name need not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _each_once(listing: pa.Table) -> pa.Table:
+    """A listing in which an image that is named twice stands once: under its label, or refused if it has two."""
+    counted = listing.group_by("id").aggregate([([], "count_all"), ("label", "count_distinct")])
+    twice = counted.filter(compute.greater(counted["count_all"], 1))
+    if not len(twice):
+        return listing
+    torn = set(twice.filter(compute.greater(twice["label_count_distinct"], 1))["id"].to_pylist())
+    seen, keep, refused = "", list[bool](), list[str]()
+    for name, reason in table.iterate(listing, "id", "refused"):
+        keep.append(name != seen or not len(keep))
+        refused.append(reason or ("it stands under several labels" if name in torn else ""))
+        seen = name
+    return table.with_columns(listing, {"refused": refused}).filter(pa.array(keep))
+
+
+def _stored(store: Store, history: History, entry: Entry | None) -> tuple[Shape, pa.Table] | None:
+    """How a snapshot's images are stored, and its rows. One that is damaged costs a night that reads all anew."""
+    if not entry:
+        return None
+    try:
+        manifest, rows = read_rows(store, history.name, entry.digest)
+    except (DataCorruptError, SourceError, ObjectNotFoundError, DocumentDamagedError) as error:
+        progress.current().warn(f"the last snapshot of {history.name} cannot be used, so all is read anew: {error}")
+        return None
+    return Shape(manifest.image_size, manifest.resize), rows
+
+
+def _shape(config: DatasetConfig, source: Source, listing: pa.Table, newest: tuple[Shape, pa.Table] | None) -> Shape:
+    """How images are stored: as the data set says, else as they were before, else as the first ones are."""
+    if config.image_size != "auto":
+        return Shape(config.image_size, config.resize)
+    if newest:
+        return Shape(newest[0].size, config.resize)
+    with Decoders(source, Shape(_SMALLEST, "stretch"), processes=1) as decoders:
+        first = decoders.read(islice(listed_of(listing), _FIRST))
+        sides = [min(image.width, image.height) for image in first if not image.refused]
+    if not sides:
+        raise NoImagesError("none of the first images can be read: look at them, or set image_size in nightshift.toml")
+    size = min(max(statistics.median_low(sides), _SMALLEST), _LARGEST_AUTO)
+    progress.current().say(
+        f"images are stored as {size} x {size} pixels, as the first ones are (image_size sets another)"
+    )
+    return Shape(size, config.resize)
+
+
+def _assembled(listing: pa.Table, known: list[pa.Table], config: DatasetConfig) -> pa.Table:
+    """The rows of tonight's snapshot: what is known of each image, its split, and why it is left out if it is."""
+    # The first of several that are equal, which parts of an earlier night may be.
+    read = pa.concat_tables(known) if known else READ.empty_table()
+    read = read.group_by(["id", "hint"], use_threads=False).aggregate(
+        [(name, "first") for name in READ.names if name not in ("id", "hint")]
+    )
+    read = read.rename_columns([name.removesuffix("_first") for name in read.column_names])
+    rows = listing.join(read, ["id", "hint"], join_type="left outer").sort_by("id")
+    unreadable = [was or reason or "" for was, reason in table.iterate(rows, "refused", "unreadable")]
+    torn = _torn(rows, unreadable)
+    splits, refused = [], []
+    for (content, group, split), reason in zip(
+        table.iterate(rows, "content", "group", "split"), unreadable, strict=True
+    ):
+        reason = reason or torn.get(content, "")
+        refused.append(reason)
+        splits.append("" if reason else split or split_of(group.encode() or content, config.split))
+    for name in ("unreadable", "refused"):
+        if name not in rows.column_names:
+            rows = rows.append_column(name, pa.array([""] * len(rows), pa.string()))
+    rows = table.with_columns(rows.select(ROWS.names).cast(ROWS), {"split": splits, "refused": refused})
+    conflict = "it stands under"
+    return table.with_columns(rows, {"unreadable": ["" if r.startswith(conflict) else r for r in unreadable]})
+
+
+def _torn(rows: pa.Table, unreadable: list[str]) -> dict[bytes, str]:
+    """The contents that stand under several labels, each with the reason to leave all its copies out."""
+    used = rows.filter(pa.array([not reason for reason in unreadable], pa.bool_()))
+    counted = used.group_by("content").aggregate([("label", "count_distinct"), ("label", "min"), ("label", "max")])
+    several = counted.filter(compute.greater(counted["label_count_distinct"], 1))
+    return {
+        content: f"it stands under several labels: {first}, {last}"
+        for content, first, last in table.iterate(several, "content", "label_min", "label_max")
+    }
+
+
+def _unfit(rows: pa.Table) -> str:
+    """Why nothing can be trained on these images at all, or ''."""
+    counts = classes_of(rows)
+    splits = table.kept(rows)["split"].to_pylist()
+    some = "; ".join(f"{name}: {reason}" for name, reason in islice(_refusals(rows), 3))
+    if not counts:
+        return f"none of its {len(rows):,} images can be used ({some})"
+    if len(counts) == 1:
+        return f"all its images are of one class, {next(iter(counts))}: put those of another into a folder of their own"
+    if len(counts) > MAX_CLASSES:
+        return f"it has {len(counts):,} classes, and at most {MAX_CLASSES:,} are trained on"
+    for split in ("train", "test"):
+        if split not in splits:
+            return f"no image is in the split {split!r}: add images, or change [datasets.NAME.split]"
+    return ""
+
+
+def _refusals(rows: pa.Table) -> Iterator[tuple[str, str]]:
+    for name, reason in table.iterate(rows, "id", "refused"):
+        if reason:
+            yield name, reason
+
+
+def _manifest(name: str, rows: pa.Table, shape: Shape) -> Manifest:
+    used = table.kept(rows)
+    splits = used["split"].to_pylist()
+    return Manifest(
+        name=name,
+        digest=table.digest_of(rows, shape),
+        test_digest=table.digest_of(rows, shape, "test"),
+        image_size=shape.size,
+        resize=shape.resize,
+        images=len(used),
+        splits={split: splits.count(split) for split in SPLITS},
+        classes=classes_of(rows),
+        refused=len(rows) - len(used),
+        shards=sorted(value.hex() for value in compute.unique(used["shard"]).to_pylist()),
+    )
