@@ -61,11 +61,35 @@ def dataset_config(project: Project, name: str, images: str | None = None) -> Da
     return project.datasets[name]
 
 
+def named_or_placed(project: Project, text: str) -> tuple[str, DatasetConfig]:
+    """The name of a data set and where its images are, of its name in the project or of a place of images.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text in project.datasets or not is_place(text):
+        return text, dataset_config(project, text)
+    return name_of_place(text), dataset_config(project, "", images=text)
+
+
+def is_place(text: str) -> bool:
+    """Whether this is where images are, and not the name of a data set."""
+    return "/" in text or "." in text or Path(text).exists()
+
+
 def name_of_place(place: str) -> str:
     """The name of the data set that is trained on from a place: its last part, and what tells it from other places."""
-    whole = place if place.startswith("s3://") else str(Path(place).expanduser().absolute())
-    words = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(whole.rstrip("/")).stem).strip("-")[:40] or "images"
-    return parse_dataset_name(f"{words}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}")
+    return f"{short_name(place)}-{hashlib.sha256(_whole(place).encode()).hexdigest()[:6]}"
+
+
+def short_name(place: str) -> str:
+    """A name for a data set, after the last part of the place of its images."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(_whole(place)).stem).strip("-")[:40] or "images"
+    return name if name not in SPECS else f"{name}-images"
+
+
+def _whole(place: str) -> str:
+    return place.rstrip("/") if place.startswith("s3://") else str(Path(place).expanduser().absolute())
 
 
 def check_names(config: TrainConfig) -> None:

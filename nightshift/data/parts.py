@@ -62,8 +62,8 @@ def part_key(name: str, part: pa.Table, shape: Shape) -> str:
     return snapshots.part_key(name, sha256.hexdigest())
 
 
-def read_parts(store: Store, name: str, source: Source, shape: Shape, new: pa.Table) -> Iterator[pa.Table]:
-    """Read images, and store each part as soon as it is complete. Yields its rows."""
+def read_parts(store: Store | None, name: str, source: Source, shape: Shape, new: pa.Table) -> Iterator[pa.Table]:
+    """Read images, and store each part as soon as it is complete; without a store, none is. Yields its rows."""
     if not len(new):
         return
     total = compute.sum(new["size"]).as_py()
@@ -77,7 +77,8 @@ def read_parts(store: Store, name: str, source: Source, shape: Shape, new: pa.Ta
             rows, shard = _packed(part, islice(decoded, len(part)), advance)
             if stored:
                 stored.result()
-            stored = uploader.submit(_store_part, store, part_key(name, part, shape), rows, shard, shape)
+            if store:
+                stored = uploader.submit(_store_part, store, part_key(name, part, shape), rows, shard, shape)
             yield rows
         if stored:
             stored.result()

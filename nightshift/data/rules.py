@@ -10,6 +10,7 @@ from nightshift.config.project import RulesConfig
 from nightshift.data.rows import iterate, kept
 from nightshift.refs import Finding
 
+CONFLICT = "it stands under several labels"
 _NAMED = 5
 """How many images or classes a finding names."""
 
@@ -40,6 +41,11 @@ def duplicates_of(rows: pa.Table) -> int:
     return int(len(used) - compute.count_distinct(used["content"]).as_py())
 
 
+def conflicts_of(rows: pa.Table) -> list[str]:
+    """The images that are left out because they stand under several labels."""
+    return [name for name, reason in iterate(rows, "id", "refused") if reason.startswith(CONFLICT)]
+
+
 def _broken(rows: pa.Table, before: pa.Table | None, rules: RulesConfig) -> Iterator[tuple[str, str]]:
     counts = classes_of(rows)
     unreadable = [row for row in iterate(rows, "id", "unreadable") if row[1]]
@@ -58,7 +64,7 @@ def _broken(rows: pa.Table, before: pa.Table | None, rules: RulesConfig) -> Iter
         )
     if copies := duplicates_of(rows):
         yield "duplicates", f"{copies:,} images are exact copies of others; each copy is in the split of its original"
-    if conflicts := [row[0] for row in iterate(rows, "id", "refused") if row[1].startswith("it stands under")]:
+    if conflicts := conflicts_of(rows):
         yield "conflicts", f"{len(conflicts):,} images stand under several labels and are left out: {_some(conflicts)}"
     if torn := torn_of(rows):
         yield "groups", f"{len(torn):,} groups or images stand in two splits: {_some(torn)}"

@@ -14,6 +14,7 @@ import io
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -26,7 +27,7 @@ from nightshift.data import rows as table
 from nightshift.data.decode import Decoders, Shape
 from nightshift.data.parts import in_parts, listed_of, part_key, pending, read_parts, unknown
 from nightshift.data.rows import LISTED, READ, ROWS
-from nightshift.data.rules import classes_of, findings_of
+from nightshift.data.rules import CONFLICT, classes_of, findings_of
 from nightshift.data.sources.listed import Listed, Source
 from nightshift.data.sources.places import open_source
 from nightshift.data.split import split_of
@@ -40,7 +41,7 @@ from nightshift.errors import (
 )
 from nightshift.records import snapshots
 from nightshift.records.snapshots import MAX_CLASSES, SPLITS, Entry, History, Manifest
-from nightshift.refs import SnapshotRef
+from nightshift.refs import Finding, SnapshotRef
 from nightshift.storage.store import Store
 from nightshift.text import plain
 
@@ -53,16 +54,31 @@ _NAMED = 5
 """How many of the images that are left out are named on the way."""
 
 
-def make_snapshot(store: Store, name: str, config: DatasetConfig) -> SnapshotRef:
-    """Tonight's snapshot of a data set, in the store and in its history.
+@dataclass(frozen=True)
+class Look:
+    """What a source has tonight, read and divided, and what the rules say of it."""
+
+    rows: pa.Table
+    shape: Shape
+    before: pa.Table | None
+    """The rows of the last snapshot."""
+    new: pa.Table
+    """The part of the listing that was read."""
+    findings: list[Finding]
+    parts: list[str]
+    """The keys of what an interrupted snapshot has left."""
+
+
+def look_at(store: Store, name: str, config: DatasetConfig, keep: bool = False) -> Look:
+    """List a source and read what is new since the last snapshot.
+
+    Args:
+        keep: store what was read, for a snapshot. Without it, nothing is written.
 
     Raises:
         NoImagesError, SourceError: the source has nothing to offer, or is not what it has to be.
-        DatasetRejectedError: it has nothing to train on, or to test with. Rules that are broken raise nothing: they are
-            in the snapshot's findings.
-        StorageError: the source or the store does not answer. It goes on with what was read when it is made again.
+        StorageError: the source or the store does not answer. What was kept is not read again.
     """
-    started = time.monotonic()
     source, history = open_source(config, store), snapshots.read_history(store, name)
     listing = _listing(source)
     newest = _stored(store, history, history.newest)
@@ -73,15 +89,30 @@ def make_snapshot(store: Store, name: str, config: DatasetConfig) -> SnapshotRef
         whole = newest[1].filter(compute.equal(newest[1]["unreadable"], ""))  # what could not be read is tried again
         known.insert(0, whole.select(READ.names))
     new = unknown(listing, known)
-    read = list(read_parts(store, name, source, shape, new))
+    read = list(read_parts(store if keep else None, name, source, shape, new))
     rows = _assembled(listing, [*known, *read], config)
-    rejected = _unfit(rows)
-    if rejected:
-        raise DatasetRejectedError(f"{name} cannot be trained on: {rejected}")
     accepted = newest if history.accepted == history.newest else _stored(store, history, history.accepted)
-    findings = findings_of(rows, accepted and accepted[1], config.rules)
-    manifest = _manifest(name, rows, shape)
-    added, removed, relabelled = difference(newest and newest[1], rows)
+    unfit = [Finding(rule="fit", ok=False, detail=reason)] if (reason := _unfit(rows)) else []
+    findings = unfit + findings_of(rows, accepted and accepted[1], config.rules)
+    return Look(rows, shape, newest and newest[1], new, findings, list(parts))
+
+
+def make_snapshot(store: Store, name: str, config: DatasetConfig) -> SnapshotRef:
+    """Tonight's snapshot of a data set, in the store and in its history.
+
+    Rules that are broken raise nothing: they are in the snapshot's findings.
+
+    Raises:
+        DatasetRejectedError: there is nothing to train on, or to test with.
+        NoImagesError, SourceError, StorageError: as `look_at`.
+    """
+    started = time.monotonic()
+    look = look_at(store, name, config, keep=True)
+    for finding in look.findings:
+        if finding.rule == "fit":
+            raise DatasetRejectedError(f"{name} cannot be trained on: {finding.detail}")
+    manifest = _manifest(name, look.rows, look.shape)
+    added, removed, relabelled = difference(look.before, look.rows)
     entry = Entry(
         digest=manifest.digest,
         at=store.now(),
@@ -91,16 +122,16 @@ def make_snapshot(store: Store, name: str, config: DatasetConfig) -> SnapshotRef
         removed=len(removed),
         relabelled=len(relabelled),
         refused=manifest.refused,
-        read=len(new),
-        findings=findings,
+        read=len(look.new),
+        findings=look.findings,
     )
-    store.upload(snapshots.rows_key(name, manifest.digest), io.BytesIO(table.as_parquet(rows, shape)))
+    store.upload(snapshots.rows_key(name, manifest.digest), io.BytesIO(table.as_parquet(look.rows, look.shape)))
     snapshots.write_manifest(store, manifest)
     snapshots.append(store, name, entry)
-    for key in [*parts, *(part_key(name, part, shape) for part in in_parts(new, shape))]:
+    for key in [*look.parts, *(part_key(name, part, look.shape) for part in in_parts(look.new, look.shape))]:
         store.delete(key)
     made = _ref(name, entry, time.monotonic() - started)
-    _tell(made, rows)
+    _tell(made, look.rows)
     return made
 
 
@@ -161,9 +192,9 @@ def _tell(made: SnapshotRef, rows: pa.Table) -> None:
     """Say what was found, and name the first images that are left out."""
     progress.current().say(
         f"snapshot {made.digest[:12]} of {made.name}: {made.images:,} images, {made.added:,} added, {made.removed:,} "
-        f"removed, {made.relabelled:,} relabelled, {made.refused:,} left out; {made.read:,} read in {made.seconds:,.1f} s"
+        f"removed, {made.relabelled:,} relabelled, {made.refused:,} left out; {made.read:,} read, {made.seconds:,.1f} s"
     )
-    for name, reason in islice(_refusals(rows), _NAMED):
+    for name, reason in islice(refusals_of(rows), _NAMED):
         progress.current().warn(f"left out: {name}: {reason}")
     if made.refused > _NAMED:
         progress.current().warn(f"{made.refused - _NAMED:,} more are left out: nightshift data check names all")
@@ -208,7 +239,7 @@ def _each_once(listing: pa.Table) -> pa.Table:
     seen, keep, refused = "", list[bool](), list[str]()
     for name, reason in table.iterate(listing, "id", "refused"):
         keep.append(name != seen or not len(keep))
-        refused.append(reason or ("it stands under several labels" if name in torn else ""))
+        refused.append(reason or (CONFLICT if name in torn else ""))
         seen = name
     return table.with_columns(listing, {"refused": refused}).filter(pa.array(keep))
 
@@ -265,8 +296,9 @@ def _assembled(listing: pa.Table, known: list[pa.Table], config: DatasetConfig) 
         if name not in rows.column_names:
             rows = rows.append_column(name, pa.array([""] * len(rows), pa.string()))
     rows = table.with_columns(rows.select(ROWS.names).cast(ROWS), {"split": splits, "refused": refused})
-    conflict = "it stands under"
-    return table.with_columns(rows, {"unreadable": ["" if r.startswith(conflict) else r for r in unreadable]})
+    return table.with_columns(
+        rows, {"unreadable": ["" if reason.startswith(CONFLICT) else reason for reason in unreadable]}
+    )
 
 
 def _torn(rows: pa.Table, unreadable: list[str]) -> dict[bytes, str]:
@@ -275,7 +307,7 @@ def _torn(rows: pa.Table, unreadable: list[str]) -> dict[bytes, str]:
     counted = used.group_by("content").aggregate([("label", "count_distinct"), ("label", "min"), ("label", "max")])
     several = counted.filter(compute.greater(counted["label_count_distinct"], 1))
     return {
-        content: f"it stands under several labels: {first}, {last}"
+        content: f"{CONFLICT}: {first}, {last}"
         for content, first, last in table.iterate(several, "content", "label_min", "label_max")
     }
 
@@ -284,7 +316,7 @@ def _unfit(rows: pa.Table) -> str:
     """Why nothing can be trained on these images at all, or ''."""
     counts = classes_of(rows)
     splits = table.kept(rows)["split"].to_pylist()
-    some = "; ".join(f"{name}: {reason}" for name, reason in islice(_refusals(rows), 3))
+    some = "; ".join(f"{name}: {reason}" for name, reason in islice(refusals_of(rows), 3))
     if not counts:
         return f"none of its {len(rows):,} images can be used ({some})"
     if len(counts) == 1:
@@ -297,7 +329,8 @@ def _unfit(rows: pa.Table) -> str:
     return ""
 
 
-def _refusals(rows: pa.Table) -> Iterator[tuple[str, str]]:
+def refusals_of(rows: pa.Table) -> Iterator[tuple[str, str]]:
+    """The images that are left out, each with its reason."""
     for name, reason in table.iterate(rows, "id", "refused"):
         if reason:
             yield name, reason
