@@ -13,7 +13,7 @@ from itertools import groupby
 
 from nightshift import progress
 from nightshift.errors import ConfigError, RunNotFoundError, StorageError
-from nightshift.records import champions
+from nightshift.records import champions, snapshots
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, PROBES, REPORTS, Kind, is_written_under, place_of
 from nightshift.records.lease import is_live
 from nightshift.records.run import READERS, read_record
@@ -42,8 +42,8 @@ def find(store: Store, older_than: timedelta) -> Orphans:
     """All orphans that are at least as old as `older_than`.
 
     The objects are payloads that no record names, reports of runs without a record, versions without a card that
-    neither a run may still finish nor a champion's history names, and probes of the store. Data sets are a cache and
-    stay.
+    neither a run may still finish nor a champion's history names, probes of the store, and what interrupted snapshots
+    have left. CIFAR-10 is a cache and stays.
 
     Raises:
         StorageError: the store cannot be listed.
@@ -64,7 +64,9 @@ def find(store: Store, older_than: timedelta) -> Orphans:
     is_needed = _need_of_runs(store, [*(item.key for item in found), *(upload.key for upload in uploads)])
     return Orphans(
         # A probe is in use for milliseconds, and no lease protects it.
-        objects=[item for item in found if not is_needed(item.key)] + old(PROBES, "probe", max(older_than, _A_MINUTE)),
+        objects=[item for item in found if not is_needed(item.key)]
+        + old(PROBES, "probe", max(older_than, _A_MINUTE))
+        + snapshots.unnamed(store, lambda item: now - item.modified >= older_than),
         uploads=[upload for upload in uploads if not is_needed(upload.key)],
     )
 
@@ -94,7 +96,7 @@ def _is_as_found(store: Store, item: Stored) -> bool:
     now = store.head(item.key)
     folder = item.key.rpartition("/")[0]
     published = _is("version", item.key) and store.head(f"{folder}/card.json")
-    return bool(now and now.etag == item.etag and not published)
+    return bool(now and (now.etag, now.modified) == (item.etag, item.modified) and not published)
 
 
 def _need_of_runs(store: Store, keys: Iterable[str]) -> Callable[[str], bool]:

@@ -4,23 +4,27 @@ A history names every snapshot of a data set, by compare-and-swap. A manifest sa
 shards it needs. The rows themselves, one an image, lie beside it as Parquet: `data.rows`.
 """
 
+from collections import defaultdict
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nightshift.errors import ObjectNotFoundError, SourceError
+from nightshift import progress
+from nightshift.errors import ObjectNotFoundError, SourceError, StorageError
 from nightshift.ids import DatasetName, RunId, Sha256
-from nightshift.records.keys import DATASETS
+from nightshift.records.keys import DATASETS, place_of
 from nightshift.refs import Finding
 from nightshift.storage import documents
 from nightshift.storage.documents import MIB, Document, Part
-from nightshift.storage.store import Store
+from nightshift.storage.store import Store, Stored
 from nightshift.values import Count, Line, Moment
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _IF_DAMAGED = "Bring an older version of it back, or make a new snapshot under another name"
 MAX_CLASSES = 100_000
+HISTORY = "/history.json"
 
 
 class Manifest(Document):
@@ -118,8 +122,42 @@ class History(Document):
         return next(entry for entry in reversed(self.entries) if entry.digest == found[0])
 
 
+def unnamed(store: Store, is_old: Callable[[Stored], bool]) -> list[Stored]:
+    """The old objects under `datasets/` that no history names: what interrupted snapshots have left.
+
+    While the newest part of any data set is not old, a snapshot may be about to name any shard, and all stay. So they
+    do where a history or a manifest cannot be read.
+    """
+    by_kind = defaultdict[str, list[Stored]](list)
+    for item in store.list(DATASETS):
+        if place := place_of(item.key):
+            by_kind[place.kind].append(item)
+    parts, shards = by_kind["part"], by_kind["shard"]
+    try:
+        histories = [
+            read_history(store, item.key.split("/")[1]) for item in by_kind["snapshot"] if item.key.endswith(HISTORY)
+        ]
+        named = {(history.name, entry.digest) for history in histories for entry in history.entries}
+        needed = {digest for name, snapshot in named for digest in read_manifest(store, name, snapshot).shards}
+    except (StorageError, SourceError) as error:
+        progress.current().warn(f"snapshots and their shards are left alone: {error}")
+        return []
+    if not all(map(is_old, parts)):
+        return []
+    loose = [
+        item
+        for item in by_kind["snapshot"]
+        if not item.key.endswith(HISTORY) and (item.key.split("/")[1], _digest_of(item.key)) not in named
+    ]
+    return [item for item in [*parts, *loose, *(s for s in shards if _digest_of(s.key) not in needed)] if is_old(item)]
+
+
+def _digest_of(key: str) -> str:
+    return key.rpartition("/")[2].partition(".")[0]
+
+
 def history_key(name: str) -> str:
-    return f"{DATASETS}{name}/history.json"
+    return f"{DATASETS}{name}{HISTORY}"
 
 
 def manifest_key(name: str, digest: str) -> str:
