@@ -261,7 +261,7 @@ def test_images_that_nothing_can_be_trained_on_are_refused_and_nothing_is_half_w
 class Failing(MemoryStore):
     """A store that stops answering at the write of a key."""
 
-    at = "no key"
+    fails_at = "no key"
 
     def put(self, key: str, *arguments: Any, **options: Any) -> str:
         self._fail(key)
@@ -272,7 +272,7 @@ class Failing(MemoryStore):
         super().upload(key, *arguments, **options)
 
     def _fail(self, key: str) -> None:
-        if self.at in key:
+        if self.fails_at in key:
             raise StorageUnreachableError("the store does not answer")
 
 
@@ -281,10 +281,10 @@ def test_a_store_that_fails_at_any_write_leaves_a_snapshot_that_ends_the_same(ro
     write(root, album(range(40)))
     whole = made(MemoryStore(), root)
     store = Failing()
-    store.at = at
+    store.fails_at = at
     with pytest.raises(StorageUnreachableError):
         made(store, root)
-    store.at = "no key"
+    store.fails_at = "no key"
     again = made(store, root)
     assert again.digest == whole.digest
     assert again.read == (40 if at in ("shards/", "/parts/", ".parquet") else 0)
@@ -297,10 +297,10 @@ def test_what_an_interrupted_snapshot_has_left_is_found_by_gc_and_a_whole_one_st
     write(root, album(range(40)))
     whole = made(store, root)
     write(root, album(range(40, 60)))
-    store.at = "history.json"
+    store.fails_at = "history.json"
     with pytest.raises(StorageUnreachableError):
         made(store, root)
-    store.at = "no key"
+    store.fails_at = "no key"
     assert orphans.find(store, timedelta(hours=1)).objects == []
     found = orphans.find(store, timedelta(0))
     assert {key.split("/")[1] for key in found.keys} == {"photos", "shards"}
