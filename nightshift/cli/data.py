@@ -32,7 +32,7 @@ def init(
 
     from nightshift.config.project import DatasetConfig
     from nightshift.data.names import check_places, short_name
-    from nightshift.data.sources.places import open_source
+    from nightshift.data.sources.places import check_source
     from nightshift.settings import Settings
     from nightshift.text import as_json as quoted
 
@@ -41,8 +41,7 @@ def init(
     if path.exists():
         raise ConfigError(f"{path} is there already: add [datasets.NAME] to it, or move it away")
     name, config = short_name(place), DatasetConfig(source=place)
-    with configured_workspace() as workspace:
-        next(iter(open_source(config, workspace.store).list()))
+    check_source(config)
     template = files("nightshift.config").joinpath("nightshift.toml").read_text(encoding="utf-8")
     path.write_text(template.replace("NAME", name).replace('"PLACE"', quoted(place)), encoding="utf-8")
     if as_json:
@@ -161,9 +160,12 @@ def diff(dataset: NameOrPlace, before: Digest = None, after: Digest = None, as_j
 def _resolved(dataset: str) -> tuple[str, "DatasetConfig"]:
     from nightshift.config.project import load_project
     from nightshift.data.names import named_or_placed
+    from nightshift.data.sources.places import check_source
     from nightshift.settings import Settings
 
-    return named_or_placed(load_project(Settings.load().project), dataset)
+    name, config = named_or_placed(load_project(Settings.load().project), dataset)
+    check_source(config)
+    return name, config
 
 
 def _name_of(dataset: str) -> str:

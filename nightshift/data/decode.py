@@ -22,6 +22,8 @@ _CHUNK = 64
 """Images that a process takes at once. More would make the loss of one process longer to repair."""
 _AHEAD = 4
 """Chunks a process that may be decoded before somebody asks for them."""
+_PRELOADED = ["nightshift.data.decode", "nightshift.data.sources.files", "nightshift.data.sources.folder"]
+"""What each process would import by itself, in half a second."""
 _CHUNK_SECONDS, _IMAGE_SECONDS = 60, 20
 
 
@@ -53,12 +55,11 @@ class Decoders:
 
     def __init__(self, source: Source, shape: Shape, processes: int | None = None) -> None:
         self._count = processes or os.cpu_count() or 1
-        self._pool = ProcessPool(
-            self._count,
-            initializer=_begin,
-            initargs=(source, shape),
-            context=multiprocessing.get_context("forkserver"),
+        context = multiprocessing.get_context(
+            "forkserver"
         )
+        context.set_forkserver_preload(_PRELOADED)
+        self._pool = ProcessPool(self._count, initializer=_begin, initargs=(source, shape), context=context)
 
     def __enter__(self) -> Self:
         return self

@@ -1,13 +1,19 @@
 """Small images as files: each number is another picture, and its class can be seen in it."""
 
 import io
-from collections.abc import Iterable, Mapping
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from nightshift.config.project import DatasetConfig
+from nightshift.data.sources.listed import Listed
+from nightshift.errors import StorageUnreachableError
 
 SIZE = 24
 QUIET = {"few_images": "off"}
@@ -35,3 +41,22 @@ def album(numbers: Iterable[int], classes: tuple[str, ...] = ("ant", "bee")) -> 
 
 def config(source: object, **fields: object) -> DatasetConfig:
     return DatasetConfig.model_validate({"source": str(source), "image_size": SIZE, "rules": QUIET, **fields})
+
+
+@dataclass(frozen=True)
+class Made:
+    """A source whose images are pictures by number, or do to their reader what they are called."""
+
+    readers: int = 1
+
+    def list(self) -> Iterator[Listed]:
+        yield from ()
+
+    def read(self, listed: Listed) -> bytes:
+        if listed.id == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if listed.id == "hang":
+            time.sleep(1000)
+        if listed.id == "no store":
+            raise StorageUnreachableError("the store does not answer")
+        return picture(int(listed.id))

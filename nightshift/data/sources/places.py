@@ -13,11 +13,18 @@ from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store, split_url
 
 
-def open_source(config: DatasetConfig, store: Store) -> Source:
+def check_source(config: DatasetConfig) -> None:
+    """Raise what `open_source` and the listing's first images would, where they are on this machine: soon."""
+    if not config.source.startswith("s3://"):
+        next(open_source(config, None).list())
+
+
+def open_source(config: DatasetConfig, store: Store | None) -> Source:
     """The source that a data set names.
 
     Args:
-        store: whose server is asked for s3:// places, unless the data set names a profile or an endpoint of its own.
+        store: whose server is asked for s3:// places, unless the data set names a profile or an endpoint of its own;
+            none for a place on this machine.
 
     Raises:
         SourceError: images are to be grouped by a column, and the source is no table.
@@ -32,8 +39,8 @@ def open_source(config: DatasetConfig, store: Store) -> Source:
     return ClassFolders(_files(config, store, config.source))
 
 
-def _files(config: DatasetConfig, store: Store, place: str) -> Files:
-    if not place.startswith("s3://"):
+def _files(config: DatasetConfig, store: Store | None, place: str) -> Files:
+    if store is None or not place.startswith("s3://"):
         return LocalFiles(Path(place).expanduser().absolute())
     bucket, _ = split_url(place)
     # The embedded server has no bucket but ours, so another one is meant to be the team's, elsewhere.
