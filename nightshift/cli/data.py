@@ -31,8 +31,7 @@ def init(
     from importlib.resources import files
 
     from nightshift.config.project import DatasetConfig
-    from nightshift.data.names import check_places, short_name
-    from nightshift.data.sources.places import check_source
+    from nightshift.data.names import check_places, check_source, short_name
     from nightshift.settings import Settings
     from nightshift.text import as_json as quoted
 
@@ -53,11 +52,10 @@ def init(
 @data.command()
 def check(dataset: NameOrPlace, as_json: AsJson = False) -> None:
     """Read the images and say what is wrong with them. Nothing is stored; exit 1 if they would not be trained on."""
-    from nightshift.data.rules import classes_of, conflicts_of, duplicates_of, torn_of
-
     name, config = _resolved(dataset)
     with _shown() as workspace:
         from nightshift.data.rows import iterate, kept
+        from nightshift.data.rules import classes_of, conflicts_of, duplicates_of, torn_of
         from nightshift.data.snapshot import look_at
         from nightshift.records.snapshots import SPLITS
 
@@ -159,8 +157,7 @@ def diff(dataset: NameOrPlace, before: Digest = None, after: Digest = None, as_j
 
 def _resolved(dataset: str) -> tuple[str, "DatasetConfig"]:
     from nightshift.config.project import load_project
-    from nightshift.data.names import named_or_placed
-    from nightshift.data.sources.places import check_source
+    from nightshift.data.names import check_source, named_or_placed
     from nightshift.settings import Settings
 
     name, config = named_or_placed(load_project(Settings.load().project), dataset)

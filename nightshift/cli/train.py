@@ -47,7 +47,7 @@ def train(
 ) -> None:
     """Train, evaluate and publish: the whole flow in this process."""
     from nightshift.config.project import load_project
-    from nightshift.data.names import check_extras, checked_config, dataset_config, name_of_place
+    from nightshift.data.names import check_extras, check_source, checked_config, dataset_config, name_of_place
     from nightshift.data.specs import SPECS
     from nightshift.ids import new_run_id, parse_run_id
     from nightshift.settings import Settings
@@ -60,8 +60,6 @@ def train(
     config = checked_config(recipe, changes, project=project, images=images)
     check_extras(config)
     if config.data.dataset not in SPECS:
-        from nightshift.data.sources.places import check_source
-
         check_source(dataset_config(project, config.data.dataset, images))
     run_id = parse_run_id(run_id) if run_id is not None else new_run_id(recipe, datetime.now(UTC))
     _run_and_print(run_id, config, as_json, verbose, images=images)

@@ -55,9 +55,7 @@ class Decoders:
 
     def __init__(self, source: Source, shape: Shape, processes: int | None = None) -> None:
         self._count = processes or os.cpu_count() or 1
-        context = multiprocessing.get_context(
-            "forkserver"
-        )
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         self._pool = ProcessPool(self._count, initializer=_begin, initargs=(source, shape), context=context)
 

@@ -14,7 +14,7 @@ from nightshift.config.project import DatasetConfig, Project
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
 from nightshift.data.specs import SPECS
-from nightshift.errors import ConfigError
+from nightshift.errors import ConfigError, SourceError
 from nightshift.explain import near_miss
 from nightshift.ids import parse_dataset_name
 from nightshift.values import LARGEST_IMAGE, LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES, SMALLEST_IMAGE
@@ -59,6 +59,23 @@ def dataset_config(project: Project, name: str, images: str | None = None) -> Da
             "on a folder as it is: nightshift train --images FOLDER"
         )
     return project.datasets[name]
+
+
+def check_source(config: DatasetConfig) -> None:
+    """Find out soon whether images are where they should be, if that is on this machine.
+
+    Raises:
+        SourceError, NoImagesError: they are not.
+    """
+    if config.source.startswith("s3://"):
+        return
+    if not Path(config.source).expanduser().exists():
+        raise SourceError(
+            f"there is nothing at {config.source}: name a folder with one folder of images a class, or a table"
+        )
+    from nightshift.data.sources.places import open_source  # here, because it imports what reads tables and buckets
+
+    next(open_source(config, None).list())
 
 
 def named_or_placed(project: Project, text: str) -> tuple[str, DatasetConfig]:

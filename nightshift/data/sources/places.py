@@ -13,12 +13,6 @@ from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store, split_url
 
 
-def check_source(config: DatasetConfig) -> None:
-    """Raise what `open_source` and the listing's first images would, where they are on this machine: soon."""
-    if not config.source.startswith("s3://"):
-        next(open_source(config, None).list())
-
-
 def open_source(config: DatasetConfig, store: Store | None) -> Source:
     """The source that a data set names.
 
