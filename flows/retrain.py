@@ -61,7 +61,7 @@ def retrain(
                     last = read_history(workspace.store, made.name).trained
                     if last and last.is_of(made.digest, config.digest) and not source.retrain_unchanged:
                         return Completed(message=f"{run_id} trains nothing: all is as it was for {last.run_id}")
-                dataset = pack(workspace, made)
+                dataset = pack(workspace, made, source.rules.near_duplicates)
             ended = train_and_judge(workspace, run_id, config, dataset, promote, settings)
             if promote:
                 trained = Trained(run_id=run_id, snapshot=dataset.digest, config_digest=config.digest)

@@ -66,6 +66,9 @@ class RulesConfig(Table):
     )
     duplicates: Effect = Field("warn", description="The same file stands in the data set more than once.")
     conflicts: Effect = Field("warn", description="One image stands under two labels. All its copies are left out.")
+    near_duplicates: Effect = Field(
+        "warn", description="Images to train on are nearly the same as ones to validate or test on."
+    )
     groups: Effect = Field("warn", description="A group stands in two splits that the source itself names.")
 
 

@@ -43,6 +43,17 @@ _MAX_BYTES = 1024**3
 
 
 @dataclass(frozen=True)
+class Pair:
+    """An image to judge by and one to train on, by their numbers in their splits, and how alike they are, up to 1."""
+
+    split: str
+    """`validation` or `test`: that of the first."""
+    image: int
+    train: int
+    alike: float
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A packed data set mapped into memory.
 
@@ -64,6 +75,8 @@ class Dataset:
     validation_images: Tensor | None = None
     """What sweeps choose by; none where the data set has no such split."""
     validation_labels: Tensor | None = None
+    near: tuple[Pair, ...] = ()
+    """Images to train on that are nearly the same as ones to judge by, most alike first."""
 
     @property
     def image_size(self) -> int:

@@ -8,6 +8,7 @@ the sha256 that the snapshot's digest rests on when the file is made, and the fi
 import hashlib
 import json
 from collections import defaultdict
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from nightshift import progress
+from nightshift.config.project import Effect
 from nightshift.data import rows as table
-from nightshift.data.datasets import Dataset, channel_statistics, complete_file
+from nightshift.data.datasets import Dataset, Pair, channel_statistics, complete_file
+from nightshift.data.near import near_pairs
 from nightshift.data.snapshot import read_rows
-from nightshift.errors import DataCorruptError, ObjectNotFoundError, ObjectTooLargeError
+from nightshift.errors import DataCorruptError, DatasetRejectedError, ObjectNotFoundError, ObjectTooLargeError
 from nightshift.records import snapshots
 from nightshift.records.snapshots import SPLITS
 from nightshift.refs import DatasetRef, SnapshotRef
@@ -28,13 +31,18 @@ from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 
 _MAX_SHARD = 1024**3
+_MOST_PAIRS = 10_000
 
 
-def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef) -> DatasetRef:
+def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef, near_duplicates: Effect = "off") -> DatasetRef:
     """Make sure that this machine has a snapshot's pixels, and return what names them.
 
+    Args:
+        near_duplicates: the effect of the rule, which needs the pixels of all splits.
+
     Raises:
-        DataCorruptError, StorageError: they cannot be had.
+        DatasetRejectedError: images to train on are nearly the same as ones to judge by, and the rule stops the night.
+        DataCorruptError, StorageError: the pixels cannot be had.
     """
     ref = DatasetRef(
         name=snapshot.name,
@@ -42,7 +50,16 @@ def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef) -> DatasetRef:
         key=snapshots.rows_key(snapshot.name, snapshot.digest),
         source=f"snapshot {snapshot.digest[:12]}",
     )
-    _in_cache(workspace, ref)
+    _, facts = _in_cache(workspace, ref)
+    if (near := facts["near"]) and near_duplicates != "off":
+        judged = {(split, image) for split, image, *_ in near}
+        detail = f"{len(judged):,} images to validate or test on are nearly the same as ones to train on"
+        if near_duplicates == "stop":
+            raise DatasetRejectedError(
+                f"tonight's images of {ref.name} are not trained on: {detail}. Give each such pair one group "
+                f'(split.by); or set near_duplicates = "warn" in [datasets.{ref.name}.rules]'
+            )
+        progress.current().warn(f"{ref.name}: {detail}")
     return ref
 
 
@@ -56,7 +73,13 @@ def open_packed(workspace: Workspace, ref: DatasetRef) -> Dataset:
     with safe_open(path, framework="pt") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return Dataset(
-        ref.name, ref.digest, tuple(facts["classes"]), **arrays, mean=tuple(facts["mean"]), std=tuple(facts["std"])
+        ref.name,
+        ref.digest,
+        tuple(facts["classes"]),
+        **arrays,
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        near=tuple(Pair(*pair) for pair in facts["near"]),
     )
 
 
@@ -71,11 +94,22 @@ def _in_cache(workspace: Workspace, ref: DatasetRef) -> tuple[Path, dict[str, An
     arrays, classes = _assembled(workspace.store, ref)
     mean, std = channel_statistics(arrays["train_images"])
     sums = {name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()}
-    facts = {"name": ref.name, "classes": classes, "mean": mean, "std": std, "sha256": sums}
+    near = _near(arrays)
+    facts = {"name": ref.name, "classes": classes, "mean": mean, "std": std, "sha256": sums, "near": near}
     with complete_file(path) as file:
         # One metadata entry, because safetensors writes several in an order that varies.
         save_file(arrays, file.name, metadata={"nightshift": json.dumps(facts)})
     return path, facts
+
+
+def _near(arrays: dict[str, np.ndarray]) -> list[tuple[str, int, int, float]]:
+    with progress.current().transfer("looking for near duplicates", None):
+        pairs = [
+            pair
+            for split in ("test", "validation")
+            for pair in near_pairs(split, arrays[f"{split}_images"], arrays["train_images"])
+        ]
+    return [astuple(pair) for pair in pairs[:_MOST_PAIRS]]
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pyarrow as pa
 from pyarrow import compute
 from scipy.stats import chi2_contingency
 
-from nightshift.config.project import RulesConfig
+from nightshift.config.project import Effect, RulesConfig
 from nightshift.data.rows import iterate, kept
 from nightshift.refs import Finding
 
@@ -23,7 +23,7 @@ def findings_of(rows: pa.Table, before: pa.Table | None, rules: RulesConfig) -> 
     """
     found = []
     for name, detail in _broken(rows, before, rules):
-        effect = getattr(rules, name)
+        effect: Effect = getattr(rules, name)
         if effect != "off":
             found.append(Finding(rule=name, ok=effect != "stop", detail=detail))
     return found
