@@ -1,0 +1,131 @@
+"""A team's own images, as a user trains on them: a folder, a prefix or a table, night after night."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nightshift.data.datasets import Dataset, open_dataset
+from nightshift.records.run import read_record
+from nightshift.refs import DatasetRef
+from nightshift.workspace import Workspace
+from tests.commands import Command, Finished
+from tests.conftest import eventually
+
+FAST = ("--set", "epochs=1", "--json")
+
+
+@pytest.fixture(scope="session")
+def cifar(home: Path, server: object, cifar10: DatasetRef) -> Dataset:
+    return open_dataset(Workspace(server, home, 60, 5), cifar10)  # type: ignore[arg-type]
+
+
+def write(root: Path, cifar: Dataset, numbers: range) -> list[str]:
+    """CIFAR-10's training images by number in one folder a class: PNG, and each tenth as JPEG. Returns their names."""
+    names = []
+    for number in numbers:
+        label = cifar.classes[int(cifar.train_labels[number])]
+        path = root / label / f"{number:05}.{'png' if number % 10 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(cifar.train_images[number])).save(path, quality=95)
+        names.append(f"{label}/{path.name}")
+    return names
+
+
+def spoil(root: Path, names: list[str], broken: int, copies: int) -> None:
+    """Break some images, and copy some others within their class."""
+    for name in names[:broken]:
+        (root / name).write_bytes((root / name).read_bytes()[:200])
+    for name in names[broken : broken + copies]:
+        (root / name).with_stem(f"{Path(name).stem}-copy").write_bytes((root / name).read_bytes())
+
+
+def trains_tests_and_publishes_whatever_the_place(
+    nightshift: Callable[..., Finished], workspace: Workspace, root: Path, cifar: Dataset, images: int, broken: int
+) -> None:
+    names = write(root, cifar, range(images))
+    spoil(root, names, broken, copies=5 * broken // 2)
+    files = sorted(path for path in root.rglob("*.*g"))
+    rows = [f"{path.relative_to(root)},{path.parent.name}\n" for path in files]
+    (root / "labels.csv").write_text("".join(["image,label\n", *rows]))
+    for path in files:
+        workspace.store.put(f"photos/{path.relative_to(root)}", path.read_bytes())
+    done = nightshift("train", "--images", str(root), *FAST)
+    assert done.exit_code == 0, done.err
+    summary = done.json
+    assert (summary["status"], summary["champion"]["version"]) == ("finished", summary["run_id"])
+    assert summary["snapshot"] == read_record(workspace.store, summary["run_id"])[0].dataset.digest
+    checked = nightshift("data", "check", str(root), "--json").json
+    assert {item["image"] for item in checked["unreadable"]} == set(names[:broken])
+    assert checked["duplicates"] == 5 * broken // 2
+    assert sum(checked["splits"].values()) == checked["images"] == images - broken + 5 * broken // 2
+    digests = {
+        nightshift("data", "snapshot", str(place), "--json").json["digest"]
+        for place in (workspace.store.url("photos"), root / "labels.csv")
+    }
+    assert digests == {summary["snapshot"]}
+
+
+def test_images_in_a_folder_a_prefix_or_a_table_are_trained_on_and_the_bad_ones_are_named(
+    nightshift: Callable[..., Finished], workspace: Workspace, tmp_path: Path, cifar: Dataset
+) -> None:
+    trains_tests_and_publishes_whatever_the_place(nightshift, workspace, tmp_path / "photos", cifar, 400, 2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_ten_thousand_images_are_trained_on_and_the_bad_ones_are_named(
+    nightshift: Callable[..., Finished], workspace: Workspace, tmp_path: Path, cifar: Dataset
+) -> None:
+    trains_tests_and_publishes_whatever_the_place(nightshift, workspace, tmp_path / "photos", cifar, 10_000, 20)
+
+
+def test_a_night_with_nothing_new_trains_nothing_and_one_with_more_images_does(
+    nightshift: Callable[..., Finished], tmp_path: Path, cifar: Dataset, prefect_api: str
+) -> None:
+    def night() -> Finished:
+        return nightshift("train", "--images", str(tmp_path / "photos"), *FAST, PREFECT_API_URL=prefect_api)
+
+    write(tmp_path / "photos", cifar, range(200))
+    first, second = night(), night()
+    assert second.json["run_id"] == first.json["run_id"]
+    assert f"nothing has changed since {first.json['run_id']}" in second.err
+    write(tmp_path / "photos", cifar, range(200, 220))
+    third = night()
+    assert third.json["run_id"] != first.json["run_id"]
+    assert third.json["snapshot"] != first.json["snapshot"]
+
+
+def test_a_run_that_is_resumed_after_more_images_came_trains_on_its_own(
+    nightshift: Callable[..., Finished],
+    start: Callable[..., Command],
+    workspace: Workspace,
+    tmp_path: Path,
+    cifar: Dataset,
+    prefect_api: str,
+) -> None:
+    root = tmp_path / "photos"
+    names = write(root, cifar, range(400))
+    slow = ("--set", "epochs=20", "--set", "batch_size=16")
+    environment = {"PREFECT_API_URL": prefect_api}
+    killed = start(
+        *("train", "--images", str(root), "--run-id", "killed", *slow, "--set", "checkpoint_every_steps=5"),
+        **environment,
+    )
+    killed.wait_for_line("training quick_cnn")
+    eventually(lambda: bool(read_record(workspace.store, "killed")[0].checkpoints))
+    killed.send(signal.SIGKILL)
+    killed.finish()
+    write(root, cifar, range(400, 440))
+    (root / names[0]).unlink()
+    assert nightshift("data", "snapshot", str(root), "--json").json["added"] == 40
+    done = nightshift("resume", "killed", "--json", **environment)
+    assert done.exit_code == 0, done.err
+    assert done.json["resumed_from_step"] > 0
+    write(tmp_path / "as it was", cifar, range(400))
+    whole = nightshift("train", "--images", str(tmp_path / "as it was"), *slow, "--json", **environment)
+    assert done.json["snapshot"] == whole.json["snapshot"]
+    assert done.json["weights_sha256"] == whole.json["weights_sha256"]
