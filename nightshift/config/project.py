@@ -5,13 +5,14 @@ It lies in the working directory of whoever deploys, starts runs or works; the s
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nightshift.errors import ConfigError
 from nightshift.explain import problem_of
 from nightshift.ids import parse_dataset_name
+from nightshift.values import ImageSize, Resize
 
 Effect = Literal["off", "warn", "stop"]
 """What becomes of a night whose images break a rule: nothing, a finding in the report, or no training."""
@@ -82,10 +83,10 @@ class DatasetConfig(Table):
     endpoint_url: str | None = Field(
         None, pattern=r"^https?://\S+$", description="The S3-compatible endpoint of an s3:// source."
     )
-    image_size: Annotated[int, Field(ge=16, le=512)] | Literal["auto"] = Field(
+    image_size: ImageSize | Literal["auto"] = Field(
         "auto", description="Images are stored as so many pixels square; auto: as the first ones are, up to 128."
     )
-    resize: Literal["crop", "pad", "stretch"] = Field("crop", description="How an image is made square.")
+    resize: Resize = Field("crop", description="How an image is made square.")
     split: SplitConfig = SplitConfig()
     rules: RulesConfig = RulesConfig()
     retrain_unchanged: bool = Field(False, description="Train also when nothing has changed since the last run.")

@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from nightshift.data.images import fit, open_image
 from nightshift.data.sources.listed import Listed, Source
 from nightshift.errors import UnreadableImageError
+from nightshift.values import Resize
 
 _CHUNK = 64
 """Images that a process takes at once. More would make the loss of one process longer to repair."""
@@ -32,7 +33,7 @@ class Shape:
     """How an image is stored: uint8 (size, size, 3), made square by cropping, padding or stretching."""
 
     size: int
-    resize: Literal["crop", "pad", "stretch"]
+    resize: Resize
 
     @property
     def bytes(self) -> int:

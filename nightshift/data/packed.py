@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from pyarrow import compute
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -44,11 +45,14 @@ def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef, near_duplicates: 
         DatasetRejectedError: images to train on are nearly the same as ones to judge by, and the rule stops the night.
         DataCorruptError, StorageError: the pixels cannot be had.
     """
+    manifest = snapshots.read_manifest(workspace.store, snapshot.name, snapshot.digest)
     ref = DatasetRef(
         name=snapshot.name,
         digest=snapshot.digest,
         key=snapshots.rows_key(snapshot.name, snapshot.digest),
         source=f"snapshot {snapshot.digest[:12]}",
+        classes=len(manifest.classes),
+        image_size=manifest.image_size,
     )
     _, facts = _in_cache(workspace, ref)
     if (near := facts["near"]) and near_duplicates != "off":
@@ -79,6 +83,7 @@ def open_packed(workspace: Workspace, ref: DatasetRef) -> Dataset:
         **arrays,
         mean=tuple(facts["mean"]),
         std=tuple(facts["std"]),
+        resize=facts["resize"],
         near=tuple(Pair(*pair) for pair in facts["near"]),
     )
 
@@ -91,11 +96,21 @@ def _in_cache(workspace: Workspace, ref: DatasetRef) -> tuple[Path, dict[str, An
         except DataCorruptError as error:
             progress.current().warn(f"{path} is damaged ({error}): packing it again")
             path.unlink()
-    arrays, classes = _assembled(workspace.store, ref)
+    manifest, rows = read_rows(workspace.store, ref.name, ref.digest)
+    classes = sorted(manifest.classes)
+    arrays = _assembled(workspace.store, rows, classes, manifest.image_size)
     mean, std = channel_statistics(arrays["train_images"])
     sums = {name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()}
     near = _near(arrays)
-    facts = {"name": ref.name, "classes": classes, "mean": mean, "std": std, "sha256": sums, "near": near}
+    facts = {
+        "name": ref.name,
+        "classes": classes,
+        "mean": mean,
+        "std": std,
+        "resize": manifest.resize,
+        "sha256": sums,
+        "near": near,
+    }
     with complete_file(path) as file:
         # One metadata entry, because safetensors writes several in an order that varies.
         save_file(arrays, file.name, metadata={"nightshift": json.dumps(facts)})
@@ -126,22 +141,21 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _assembled(store: Store, ref: DatasetRef) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of all splits, from the shards, and the names of the classes in the order of their numbers."""
-    manifest, rows = read_rows(store, ref.name, ref.digest)
-    used, classes = table.kept(rows), sorted(manifest.classes)
+def _assembled(store: Store, rows: pa.Table, classes: list[str], size: int) -> dict[str, np.ndarray]:
+    """The arrays of all splits, from the shards. A class' number is its place in `classes`."""
+    used = table.kept(rows)
     numbers = {name: number for number, name in enumerate(classes)}
     arrays: dict[str, np.ndarray] = {}
     places: dict[bytes, list[tuple[int, bytes, np.ndarray]]] = defaultdict(list)
     for split in SPLITS:
         part = used.filter(compute.equal(used["split"], split))
-        images = np.empty((len(part), manifest.image_size, manifest.image_size, 3), np.uint8)
+        images = np.empty((len(part), size, size, 3), np.uint8)
         labels = np.empty(len(part), np.uint8 if len(classes) <= 256 else np.int32)
         for at, (label, shard, offset, pixels) in enumerate(table.iterate(part, "label", "shard", "offset", "pixels")):
             labels[at] = numbers[label]
             places[shard].append((offset, pixels, images[at]))
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
-    with progress.current().transfer(f"packing {manifest.images:,} images", None) as advance:
+    with progress.current().transfer(f"packing {len(used):,} images", None) as advance:
         for shard, wanted in places.items():
             body = _shard(store, shard.hex())
             for offset, pixels, into in wanted:
@@ -152,7 +166,7 @@ def _assembled(store: Store, ref: DatasetRef) -> tuple[dict[str, np.ndarray], li
                     )
                 into[:] = np.frombuffer(image, np.uint8).reshape(into.shape)
             advance(len(body))
-    return arrays, classes
+    return arrays
 
 
 def _shard(store: Store, digest: str) -> bytes:

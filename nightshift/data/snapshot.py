@@ -25,6 +25,7 @@ from nightshift import progress
 from nightshift.config.project import DatasetConfig
 from nightshift.data import rows as table
 from nightshift.data.decode import Decoders, Shape
+from nightshift.data.names import check_classes
 from nightshift.data.parts import in_parts, listed_of, part_key, pending, read_parts, unknown
 from nightshift.data.rows import LISTED, READ, ROWS
 from nightshift.data.rules import CONFLICT, classes_of, findings_of
@@ -32,6 +33,7 @@ from nightshift.data.sources.listed import Listed, Source
 from nightshift.data.sources.places import open_source
 from nightshift.data.split import split_of
 from nightshift.errors import (
+    ConfigError,
     DataCorruptError,
     DatasetRejectedError,
     DocumentDamagedError,
@@ -40,16 +42,16 @@ from nightshift.errors import (
     SourceError,
 )
 from nightshift.records import snapshots
-from nightshift.records.snapshots import MAX_CLASSES, SPLITS, Entry, History, Manifest
+from nightshift.records.snapshots import SPLITS, Entry, History, Manifest
 from nightshift.refs import Finding, SnapshotRef
 from nightshift.storage.store import Store
 from nightshift.text import plain
+from nightshift.values import LONGEST_CLASS_NAME
 
 _LISTED_AT_ONCE = 10_000
 _FIRST = 100
 """How many images decide the size at which all are stored, where the data set does not."""
 _SMALLEST, _LARGEST_AUTO = 16, 128
-_LONGEST_LABEL = 200
 _NAMED = 5
 """How many of the images that are left out are named on the way."""
 
@@ -215,7 +217,7 @@ def _as_row(listed: Listed) -> tuple[Any, ...]:
     name, place, label, group, refused = listed.id, listed.place, listed.label, listed.group, listed.refused
     if not _is_text(name + place):
         name, place, refused = plain(name), "", "its name is not UTF-8: rename it"
-    if not (_is_text(label) and label.isprintable() and len(label) <= _LONGEST_LABEL):
+    if not (_is_text(label) and label.isprintable() and len(label) <= LONGEST_CLASS_NAME):
         label, refused = "", refused or "its label is too long, or has characters that cannot be shown"
     return name, place, listed.hint, listed.size, label, listed.split, plain(group), listed.extra, refused
 
@@ -321,8 +323,10 @@ def _unfit(rows: pa.Table) -> str:
         return f"none of its {len(rows):,} images can be used ({some})"
     if len(counts) == 1:
         return f"all its images are of one class, {next(iter(counts))}: put those of another into a folder of their own"
-    if len(counts) > MAX_CLASSES:
-        return f"it has {len(counts):,} classes, and at most {MAX_CLASSES:,} are trained on"
+    try:
+        check_classes(list(counts))
+    except ConfigError as error:
+        return str(error)
     for split in ("train", "test"):
         if split not in splits:
             return f"no image is in the split {split!r}: add images, or change [datasets.NAME.split]"

@@ -17,7 +17,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from nightshift.data import batches
-from nightshift.data.images import MAX_BYTES, check_size, fit, open_image
+from nightshift.data.images import MAX_BYTES, SUFFIXES, check_size, fit, open_image
 from nightshift.data.names import check_places
 from nightshift.errors import (
     ConfigError,
@@ -36,7 +36,6 @@ from nightshift.text import as_json, csv_cell
 from nightshift.values import Resize
 
 _BATCH = 256
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """What counts as an image in a folder or under a prefix. A file that is named itself may have any suffix."""
 OutputFormat = Literal["csv", "jsonl"]
 _ESCAPED = "backslashreplace"

@@ -18,12 +18,11 @@ from nightshift.refs import Finding
 from nightshift.storage import documents
 from nightshift.storage.documents import MIB, Document, Part
 from nightshift.storage.store import Store, Stored
-from nightshift.values import Count, Line, Moment
+from nightshift.values import MOST_CLASSES, ClassName, Count, ImageSize, Moment, Resize
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _IF_DAMAGED = "Bring an older version of it back, or make a new snapshot under another name"
-MAX_CLASSES = 100_000
 HISTORY = "/history.json"
 
 
@@ -39,11 +38,11 @@ class Manifest(Document):
     digest: Sha256
     test_digest: Sha256
     """Of the test split alone."""
-    image_size: Count
-    resize: Literal["crop", "pad", "stretch"]
+    image_size: ImageSize
+    resize: Resize
     images: Count
     splits: dict[Split, Count]
-    classes: dict[Line, Count] = Field(max_length=MAX_CLASSES)
+    classes: dict[ClassName, Count] = Field(max_length=MOST_CLASSES)
     """Images of each class, over all splits."""
     refused: Count
     shards: list[Sha256]

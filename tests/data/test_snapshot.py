@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from nightshift.data.datasets import open_dataset
 from nightshift.data.packed import pack_snapshot
-from nightshift.data.rows import iterate, kept
-from nightshift.data.snapshot import check_rules, difference, make_snapshot, read_rows, refusals_of, stored_snapshot
+from nightshift.data.rows import ROWS, iterate, kept
+from nightshift.data.snapshot import (
+    _unfit,
+    check_rules,
+    difference,
+    make_snapshot,
+    read_rows,
+    refusals_of,
+    stored_snapshot,
+)
 from nightshift.errors import (
     DataCorruptError,
     DatasetRejectedError,
@@ -478,3 +487,10 @@ def test_two_snapshots_differ_by_what_was_added_removed_and_relabelled(memory: M
     second = made(memory, root / "labels.csv")
     tables = [read_rows(memory, "photos", snapshot.digest)[1] for snapshot in (first, second)]
     assert difference(*tables) == (["ant/00040.png"], ["ant/00000.png", "bee/00001.png"], ["ant/00002.png"])
+
+
+def test_more_classes_than_can_be_trained_on_are_refused_with_how_many_there_are() -> None:
+    several = {name: [""] * 100_001 for name in ROWS.names} | {"label": [f"class {n}" for n in range(100_001)]}
+    several |= {"split": ["train", "test"] * 50_000 + ["train"]}
+    several |= {name: [None] * 100_001 for name in ROWS.names if ROWS.field(name).type != pa.string()}
+    assert _unfit(pa.table(several, ROWS)) == "the data set has 100,001 classes: it takes 2 to 100,000"
