@@ -7,13 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from nightshift.errors import ConfigError
+from nightshift.errors import ConfigError, NightshiftError
 
 
 def _recipe_names() -> list[str]:
+    from nightshift.config.project import load_project
     from nightshift.config.recipes import recipe_names
+    from nightshift.settings import Settings
 
-    return recipe_names()
+    try:
+        return recipe_names(load_project(Settings.load().project))
+    except NightshiftError:  # the command itself says what is wrong
+        return recipe_names()
 
 
 def _field_names() -> list[str]:

@@ -152,17 +152,21 @@ def gc(
 
 @app.command(rich_help_panel="Train")
 def recipes(as_json: AsJson = False) -> None:
-    """List the recipes and what each is for."""
+    """List the recipes, those of nightshift.toml too, and what each is for."""
+    from nightshift.config.project import load_project
     from nightshift.config.recipes import get_recipe, recipe_names
+    from nightshift.settings import Settings
 
+    project = load_project(Settings.load().project)
     rows = [
         {
             "name": name,
             "model": recipe.config.model.name,
+            "dataset": recipe.config.data.dataset,
             "epochs": recipe.config.schedule.epochs,
             "detail": recipe.detail,
         }
-        for name, recipe in ((name, get_recipe(name)) for name in recipe_names())
+        for name, recipe in ((name, get_recipe(name, project)) for name in recipe_names(project))
     ]
     if as_json:
         print_json({"recipes": rows})
@@ -170,7 +174,7 @@ def recipes(as_json: AsJson = False) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for name in ("recipe", "model", "epochs", "what it is for"):
+    for name in ("recipe", "model", "data set", "epochs", "what it is for"):
         table.add_column(name, justify="right" if name == "epochs" else "left")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))

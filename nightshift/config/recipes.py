@@ -83,17 +83,28 @@ _RECIPES = {
 }
 
 
-def recipe_names() -> list[str]:
-    return sorted(_RECIPES)
+def recipe_names(project: Project | None = None) -> list[str]:
+    """The recipes of nightshift, and those of a project after them.
+
+    Raises:
+        ConfigError: the project gives one of its own the name of one of nightshift's.
+    """
+    own = (project or Project()).recipes
+    for name in own.keys() & _RECIPES:
+        raise ConfigError(
+            f"[recipes.{name}] of the project file: nightshift has a recipe of this name. Give yours another, with "
+            f'base = "{name}"'
+        )
+    return [*sorted(_RECIPES), *sorted(own)]
 
 
 def get_recipe(name: str, project: Project | None = None) -> Recipe:
     """The recipe called `name`, of nightshift or of a project.
 
     Raises:
-        ConfigError: there is none, or it rests on itself; the message lists those there are.
+        ConfigError: there is none, or it rests on itself, or a name is taken twice; the message lists those there are.
     """
-    own = (project or Project()).recipes
+    own, known = (project or Project()).recipes, recipe_names(project)
     chain, overrides = [name], dict[str, Any]()
     while (found := own.get(chain[-1])) and found.base not in chain:
         overrides = {**found.overrides, **overrides}
@@ -101,7 +112,6 @@ def get_recipe(name: str, project: Project | None = None) -> Recipe:
     if found:
         raise ConfigError(f"recipe {name!r} rests on itself: {' → '.join([*chain, found.base])}")
     if chain[-1] not in _RECIPES:
-        known = sorted([*recipe_names(), *own])
         raise ConfigError(
             f"there is no recipe {chain[-1]!r}.{near_miss(chain[-1], known)} The recipes are: {', '.join(known)}"
         )
@@ -120,7 +130,7 @@ def named(config: TrainConfig, project: Project | None = None) -> tuple[str, dic
 
     It is the config's own recipe, or `quick` where that one is none any more.
     """
-    recipe = config.recipe if config.recipe in {*recipe_names(), *(project or Project()).recipes} else "quick"
+    recipe = config.recipe if config.recipe in recipe_names(project) else "quick"
     base = get_recipe(recipe, project).config.flat()
     return recipe, {name: value for name, value in config.flat().items() if base[name] != value and name != "recipe"}
 
