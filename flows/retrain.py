@@ -10,7 +10,7 @@ from prefect.states import Completed
 from flows.night import check_recoveries, flow_run_name, run_id_of, stopped, train_and_judge
 from flows.nights import this_start
 from nightshift.config.project import load_project
-from nightshift.data.names import checked_config, dataset_config
+from nightshift.data.names import dataset_config, named_config
 from nightshift.data.snapshot import check_rules, stored_snapshot
 from nightshift.records.run import dataset_of
 from nightshift.records.snapshots import Trained, note_trained, read_history
@@ -45,7 +45,7 @@ def retrain(
     """
     settings = Settings.load()
     project = load_project(settings.project)
-    config = checked_config(recipe, overrides, this_start(), project, images)
+    config = named_config(recipe, overrides, this_start(), project, images)
     run_id = run_id_of(run_id, recipe)
     with open_workspace(settings) as workspace:
         check_recoveries(workspace, run_id, settings)

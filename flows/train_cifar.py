@@ -1,16 +1,15 @@
 """The flow `train-cifar`: download → preprocess → train → evaluate → publish → promote → report."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
-from pydantic import Field
 
 from flows.night import check_recoveries, flow_run_name, run_id_of, stopped, train_and_judge
 from flows.nights import this_start
-from nightshift.config.recipes import recipe_names
-from nightshift.data.names import checked_config
+from nightshift.config.project import load_project
+from nightshift.data.names import check_flow, checked_config
 from nightshift.refs import ModelRef
 from nightshift.settings import Settings
 from nightshift.workspace import open_workspace
@@ -19,12 +18,10 @@ from tasks.preprocess import preprocess
 
 __all__ = ["TerminationSignal", "train_cifar"]
 
-Recipe = Annotated[str, Field(json_schema_extra={"enum": list(recipe_names())})]
-
 
 @flow(name="train-cifar", flow_run_name=flow_run_name, persist_result=True, result_serializer="json")
 def train_cifar(
-    recipe: Recipe = "quick",
+    recipe: str = "quick",
     overrides: dict[str, Any] | None = None,
     run_id: str | None = None,
     promote: bool = True,
@@ -35,15 +32,18 @@ def train_cifar(
     model is not promoted, that is a result and no failure: the verdict is the message of the final state.
 
     Args:
-        recipe: The named config to start from.
+        recipe: The named config to start from: one of nightshift's own, or of `nightshift.toml`.
         overrides: Fields of the config to replace, such as {"epochs": 3, "lr": 0.1}. With {"seed": "date"} each night
             has a seed of its own, such as 20261125.
         run_id: Durable name of the run, in which {date} stands for the day it is scheduled for, in the schedule's zone.
             An unfinished run of this name is resumed, a finished one trains nothing. None: a name is made.
         promote: Let it go live if it is better. A trial of a sweep is compared with the other trials instead.
     """
-    config = checked_config(recipe, overrides, this_start())
-    run_id, settings = run_id_of(run_id, recipe), Settings.load()
+    settings = Settings.load()
+    project = load_project(settings.project)
+    config = checked_config(recipe, overrides, this_start(), project)
+    check_flow("train-cifar", config, project)
+    run_id = run_id_of(run_id, recipe)
     with open_workspace(settings) as workspace:
         check_recoveries(workspace, run_id, settings)
         try:

@@ -47,7 +47,7 @@ def train(
 ) -> None:
     """Train, evaluate and publish: the whole flow in this process."""
     from nightshift.config.project import load_project
-    from nightshift.data.names import check_extras, check_source, checked_config, dataset_config, name_of_place
+    from nightshift.data.names import check_extras, check_source, checked_config, dataset_config
     from nightshift.data.specs import SPECS
     from nightshift.ids import new_run_id, parse_run_id
     from nightshift.settings import Settings
@@ -55,8 +55,6 @@ def train(
     project, changes = load_project(Settings.load().project), parse_overrides(overrides)
     if images in project.datasets:
         changes, images = {"dataset": images, **changes}, None
-    elif images is not None:
-        changes = {"dataset": name_of_place(images), **changes}
     config = checked_config(recipe, changes, project=project, images=images)
     check_extras(config)
     if config.data.dataset not in SPECS:

@@ -20,6 +20,29 @@ from nightshift.ids import parse_dataset_name
 from nightshift.values import LARGEST_IMAGE, LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES, SMALLEST_IMAGE
 
 
+def named_config(
+    recipe: str,
+    overrides: Mapping[str, Any] | None = None,
+    night: datetime | None = None,
+    project: Project | None = None,
+    images: str | None = None,
+) -> TrainConfig:
+    """A recipe's config with some fields replaced, after a check of its names; its data set may be gone by now.
+
+    Args:
+        project: what else there are recipes in.
+        images: the place of the images. The data set is named after it, unless `overrides` name one.
+
+    Raises:
+        ConfigError: as `make_config` and `check_names`.
+    """
+    if images is not None:
+        overrides = {"data.dataset": name_of_place(images), **(overrides or {})}
+    config = make_config(recipe, overrides, night, project)
+    check_names(config)
+    return config
+
+
 def checked_config(
     recipe: str,
     overrides: Mapping[str, Any] | None = None,
@@ -27,20 +50,26 @@ def checked_config(
     project: Project | None = None,
     images: str | None = None,
 ) -> TrainConfig:
-    """A recipe's config with some fields replaced, after a check that everything it names exists.
-
-    Args:
-        project: what else there are recipes and data sets in.
-        images: the place of the images, for a data set that is not in the project.
+    """As `named_config`, after a check that its data set exists too.
 
     Raises:
-        ConfigError: as `make_config`, `check_names` and `dataset_config`.
+        ConfigError: as `named_config` and `dataset_config`.
     """
-    config = make_config(recipe, overrides, night, project)
-    check_names(config)
+    config = named_config(recipe, overrides, night, project, images)
     if config.data.dataset not in SPECS:
         dataset_config(project or Project(), config.data.dataset, images)
     return config
+
+
+def check_flow(flow: str, config: TrainConfig, project: Project, images: str | None = None) -> None:
+    """Raise ConfigError if a flow, `train-cifar` or `retrain`, does not train on the data set of a config."""
+    if flow == "retrain":
+        dataset_config(project, config.data.dataset, images)
+    elif config.data.dataset not in SPECS:
+        raise ConfigError(
+            f"the flow {flow} trains on {', '.join(SPECS)}, not on {config.data.dataset!r}: that is what retrain is "
+            "for. A table [deployments.NAME] of the project file with this recipe makes retrain/NAME"
+        )
 
 
 def dataset_config(project: Project, name: str, images: str | None = None) -> DatasetConfig:
@@ -49,6 +78,11 @@ def dataset_config(project: Project, name: str, images: str | None = None) -> Da
     Raises:
         ConfigError: the project has no such data set, and no place is given; the message lists those there are.
     """
+    if name in SPECS:
+        raise ConfigError(
+            f"{name} is nightshift's own data set and never changes: the flow train-cifar trains on it. Name one of "
+            f"your own in dataset. Those of the project file are: {', '.join(sorted(project.datasets)) or 'none'}"
+        )
     if images is not None:
         check_places([images])
         return DatasetConfig(source=images)
