@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,8 +42,11 @@ def init(
         raise ConfigError(f"{path} is there already: add [datasets.NAME] to it, or move it away")
     name, config = short_name(place), DatasetConfig(source=place)
     check_source(config)
+    # What stands in the file is relative to its folder, what was typed is relative to this one.
+    is_as_typed = place.startswith("s3://") or path.absolute().parent == Path.cwd()
+    written = place if is_as_typed else str(Path(place).expanduser().absolute())
     template = files("nightshift.config").joinpath("nightshift.toml").read_text(encoding="utf-8")
-    path.write_text(template.replace("NAME", name).replace('"PLACE"', quoted(place)), encoding="utf-8")
+    path.write_text(template.replace("NAME", name).replace('"PLACE"', quoted(written)), encoding="utf-8")
     if as_json:
         print_json({"path": str(path), "dataset": name})
     else:

@@ -25,8 +25,13 @@ class Table(BaseModel):
 
 
 class DeploymentConfig(Table):
-    """When a deployment starts by itself, `[deployments.NAME]`; what is left out is as nightshift ships it."""
+    """`[deployments.NAME]`: the deployment retrain/NAME of a recipe, or when one of nightshift's own starts by itself.
 
+    What is left out is as nightshift ships it; a deployment of a recipe then starts only by hand.
+    """
+
+    recipe: str | None = Field(None, description="What retrain/NAME trains.")
+    promote: bool = Field(True, description="Whether retrain/NAME lets a model go live if it is better.")
     cron: str | None = Field(None, description="When, in five fields, such as `0 2 * * *`.")
     timezone: str | None = Field(None, description="A name of the IANA database, such as Europe/Berlin.")
 
@@ -77,7 +82,9 @@ class DatasetConfig(Table):
     """Where a team's images are and how they are stored, `[datasets.NAME]`."""
 
     source: str = Field(
-        description="A folder or s3:// prefix with one folder a class, or a table: .csv, .jsonl or .parquet."
+        min_length=1,
+        description="A folder or s3:// prefix with one folder a class, or a table: .csv, .jsonl or .parquet. In the "
+        "project file, a path is relative to the file's folder.",
     )
     profile: str | None = Field(None, description="The AWS profile to read an s3:// source with.")
     endpoint_url: str | None = Field(
@@ -122,13 +129,13 @@ class Project(Table):
 
 
 def load_project(path: Path) -> Project:
-    """Read a project file; one that is not there says nothing.
+    """Read a project file; one that is not there says nothing. Relative sources are made absolute.
 
     Raises:
         ConfigError: it is not TOML, or has a table or a field that is not one of ours; each is named.
     """
     try:
-        return Project.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        project = Project.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return Project()
     except ValidationError as error:
@@ -138,3 +145,13 @@ def load_project(path: Path) -> Project:
         raise ConfigError(f"{path}: {problems}") from None
     except (OSError, ValueError) as error:  # tomllib's and UnicodeDecodeError are ValueErrors
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    folder = path.absolute().parent
+    datasets = {
+        name: dataset.model_copy(update={"source": _below(folder, dataset.source)})
+        for name, dataset in project.datasets.items()
+    }
+    return project.model_copy(update={"datasets": datasets})
+
+
+def _below(folder: Path, source: str) -> str:
+    return source if source.startswith(("s3://", "~")) else str(folder / source)
