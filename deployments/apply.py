@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -12,44 +13,66 @@ import yaml
 from prefect.automations import AutomationCore
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.exceptions import ObjectNotFound
 from pydantic import TypeAdapter
 
 from deployments.client import connected
-from deployments.schedules import Kept, keep_changed, remember, scheduled
-from nightshift.config.project import Project
+from deployments.planned import Deployments, by_name, shipped_deployments
+from deployments.schedules import Kept, check_times, keep_changed, remember
 from nightshift.errors import ConfigError, PrefectServerError
 
 _HERE = Path(__file__).parent
+_RETRAIN = FlowFilter(name=FlowFilterName(any_=["retrain"]))
 
 
-def apply(project: Project, notify: str | None, replace_schedules: bool = False) -> tuple[list[str], list[Kept]]:
+@dataclass(frozen=True)
+class Deployed:
+    """What a server has after it was made to match."""
+
+    deployments: list[str]
+    """As FLOW/DEPLOYMENT."""
+    kept: list[Kept]
+    """Those among them that keep the server's schedule."""
+    others: list[str]
+    """Deployments of the flow retrain that the project does not have: no longer, or never."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What somebody may want to do about it, in sentences."""
+        return [
+            *map(str, self.kept),
+            *(
+                f"{name} is on the server and not in the project file, and is left as it is. If nobody needs it any "
+                f"more: prefect deployment delete {name}"
+                for name in self.others
+            ),
+        ]
+
+
+def apply(deployments: Deployments, notify: str | None, replace_schedules: bool = False) -> Deployed:
     """Make or update the work pools that the deployments name, the deployments, and the automations.
 
     Args:
         notify: the notification block, as TYPE/NAME, that reports failed, lost and rejected runs; None: none does.
         replace_schedules: also those that somebody has changed on the server.
 
-    Returns:
-        The deployments, as FLOW/DEPLOYMENT, and those among them that keep the server's schedule.
-
     Raises:
-        ConfigError: there is no such block on the server, or the project file is not valid.
+        ConfigError: there is no such block on the server, or a schedule is none.
         PrefectServerError: the server does not answer, or refuses one of them.
     """
-    project_file = _read("prefect.yaml")
-    planned = scheduled(project_file["deployments"], project)
-    shipped = scheduled(project_file["deployments"], Project())
+    check_times(deployments)
     with connected() as client:
-        kept = [] if replace_schedules else keep_changed(client, planned, shipped)
-        for pool in {deployment["work_pool"]["name"] for deployment in planned.values()}:
+        kept = [] if replace_schedules else keep_changed(client, deployments, by_name(shipped_deployments()))
+        for pool in {deployment["work_pool"]["name"] for deployment in deployments.values()}:
             template = json.loads((_HERE / "work-pools" / f"{pool}.json").read_text())
             kind = pool.partition("-")[2]
             client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=template), overwrite=True)
-        _deploy({**project_file, "deployments": list(planned.values())})
-        remember(planned, kept)
+        _deploy({**_read("prefect.yaml"), "deployments": list(deployments.values())})
+        remember(deployments, kept)
         _automate(client, notify)
-    return sorted(planned), kept
+        there = [f"retrain/{found.name}" for found in client.read_deployments(flow_filter=_RETRAIN)]
+    return Deployed(sorted(deployments), kept, sorted(set(there) - deployments.keys()))
 
 
 def _deploy(project_file: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nightshift.config.project import Project
+from deployments.planned import Deployments
 from nightshift.local import supervisor
 from nightshift.local.prefect import POOL, WAITING_POOL, PrefectServer, local_prefect, login_file, online_workers
 from nightshift.local.s3 import embedded_s3
@@ -16,7 +16,7 @@ from nightshift.local.supervisor import Server, using, wait_until
 from nightshift.settings import Settings
 
 if TYPE_CHECKING:
-    from deployments.schedules import Kept
+    from deployments.apply import Deployed
 
 _WORKERS = {"worker": POOL, "waiting-worker": WAITING_POOL}
 _SERVERS = (*_WORKERS, "prefect", "s3")
@@ -30,23 +30,23 @@ class Running:
     login_file: Path
     """What the server asks for is in this file, which only the user can read."""
     s3_endpoint: str
-    deployments: list[str]
-    kept: list["Kept"]
-    """The deployments whose schedules somebody has changed on the server."""
+    deployed: "Deployed"
 
     @property
     def prefect_ui(self) -> str:
         return self.api_url.removesuffix("/api")
 
 
-def up(settings: Settings, project: Project) -> Running:
+def up(settings: Settings, deployments: Deployments) -> Running:
     """Start what is not running yet, and deploy everything again. Repeating it does no harm.
+
+    Workers that know another project file are replaced; their runs save first, and go on.
 
     Raises:
         LocalServiceError: a server or a worker does not start.
         PrefectServerError: the server refuses a deployment.
     """
-    home = settings.home.resolve()
+    home, project = settings.home.resolve(), str(settings.project.absolute())
     with ExitStack() as stack:
         server, wait_for_server = stack.enter_context(local_prefect(home))
         supervisor.keep(home / "prefect")
@@ -58,14 +58,17 @@ def up(settings: Settings, project: Project) -> Running:
         os.environ.update(server.environment)
         from deployments.apply import apply
 
-        deployments, kept = apply(project, settings.notify)
+        deployed = apply(deployments, settings.notify)
         for name, pool in _WORKERS.items():
-            plan = partial(_worker, home, server, pool, settings.save_retry_seconds)
+            known = supervisor.running_facts(home / name)
+            if known and known.get("project") != project:
+                supervisor.release(home / name)
+            plan = partial(_worker, home, project, server, pool, settings.save_retry_seconds)
             stack.enter_context(using(home / name, plan))
             supervisor.keep(home / name)
         for name, pool in _WORKERS.items():
             wait_until(partial(_is_served, server, pool), home / name, timeout=60)
-    return Running(server.api_url, login_file(home), endpoint, deployments, kept)
+    return Running(server.api_url, login_file(home), endpoint, deployed)
 
 
 def down(settings: Settings) -> list[str]:
@@ -77,15 +80,16 @@ def _is_served(server: PrefectServer, pool: str) -> bool:
     return bool(online_workers(server, pool))
 
 
-def _worker(home: Path, server: PrefectServer, pool: str, save_retry_seconds: float) -> Server:
+def _worker(home: Path, project: str, server: PrefectServer, pool: str, save_retry_seconds: float) -> Server:
     return Server(
         command=[str(Path(sys.executable).with_name("nightshift")), "worker", "--pool", pool],
         environment={
             "NIGHTSHIFT_HOME": str(home),
+            "NIGHTSHIFT_PROJECT": project,
             "PREFECT_HOME": str(home / "prefect"),
             **server.environment,
             "DO_NOT_TRACK": "1",
         },
-        facts={},
+        facts={"project": project},
         stop_seconds=save_retry_seconds + 60,
     )

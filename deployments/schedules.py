@@ -15,11 +15,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.variables import Variable
 from pydantic import ValidationError
 
-from nightshift.config.project import DeploymentConfig, Project
+from deployments.planned import Deployments
 from nightshift.errors import ConfigError
-from nightshift.explain import near_miss, problem_of
+from nightshift.explain import problem_of
 
-_DEPLOYED = "nightshift_schedules"
+_VARIABLE = "nightshift_schedules"
 
 Schedules = list[dict[str, Any]]
 """As in a prefect.yaml: each with `cron`, `timezone` and `active`."""
@@ -40,55 +40,43 @@ class Kept:
         )
 
 
-def scheduled(shipped: Iterable[dict[str, Any]], project: Project) -> dict[str, dict[str, Any]]:
-    """The deployments of a prefect.yaml by FLOW/DEPLOYMENT, on the schedules of the project.
-
-    Raises:
-        ConfigError: the project names a deployment that has no schedule, or a schedule that is none.
-    """
-    shipped = list(shipped)
-    known = {deployment["name"] for deployment in shipped if deployment.get("schedules")}
-    for name in project.deployments.keys() - known:
-        raise ConfigError(
-            f"[deployments.{name}]: no deployment of this name has a schedule.{near_miss(name, known)} "
-            f"Those that have one: {', '.join(sorted(known))}"
-        )
-    planned = {}
-    for deployment in shipped:
-        # The flows are named after their functions.
-        flow = deployment["entrypoint"].rpartition(".")[2].replace("_", "-")
-        own = project.deployments.get(deployment["name"], DeploymentConfig()).model_dump(exclude_none=True)
-        schedules = [{**schedule, **own, "active": True} for schedule in deployment.get("schedules", ())]
-        planned[f"{flow}/{deployment['name']}"] = {**deployment, "schedules": schedules}
-        _check(deployment["name"], schedules)
-    return planned
+def check_times(planned: Deployments) -> None:
+    """Raise ConfigError, which names the table of the project file, if a schedule is none."""
+    for deployment in planned.values():
+        for schedule in deployment["schedules"]:
+            _check(deployment["name"], schedule)
 
 
-def keep_changed(
-    client: SyncPrefectClient, planned: Mapping[str, dict[str, Any]], shipped: Mapping[str, dict[str, Any]]
-) -> list[Kept]:
+def keep_changed(client: SyncPrefectClient, planned: Deployments, shipped: Deployments) -> list[Kept]:
     """Put the server's schedules into `planned` where somebody has changed them there, and say where that is.
 
     Args:
         shipped: what was deployed where the server does not know: before there was a project file.
     """
-    deployed: Any = Variable.get(_DEPLOYED, default={})
-    kept = []
+    shipped_then = {name: deployment["schedules"] for name, deployment in shipped.items()}
+    deployed, kept = {**shipped_then, **_deployed()}, []
     for name, deployment in planned.items():
         try:
             there = [_as_config(schedule) for schedule in client.read_deployment_by_name(name).schedules]
         except ObjectNotFound:
             continue
-        if there not in (deployed.get(name, shipped[name]["schedules"]), deployment["schedules"]):
+        if there not in (deployed.get(name, there), deployment["schedules"]):
             kept.append(Kept(name, there, deployment["schedules"]))
             deployment["schedules"] = there
     return kept
 
 
-def remember(planned: Mapping[str, dict[str, Any]], kept: Iterable[Kept]) -> None:
+def remember(planned: Deployments, kept: Iterable[Kept]) -> None:
     """Note what is deployed, so that a change on the server is seen for one."""
     schedules = {name: deployment["schedules"] for name, deployment in planned.items()}
-    Variable.set(_DEPLOYED, {**schedules, **{entry.deployment: entry.planned for entry in kept}}, overwrite=True)
+    # Those of other projects, and of tables that may come back, stay noted.
+    noted = {**_deployed(), **schedules, **{entry.deployment: entry.planned for entry in kept}}
+    Variable.set(_VARIABLE, noted, overwrite=True)
+
+
+def _deployed() -> dict[str, Schedules]:
+    noted: Any = Variable.get(_VARIABLE, default={})
+    return dict(noted)
 
 
 def _as_config(schedule: DeploymentSchedule) -> dict[str, Any]:
@@ -98,14 +86,13 @@ def _as_config(schedule: DeploymentSchedule) -> dict[str, Any]:
     return {**fields, **{name: value for name, value in others.items() if value}, "active": schedule.active}
 
 
-def _check(name: str, schedules: Schedules) -> None:
-    for schedule in schedules:
-        try:
-            CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
-        except ValidationError as error:
-            detail = error.errors()[0]
-            field = ".".join(str(part) for part in detail["loc"])
-            raise ConfigError(f"[deployments.{name}] {field}: {problem_of(detail)} ({schedule.get(field)!r})") from None
+def _check(name: str, schedule: Mapping[str, Any]) -> None:
+    try:
+        CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
+    except ValidationError as error:
+        detail = error.errors()[0]
+        field = ".".join(str(part) for part in detail["loc"])
+        raise ConfigError(f"[deployments.{name}] {field}: {problem_of(detail)} ({schedule.get(field)!r})") from None
 
 
 def _text(schedules: Schedules) -> str:

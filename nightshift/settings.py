@@ -143,7 +143,7 @@ class Settings(BaseSettings):
     )
     nodes: NodesSettings = Field(NodesSettings(), description="The machines that train a run together.")
     gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
-    project: Path = Field(Path("nightshift.toml"), description="The project file: schedules, for now.")
+    project: Path = Field(Path("nightshift.toml"), description="The project file: data sets, recipes and deployments.")
     price_per_hour: float | None = Field(None, ge=0, description="What an hour of training costs, for the report.")
     notify: str | None = Field(
         None,

@@ -10,9 +10,8 @@ import typer
 from nightshift.cli.common import AsJson, app, console, error_console, print_json, use_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from deployments.schedules import Kept
+    from deployments.apply import Deployed
+    from deployments.planned import Deployments
     from nightshift.settings import Settings
 
 _PANEL = "Servers and machine"
@@ -22,23 +21,21 @@ _PANEL = "Servers and machine"
 def up(as_json: AsJson = False) -> None:
     """Start S3, a Prefect server and a worker on this machine, with everything deployed; they stay."""
     from nightshift.cli.terminal import TerminalProgress, facts_table
-    from nightshift.config.project import load_project
 
     settings = _settings_for_workers()
-    project = load_project(settings.project)
+    deployments = _planned(settings)
     with TerminalProgress(error_console()) as display, display.waiting("starting S3, Prefect and a worker"):
         from deployments import local
 
-        running = local.up(settings, project)
+        running = local.up(settings, deployments)
     if as_json:
         print_json(
             {
                 "prefect_ui": running.prefect_ui,
                 "s3_endpoint": running.s3_endpoint,
-                "deployments": running.deployments,
                 "prefect_api_url": running.api_url,
                 "prefect_login_file": str(running.login_file),
-                "kept": [entry.deployment for entry in running.kept],
+                **_as_dict(running.deployed),
             }
         )
         return
@@ -47,14 +44,14 @@ def up(as_json: AsJson = False) -> None:
             {
                 "Prefect": running.prefect_ui,
                 "S3": running.s3_endpoint,
-                "deployments": "  ".join(running.deployments),
+                "deployments": "  ".join(running.deployed.deployments),
                 "train now": "nightshift submit --watch",
                 "stop it all": "nightshift down",
             }
         ),
         soft_wrap=True,
     )
-    _print_kept(running.kept)
+    _print_remarks(running.deployed)
     login = f"cat {shlex.quote(str(running.login_file))}"
     # Not the login itself: it would stay in logs and in the terminal's history. No table either, which would break a
     # line that is to be copied.
@@ -90,27 +87,39 @@ def deploy(
     as_json: AsJson = False,
 ) -> None:
     """Make or update nightshift's work pools, deployments and automations on the Prefect server."""
-    from nightshift.config.project import load_project
     from nightshift.settings import Settings
 
     settings = Settings.load()
-    project = load_project(settings.project)
+    planned = _planned(settings)
     use_server()
     from deployments.apply import apply
 
-    deployments, kept = apply(project, settings.notify, replace_schedules)
+    deployed = apply(planned, settings.notify, replace_schedules)
     if as_json:
-        print_json({"deployments": deployments, "kept": [entry.deployment for entry in kept]})
+        print_json(_as_dict(deployed))
         return
-    console().print(f"deployed: {', '.join(deployments)}")
-    _print_kept(kept)
+    console().print(f"deployed: {', '.join(deployed.deployments)}", soft_wrap=True)
+    _print_remarks(deployed)
 
 
-def _print_kept(kept: "Iterable[Kept]") -> None:
+def _planned(settings: "Settings") -> "Deployments":
+    """What is to be deployed; a mistake in the project file is told before anything is started or asked."""
+    from deployments.planned import planned
+    from nightshift.config.project import load_project
+
+    return planned(load_project(settings.project), settings.project)
+
+
+def _as_dict(deployed: "Deployed") -> dict[str, list[str]]:
+    kept = [entry.deployment for entry in deployed.kept]
+    return {"deployments": deployed.deployments, "kept": kept, "others": deployed.others}
+
+
+def _print_remarks(deployed: "Deployed") -> None:
     from nightshift.cli.screen import styled
 
-    for entry in kept:
-        console().print(styled("!", "yellow"), str(entry), soft_wrap=True)
+    for remark in deployed.remarks:
+        console().print(styled("!", "yellow"), remark, soft_wrap=True)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -135,4 +144,5 @@ def _settings_for_workers() -> "Settings":
     settings = Settings.load()
     load_dotenv(".env")
     os.environ["NIGHTSHIFT_HOME"] = str(settings.home.resolve())
+    os.environ["NIGHTSHIFT_PROJECT"] = str(settings.project.absolute())
     return settings

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ MISTAKES = {
     ("sweep", "--over", "lr=0.1,0.2", "--set", "dataset=mnist"): "The data sets are: cifar10",
     ("sweep", "--over", "lr=0.1,0.2", "--sweep-id", "a/b"): "is not valid: use up to 100 letters",
 }
+PROJECT = """
+[datasets.parts]
+source = "parts"
+
+[deployments.parts]
+recipe = "quick"
+"""
+IN_THE_PROJECT = ("deploy",), ("up",)
 # One process makes them all, in this order: a module that one of them has imported stays for those after it.
 ALL_OF_THEM = """
 import contextlib, io, json, sys
@@ -71,11 +80,16 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ends(empty: Path) -> dict[tuple[str, ...], End]:
     """Of each mistake the exit code, what was printed on standard error, and the heavy modules imported so far."""
-    command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(list(MISTAKES))]
+    return ends_of(MISTAKES, empty)
+
+
+def ends_of(commands: Iterable[tuple[str, ...]], folder: Path) -> dict[tuple[str, ...], End]:
+    commands = list(commands)
     # A server that is asked for anything here would not answer.
-    environment = {**os.environ, "NIGHTSHIFT_HOME": str(empty), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
-    done = subprocess.run(command, env=environment, cwd=empty, capture_output=True, text=True, timeout=60)
-    return dict(zip(MISTAKES, map(json.loads, done.stdout.splitlines()), strict=True))
+    environment = {**os.environ, "NIGHTSHIFT_HOME": str(folder), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(commands)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
+    return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
@@ -89,6 +103,14 @@ def test_a_mistake_in_the_command_ends_with_exit_code_2_before_anything_slow_is_
 
 def test_no_mistake_in_the_command_starts_or_stores_anything(ends: dict[tuple[str, ...], End], empty: Path) -> None:
     assert not list(empty.iterdir())
+
+
+def test_a_mistake_in_the_project_is_told_before_a_server_is_started_or_asked(tmp_path: Path) -> None:
+    (tmp_path / "nightshift.toml").write_text(PROJECT)
+    for exit_code, printed, imported in ends_of(IN_THE_PROJECT, tmp_path).values():
+        assert (exit_code, imported) == (2, [])
+        assert "nightshift.toml: [deployments.parts] recipe 'quick': cifar10 is nightshift's own data set" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["nightshift.toml"]
 
 
 def test_a_mistake_is_one_json_object_if_json_was_asked_for() -> None:
