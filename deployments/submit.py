@@ -26,7 +26,8 @@ from deployments.client import connected
 from flows.nights import start_in_zone
 from flows.recover import newest_flow_run
 from nightshift import progress
-from nightshift.data.names import checked_config
+from nightshift.config.project import Project
+from nightshift.data.names import check_flow, checked_config
 from nightshift.errors import DeploymentNotFoundError
 from nightshift.ids import durable_run_id
 from nightshift.sweeps.stored import plan
@@ -46,12 +47,14 @@ class Submitted:
     """The id of the run or the sweep that it starts; None for other flows."""
 
 
-def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
+def submit(name: str, parameters: Mapping[str, Any], project: Project) -> Submitted:
     """Start a deployment.
 
     Args:
-        name: FLOW/DEPLOYMENT, or only FLOW: then its deployment `nightly`, or its only one.
+        name: FLOW/DEPLOYMENT; or only FLOW: then its deployment `nightly`, or its only one; or, of retrain/DEPLOYMENT,
+            only DEPLOYMENT.
         parameters: replace the deployment's own.
+        project: what it trains is checked against; the deployment's own recipe is the worker's to check.
 
     Raises:
         ConfigError: the parameters are not a valid config or sweep.
@@ -59,7 +62,7 @@ def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
         PrefectServerError: the server does not answer, or refuses.
     """
     with connected() as client:
-        deployment = _find(client, name)
+        flow, deployment = _find(client, name)
         chosen = {**deployment.parameters, **parameters}
         is_sweep = "space" in chosen
         wanted, label = (chosen.get("sweep_id"), "sweep") if is_sweep else (chosen.get("run_id"), deployment.name)
@@ -68,8 +71,9 @@ def submit(name: str, parameters: Mapping[str, Any]) -> Submitted:
                 durable_run_id(wanted, label, datetime.now(UTC), ""),
                 **{name: chosen[name] for name in _PLAN if name in chosen},
             )
-        elif "recipe" in chosen:
-            checked_config(chosen["recipe"], chosen.get("overrides"))
+        elif "recipe" in chosen and parameters.keys() & {"recipe", "overrides"}:
+            config = checked_config(chosen["recipe"], chosen.get("overrides"), project=project)
+            check_flow(flow, config, project)
         flow_run = client.create_flow_run_from_deployment(deployment.id, parameters=chosen)
         run_id = None
         if "recipe" in chosen:
@@ -116,19 +120,23 @@ def read_table(submitted: Submitted, key: str) -> list[dict[str, Any]]:
     return json.loads(str(found[0].data)) if found else []
 
 
-def _find(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+def _find(client: SyncPrefectClient, name: str) -> tuple[str, DeploymentResponse]:
+    """A deployment, and the name of its flow."""
     flow, _, deployment = name.partition("/")
-    known = {
-        f"{flow}/{found.name}": found
-        for found in client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])))
-    }
-    if deployment or f"{flow}/nightly" in known:
-        name = f"{flow}/{deployment or 'nightly'}"
-    elif len(known) == 1:
-        name = next(iter(known))
-    if name in known:
-        return known[name]
-    there = f"There are {', '.join(sorted(known))}" if known else f"There is none of the flow {flow!r}"
+    known = _deployments_of(client, flow)
+    if not (known or deployment):  # no flow, so perhaps one of the team's own
+        flow, deployment = "retrain", flow
+        known = _deployments_of(client, flow)
+    if not deployment:
+        deployment = next(iter(known)) if len(known) == 1 else "nightly"
+    if deployment in known:
+        return flow, known[deployment]
+    there = f" There are {', '.join(f'{flow}/{other}' for other in sorted(known))}." if known else ""
     raise DeploymentNotFoundError(
-        f"there is no deployment {name!r}. {there}. `nightshift deploy` makes those of nightshift"
+        f"there is no deployment {name!r}.{there} `nightshift deploy` makes those of nightshift and of nightshift.toml"
     )
+
+
+def _deployments_of(client: SyncPrefectClient, flow: str) -> dict[str, DeploymentResponse]:
+    found = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])))
+    return {deployment.name: deployment for deployment in found}

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel="Train")
 def submit(
     name: Annotated[
-        str, typer.Argument(metavar="[FLOW[/DEPLOYMENT]]", help="The deployment, or a flow for its nightly one.")
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help="FLOW/DEPLOYMENT, a flow for its nightly one, or a deployment of your own for retrain/NAME.",
+        ),
     ] = "train-cifar/nightly",
     recipe: Annotated[str | None, recipe_option("Another recipe than the deployment's.")] = None,
     run_id: Annotated[str | None, typer.Option("--run-id", help="Another run id than the deployment's.")] = None,
@@ -25,20 +29,22 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Start a run on the Prefect server."""
+    from nightshift.config.project import load_project
     from nightshift.data.names import checked_config
     from nightshift.ids import durable_run_id
+    from nightshift.settings import Settings
 
-    values = parse_overrides(overrides) or None
+    values, project = parse_overrides(overrides) or None, load_project(Settings.load().project)
     if recipe or values:
         # Only the server knows the deployment's own recipe. But each field is valid or not whatever the others are.
-        checked_config(recipe or "quick", values or {})
+        checked_config(recipe or "quick", values or {}, project=project)
     if run_id is not None:
         durable_run_id(run_id, "", datetime.now(UTC), "")
     parameters = {"recipe": recipe, "run_id": run_id, "overrides": values}
     use_server()
     from deployments import submit as submission
 
-    submitted = submission.submit(name, {key: value for key, value in parameters.items() if value is not None})
+    submitted = submission.submit(name, {key: value for key, value in parameters.items() if value is not None}, project)
     state, is_good = _follow(submitted, watch, as_json)
     if as_json:
         print_json({"flow_run_id": str(submitted.flow_run_id), "run_id": submitted.run_id, "state": state})
@@ -77,6 +83,7 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Train many configs on the Prefect server, each as a run, and let the best go live if it is better."""
+    from nightshift.config.project import Project
     from nightshift.ids import durable_run_id, new_run_id
     from nightshift.sweeps.stored import plan
 
@@ -96,7 +103,7 @@ def sweep(
     from deployments import submit as submission
 
     submitted = submission.submit(
-        "sweep/manual", {**wanted, "sweep_id": sweep_id, "parallel": parallel, "promote": promote}
+        "sweep/manual", {**wanted, "sweep_id": sweep_id, "parallel": parallel, "promote": promote}, Project()
     )
     state, is_good = _follow(submitted, watch, as_json)
     trials_table = submission.read_table(submitted, "sweep") if watch else None
