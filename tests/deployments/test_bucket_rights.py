@@ -18,7 +18,10 @@ import boto3
 import pytest
 from safetensors.numpy import load_file
 
+from nightshift.config.project import DatasetConfig
 from nightshift.data.datasets import facts_of, fetch, pack
+from nightshift.data.packed import pack_snapshot
+from nightshift.data.snapshot import make_snapshot
 from nightshift.data.specs import SPECS, Arrays, Spec
 from nightshift.errors import StorageDeniedError
 from nightshift.judging import gate
@@ -27,6 +30,7 @@ from nightshift.judging.report import publish_report
 from nightshift.local import s3
 from nightshift.publishing.publish import publish_model
 from nightshift.records import champions, orphans
+from nightshift.records.snapshots import Trained, note_trained
 from nightshift.refs import DatasetRef, ModelRef
 from nightshift.settings import GateSettings, S3Settings
 from nightshift.storage.s3 import MIB, S3, Credentials
@@ -35,6 +39,7 @@ from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import eventually, small_config
 from tests.deployments.manifests import KUBERNETES_FOLDER
+from tests.own_images import write_images
 from tests.stores import begin_upload
 
 PREFIX = "nightshift"
@@ -151,7 +156,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, cifar10: DatasetRef, home: Path) -> No
     classes = SPECS["cifar10"].classes
     facts = hashlib.sha256(facts_of("tiny", classes, few).encode()).hexdigest()
     monkeypatch.setitem(SPECS, "tiny", Spec("tiny", classes, sums, facts))
-    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
+    monkeypatch.setattr("nightshift.data.cifar10.OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
 
 
 class Torn(io.BytesIO):
@@ -172,6 +177,14 @@ def train_and_publish(workspace: Workspace, run_id: str) -> ModelRef:
     model = publish_model(workspace, checkpoint, dataset, evaluation)
     publish_report(workspace, checkpoint, evaluation, model, None, price_per_hour=None)
     return model
+
+
+def pack_images_of_the_team(workspace: Workspace, folder: Path) -> None:
+    """The part of a night with `retrain` that one with CIFAR-10 does not have."""
+    write_images(folder, range(60))
+    config = DatasetConfig(source=str(folder / "images"), image_size=32)
+    packed = pack_snapshot(workspace, make_snapshot(workspace.store, "parts", config))
+    note_trained(workspace.store, "parts", Trained(run_id="run", snapshot=packed.digest, config_digest="0" * 64))
 
 
 def do_what_nights_rarely_do(workspace: Workspace) -> None:
@@ -217,6 +230,7 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(bucket: Bucket, 
     trainer = note_requests(bucket.as_user("train"), asked["train"])
     workspace = Workspace(trainer, tmp_path, lease_seconds=60, save_retry_seconds=5)
     model = train_and_publish(workspace, "run")
+    pack_images_of_the_team(workspace, tmp_path)
     do_what_nights_rarely_do(workspace)
     with pytest.raises(StorageDeniedError, match=r"champion\.json"):
         gate.promote(trainer, model, GateSettings())
@@ -258,7 +272,10 @@ def deleted(store: S3, key: str) -> None:
         (
             ["train", "promote"],
             deleted,
-            [CHAMPION, CARD, "models/tiny/run/weights.pth", "runs/run.json", "reports/run/report.html", "notes.txt"],
+            [
+                *(CHAMPION, CARD, "models/tiny/run/weights.pth", "runs/run.json", "reports/run/report.html"),
+                *("datasets/parts/history.json", "datasets/parts/snapshots/d.json", "datasets/shards/d", "notes.txt"),
+            ],
         ),
         (["gc"], deleted, [CHAMPION, CARD, "runs/run.json", "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
     ],
