@@ -7,6 +7,8 @@ from uuid import uuid4
 
 import pytest
 
+from flows.retrain import retrain
+from flows.train_cifar import train_cifar
 from nightshift.local import prefect as local
 from nightshift.local.prefect import PrefectServer
 from nightshift.records.keys import record_key
@@ -33,7 +35,12 @@ def test_only_deployments_of_ours_are_started_whatever_a_record_says(
     ask: Callable[..., Any], prefect_api: str, nightshift: Callable[..., Finished], workspace: Workspace
 ) -> None:
     deployments = {}
-    for name, entrypoint in (("train-cifar/ours", OURS), ("train-cifar/theirs", "evil.main"), ("evil/nightly", OURS)):
+    for name, entrypoint in (
+        ("train-cifar/ours", OURS),
+        ("retrain/recovered", "flows.retrain.retrain"),
+        ("train-cifar/theirs", "evil.main"),
+        ("evil/nightly", OURS),
+    ):
         flow, _, deployment = name.partition("/")
         flow_id = ask("flows/", {"name": flow})["id"]
         made = ask("deployments/", {"name": deployment, "flow_id": flow_id, "entrypoint": entrypoint})
@@ -45,18 +52,23 @@ def test_only_deployments_of_ours_are_started_whatever_a_record_says(
         "outside": "train-cifar/../../../flows/filter",
         "gone": "train-cifar/gone",
         "ours": "train-cifar/ours",
+        "a-teams": "retrain/recovered",
     }
+    good = {"ours", "a-teams"}
     for run_id, deployment in named.items():
         origin = Origin(flow_run_id=str(uuid4()), deployment=deployment)
         acquire(workspace.store, replace(spec(run_id), origin=origin), lease_seconds=60).end("interrupted")
     recovered = nightshift("recover", "--json", PREFECT_API_URL=prefect_api)
-    assert (recovered.exit_code, recovered.json["started"]) == (0, ["ours"]), recovered.err
+    assert (recovered.exit_code, set(recovered.json["started"])) == (0, good), recovered.err
     for run_id in named:
         url = workspace.store.url(record_key(run_id))
-        assert (f"({url})" in recovered.err) is (run_id != "ours"), recovered.err
+        assert (f"({url})" in recovered.err) is (run_id not in good), recovered.err
         claimed = bool(read_record(workspace.store, run_id)[0].recoveries)
-        assert claimed is (run_id in ("ours", "gone")), f"{run_id} was to be left alone"
+        assert claimed is (run_id in {*good, "gone"}), f"{run_id} was to be left alone"
     started = ask("flow_runs/filter", {"deployments": {"id": {"any_": list(deployments.values())}}})
-    assert [(run["deployment_id"], run["parameters"]["run_id"]) for run in started] == [
-        (deployments["train-cifar/ours"], "ours")
-    ]
+    assert {run["deployment_id"]: run["parameters"]["run_id"] for run in started} == {
+        deployments[named[run_id]]: run_id for run_id in good
+    }
+    flows = {deployments["train-cifar/ours"]: train_cifar, deployments["retrain/recovered"]: retrain}
+    for run in started:
+        flows[run["deployment_id"]].validate_parameters(run["parameters"])

@@ -69,9 +69,14 @@ CustomWebhookNotificationBlock(name="webhook", url="{told[0]}", json_data=messag
 
 
 @pytest.fixture(scope="module")
-def nightshift(home: Path, prefix: str, block: str, tmp_path_factory: pytest.TempPathFactory) -> Nightshift:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the user types commands."""
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def nightshift(home: Path, prefix: str, block: str, directory: Path) -> Nightshift:
     """Run `nightshift`, without a Prefect server configured: it has to find that of `up`."""
-    directory = tmp_path_factory.mktemp("elsewhere")
     environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix, "NIGHTSHIFT_NOTIFY": block}
 
     def run(*arguments: str) -> Finished:
