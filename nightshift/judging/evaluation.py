@@ -322,8 +322,8 @@ def _evaluate(
     with failures_explained(device):
         model = load_model(config, weights, len(dataset.classes), device, dataset.image_size)
         answers = answer_test_images(model, dataset, config)
-    labels = dataset.test_labels
-    body = save_safetensors({"predicted": answers.predicted.to(labels.dtype), "labels": labels.clone()})
+    dtype = torch.uint8 if len(dataset.classes) <= 256 else torch.int32
+    body = save_safetensors({"predicted": answers.predicted.to(dtype), "labels": answers.labels.to(dtype)})
     key = report_key(checkpoint.run_id, "predictions.safetensors")
     workspace.store.put(key, body)
     return Metrics(

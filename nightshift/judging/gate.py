@@ -26,7 +26,7 @@ SIGNIFICANCE = 0.05
 PREDICTIONS = "predictions.safetensors"
 """A file of each version: `predicted` and `labels` of the test images in the data set's order.
 
-Both are uint8 (N,), or int32 (N,) where the data set's labels are.
+Both are uint8 (N,), or int32 (N,) where there are more than 256 classes.
 """
 
 
