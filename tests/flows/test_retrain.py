@@ -1,6 +1,5 @@
 """A team's own images, as a user trains on them: a folder, a prefix or a table, night after night."""
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +8,13 @@ import pytest
 from PIL import Image
 
 from nightshift.data.datasets import Dataset, open_dataset
+from nightshift.errors import RunNotFoundError
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
 from tests.commands import Command, Finished
 from tests.conftest import eventually
+from tests.own_images import DATASET, write_images
 
 FAST = ("--set", "epochs=1", "--json")
 
@@ -99,33 +100,34 @@ def test_a_night_with_nothing_new_trains_nothing_and_one_with_more_images_does(
     assert third.json["snapshot"] != first.json["snapshot"]
 
 
-def test_a_run_that_is_resumed_after_more_images_came_trains_on_its_own(
-    nightshift: Callable[..., Finished],
+def test_a_run_that_was_killed_ends_with_its_own_bits_though_images_came_and_the_project_file_went(
     start: Callable[..., Command],
+    nightshift: Callable[..., Finished],
     workspace: Workspace,
     tmp_path: Path,
-    cifar: Dataset,
     prefect_api: str,
 ) -> None:
-    root = tmp_path / "photos"
-    names = write(root, cifar, range(400))
-    slow = ("--set", "epochs=20", "--set", "batch_size=16")
-    environment = {"PREFECT_API_URL": prefect_api}
-    killed = start(
-        *("train", "--images", str(root), "--run-id", "killed", *slow, "--set", "checkpoint_every_steps=5"),
-        **environment,
-    )
-    killed.wait_for_line("training quick_cnn")
-    eventually(lambda: bool(read_record(workspace.store, "killed")[0].checkpoints))
-    killed.send(signal.SIGKILL)
-    killed.finish()
-    write(root, cifar, range(400, 440))
-    (root / names[0]).unlink()
-    assert nightshift("data", "snapshot", str(root), "--json").json["added"] == 40
-    done = nightshift("resume", "killed", "--json", **environment)
-    assert done.exit_code == 0, done.err
-    assert done.json["resumed_from_step"] > 0
-    write(tmp_path / "as it was", cifar, range(400))
-    whole = nightshift("train", "--images", str(tmp_path / "as it was"), *slow, "--json", **environment)
-    assert done.json["snapshot"] == whole.json["snapshot"]
-    assert done.json["weights_sha256"] == whole.json["weights_sha256"]
+    (tmp_path / "nightshift.toml").write_text(DATASET.replace("image_size", "retrain_unchanged = true\nimage_size"))
+    write_images(tmp_path, range(150))
+    train = ("train", "--recipe=parts", "--set=epochs=20", "--json")
+    whole = nightshift(*train, "--run-id=whole", PREFECT_API_URL=prefect_api)
+    assert whole.exit_code == 0, whole.err
+
+    def has_saved() -> bool:
+        try:
+            return bool(read_record(workspace.store, "killed")[0].checkpoints)
+        except RunNotFoundError:
+            return False
+
+    killed = start(*train, "--run-id=killed", PREFECT_API_URL=prefect_api)
+    eventually(has_saved, timeout=120)
+    killed.kill()
+    write_images(tmp_path, range(150, 180))
+    (tmp_path / "nightshift.toml").unlink()
+    recovered = nightshift("recover", "--json", PREFECT_API_URL=prefect_api)
+    assert recovered.json["started"] == ["killed"], recovered.err
+    record, _ = read_record(workspace.store, "killed")
+    assert [event.what for event in record.events] == ["started", "recovered", "resumed", "finished"]
+    assert record.dataset.digest == whole.json["snapshot"]
+    assert record.result
+    assert record.result.weights_sha256 == whole.json["weights_sha256"]
