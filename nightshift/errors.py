@@ -20,6 +20,7 @@
     │   ├── PreconditionFailedError          a conditional write met another version (internal)
     │   ├── DocumentDamagedError             a stored JSON object is not what nightshift wrote
     │   ├── DocumentNewerError               a stored JSON object was written by a newer nightshift
+    │   ├── HistoryLostError                 the history of champions is missing, and there was one
     │   └── UnfencedStoreError               the store ignores conditional writes
     ├── DataUnavailableError                 no source of the data set answered
     ├── DataCorruptError                     the data is not what its digest says
@@ -138,6 +139,10 @@ class DocumentDamagedError(StorageError):
 
 
 class DocumentNewerError(StorageError):
+    transient = False
+
+
+class HistoryLostError(StorageError):
     transient = False
 
 

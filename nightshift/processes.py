@@ -1,10 +1,13 @@
 """Names that no other process will ever have, and whether the process with such a name is still alive."""
 
+import getpass
 import os
 import secrets
 import socket
 from pathlib import Path
 from typing import Literal
+
+from nightshift.text import plain
 
 
 def identity(pid: int) -> str:
@@ -22,6 +25,15 @@ def identity(pid: int) -> str:
 def new_writer_id() -> str:
     """A name to sign a write with: host, pid and random characters. No two calls anywhere return the same."""
     return f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+
+
+def user_at_host() -> str:
+    """Who runs this process, for people: USER@HOST, where USER is a number if it has no name."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        user = str(os.getuid())
+    return plain(f"{user}@{socket.gethostname()}")[:200]
 
 
 def state_of(name: str) -> Literal["alive", "dead", "unknown"]:

@@ -23,6 +23,7 @@ LONGEST_HOURS = 876_000
 """A hundred years: what was so long ago still has a date."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Name = Annotated[str, typer.Option("--name", help="Name of the model, which is its data set's.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's log and all warnings.")]
 
 

@@ -1,54 +1,24 @@
-"""The commands for what was trained: `champion`, `promote`, `rollback`, `export`, `predict`, `report`."""
+"""The commands for what was trained: `export`, `predict`, `report`."""
 
 import io
 import json
 import sys
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from nightshift.cli.common import AsJson, RunArgument, app, configured_workspace, console, error_console, print_json
-
-if TYPE_CHECKING:
-    from nightshift.refs import ChampionRef
-    from nightshift.storage.store import Store
-
-Name = Annotated[str, typer.Option("--name", help="Name of the model, which is its data set's.")]
-
-
-@app.command(rich_help_panel="Models")
-def champion(name: Name = "cifar10", as_json: AsJson = False) -> None:
-    """Show which version is live, and how it came to be."""
-    from nightshift.records import champions
-
-    with configured_workspace() as workspace:
-        _show(workspace.store, champions.read_champion(workspace.store, name), as_json)
-
-
-@app.command(rich_help_panel="Models")
-def promote(run: RunArgument, name: Name = "cifar10", as_json: AsJson = False) -> None:
-    """Make a run's published version the champion, whatever the gate said."""
-    from nightshift.records import champions
-
-    with configured_workspace() as workspace:
-        _show(workspace.store, champions.promote_by_hand(workspace.store, name, run), as_json)
-
-
-@app.command(rich_help_panel="Models")
-def rollback(
-    version: Annotated[
-        str | None, typer.Argument(metavar="[VERSION]", help="An earlier champion; by default the one before.")
-    ] = None,
-    name: Name = "cifar10",
-    as_json: AsJson = False,
-) -> None:
-    """Make an earlier champion the champion again. The history is kept."""
-    from nightshift.records import champions
-
-    with configured_workspace() as workspace:
-        _show(workspace.store, champions.roll_back(workspace.store, name, version), as_json)
+from nightshift.cli.common import (
+    AsJson,
+    Name,
+    RunArgument,
+    app,
+    configured_workspace,
+    console,
+    error_console,
+    print_json,
+)
 
 
 @app.command(rich_help_panel="Models")
@@ -145,29 +115,3 @@ def report(
         console().print(path, soft_wrap=True)
     if open_it and not webbrowser.open(path.as_uri()):
         error_console().print("There is no browser here: open the file by hand.")
-
-
-def _show(store: "Store", champion: "ChampionRef", as_json: bool) -> None:
-    from nightshift.records.champions import read_history
-
-    history = read_history(store, champion.name).transitions
-    if as_json:
-        print_json({**champion.model_dump(), "history": [entry.model_dump(mode="json") for entry in history]})
-        return
-    from nightshift.cli.screen import styled
-    from nightshift.cli.terminal import facts_table, percent, transitions_table
-
-    screen = console()
-    screen.print(
-        facts_table(
-            {
-                "champion": styled(champion.version, "bold"),
-                "model": champion.name,
-                "test accuracy": percent(champion.test_accuracy),
-                "before it": champion.previous or "–",
-            }
-        )
-    )
-    screen.print()
-    screen.print(styled("history", "bold"))
-    screen.print(transitions_table(history))

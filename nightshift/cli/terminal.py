@@ -20,7 +20,7 @@ from rich.text import Text
 
 from nightshift.cli.screen import Screen, styled
 from nightshift.progress import StepReport
-from nightshift.records.champions import Transition
+from nightshift.records.history import Pin, Transition
 from nightshift.records.run import RunRecord
 from nightshift.text import plain
 
@@ -173,11 +173,20 @@ def runs_table(records: list[RunRecord]) -> Table:
 
 def transitions_table(transitions: list[Transition]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("when (UTC)", "what", "version", "accuracy", "why"):
+    for name in ("when (UTC)", "what", "version", "accuracy", "who", "why"):
         table.add_column(name, justify="right" if name == "accuracy" else "left", overflow="fold")
     for entry in reversed(transitions):
-        when = f"{entry.at:%Y-%m-%d %H:%M:%S}"
-        table.add_row(when, entry.what, entry.version, percent(entry.test_accuracy), entry.reason)
+        when, who = f"{entry.at:%Y-%m-%d %H:%M:%S}", entry.who or entry.by.partition("/")[0]
+        table.add_row(when, entry.what, entry.version, percent(entry.test_accuracy), who, entry.reason)
+    return table
+
+
+def pins_table(pins: list[Pin]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("when (UTC)", "what", "version", "who", "why"):
+        table.add_column(name, overflow="fold")
+    for entry in reversed(pins):
+        table.add_row(f"{entry.at:%Y-%m-%d %H:%M:%S}", entry.what, entry.version, entry.who, entry.reason)
     return table
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from safetensors.numpy import load as load_safetensors
 
 from nightshift import progress
-from nightshift.errors import DocumentDamagedError, ModelNotFoundError, RunNotFoundError
+from nightshift.errors import DocumentDamagedError, DocumentNewerError, HistoryLostError, RunNotFoundError
 from nightshift.records import champions
-from nightshift.records.champions import History, Transition
+from nightshift.records.history import History, Transition
+from nightshift.records.rebuild import check_explained
 from nightshift.records.run import read_record
 from nightshift.records.versions import ModelCard, read_card, read_tensors
 from nightshift.refs import Comparison, ModelRef, Verdict
@@ -28,6 +29,8 @@ PREDICTIONS = "predictions.safetensors"
 
 Both are uint8 (N,), or int32 (N,) where there are more than 256 classes.
 """
+_UNDECIDABLE = (DocumentDamagedError, DocumentNewerError, HistoryLostError)
+"""What keeps the gate from deciding, however often it is asked: a person has to mend something first."""
 
 
 def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdict:
@@ -35,10 +38,12 @@ def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdic
 
     The champion that is compared with is the one that is replaced: if another candidate was promoted meanwhile, the
     comparison is made again, with that one. The verdict on a finished run stands, and a run that passed before is not
-    promoted a second time.
+    promoted a second time. Where it cannot be decided, since the history or a published file is damaged or missing,
+    nothing is promoted, and the verdict says what to do.
 
     Raises:
-        StorageError: the store fails.
+        ModelNotFoundError: the candidate is not published.
+        StorageError: the store fails, or the candidate's own card is damaged.
     """
     if earlier := _recorded_verdict(store, candidate.run_id):
         return earlier
@@ -48,7 +53,10 @@ def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdic
 
     def decide(history: History) -> Transition | None:
         nonlocal verdict
-        verdict = _judge(store, card, history, settings)
+        try:
+            verdict = _held_by_pin(_judge(store, card, history, settings), card, history)
+        except _UNDECIDABLE as error:
+            verdict = _undecided(card, error, history)
         if not verdict.promoted or (history.champion and history.champion.version == candidate.version):
             return None
         return history.next(
@@ -60,7 +68,10 @@ def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdic
             comparison=verdict.comparison,
         )
 
-    history = champions.change_champion(store, candidate.name, decision, decide)
+    try:
+        history = champions.change_champion(store, candidate.name, decision, decide)
+    except _UNDECIDABLE as error:
+        return _undecided(card, error, None)
     made = history.find(decision)
     if made:  # by this call or by an earlier one
         return Verdict(promoted=True, reason=made.reason, comparison=made.comparison, champion=history.champion)
@@ -106,10 +117,34 @@ def _recorded_verdict(store: Store, run_id: str) -> Verdict | None:
     return None
 
 
+def _undecided(card: ModelCard, error: Exception, history: History | None) -> Verdict:
+    return Verdict(
+        promoted=False,
+        reason=f"it cannot be compared with what is live: {error}. To promote it all the same, once that is mended: "
+        f"nightshift promote {card.version}",
+        comparison=None,
+        champion=history.champion if history else None,
+    )
+
+
+def _held_by_pin(verdict: Verdict, card: ModelCard, history: History) -> Verdict:
+    pin = history.pin
+    if not pin or not verdict.promoted or (history.champion and history.champion.version == card.version):
+        return verdict
+    held = (
+        f"{verdict.reason}: it would go live, but {pin.who} has pinned the champion on {pin.at:%Y-%m-%d} "
+        f"({pin.reason}). To promote it all the same: nightshift promote {card.version}. To let the gate decide again: "
+        "nightshift unpin"
+    )
+    return verdict.model_copy(update={"promoted": False, "reason": held})
+
+
 def _judge(store: Store, card: ModelCard, history: History, settings: GateSettings) -> Verdict:
     champion = history.champion
     if champion and champion.version == card.version:
         return Verdict(promoted=True, reason="it is the champion already", comparison=None, champion=champion)
+    if not champion:
+        check_explained(store, card.name, card.version)
     theirs = champions.read_card_of(store, history, champion.version) if champion else None
     comparison = None
     reason = _reason_to_refuse(store, card, theirs, history, settings)
@@ -159,8 +194,6 @@ def _past_left_out(version: str) -> Iterator[None]:
     """What is left of a former champion, or what has become of it, does not keep the next one from going live."""
     try:
         yield
-    except ModelNotFoundError:
-        pass
     except DocumentDamagedError as error:
         progress.current().warn(f"nothing is compared with {version}, which was champion: {error}")
 

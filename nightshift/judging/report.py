@@ -20,7 +20,6 @@ from nightshift.judging.evaluation import ClassMetrics, Metrics
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.records.run import Result, RunRecord, newest_records
-from nightshift.records.versions import read_card
 from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
 from nightshift.text import markdown, plain
 from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
@@ -124,7 +123,9 @@ def build_report(
     store = workspace.store
     url = store.url(report_key(record.run_id, "report.html"))
     found, lines = evaluation.read_metrics(store, record.run_id), read_lines(store, record.run_id)
-    champion = evaluation.read_metrics(store, _compared_with(workspace, record, verdict) or record.run_id)
+    comparison = verdict.comparison if verdict else None
+    # A version is named after its run; its card may be gone by now.
+    champion = evaluation.read_metrics(store, comparison.champion) if comparison else None
     nights = _nights(workspace, record, verdict, found)
     plots = _plots(workspace, record, found, lines, nights)
     config = record.train_config()
@@ -135,7 +136,7 @@ def build_report(
         "verdict": verdict,
         "metrics": found,
         "classes": Classes.of(found) if found else None,
-        "champion": champion if verdict and verdict.comparison else None,
+        "champion": champion,
         "nights": nights,
         "events": record.events,
         "images_per_second": images / record.train_seconds if record.train_seconds else None,
@@ -153,13 +154,6 @@ def build_report(
         plots=plots,
         url=url,
     )
-
-
-def _compared_with(workspace: Workspace, record: RunRecord, verdict: Verdict | None) -> str | None:
-    """The run of the champion with which this one was compared."""
-    if not verdict or not verdict.comparison:
-        return None
-    return read_card(workspace.store, record.dataset.name, verdict.comparison.champion).run_id
 
 
 def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, found: Metrics | None) -> list[Night]:

@@ -29,6 +29,7 @@ from nightshift.errors import (
 from nightshift.hardware import find_device
 from nightshift.judging import evaluation
 from nightshift.records import champions
+from nightshift.records.history import read_history
 from nightshift.records.versions import read_card, read_tensors
 from nightshift.refs import PredictionsRef
 from nightshift.storage.store import Store, Stored
@@ -73,13 +74,14 @@ class Classifier:
 
         Raises:
             ModelNotFoundError: no such version is published, or there is no champion.
+            HistoryLostError: there was a champion, and its history is missing.
             DocumentDamagedError, CheckpointCorruptError: its card or its weights are not what was published.
             StorageError: they cannot be read.
             ConfigError: there is no such network here, it takes no images of this size, or its config cannot be read.
         """
         if version == "champion":
-            history = champions.read_history(store, name)
-            card = champions.read_card_of(store, history, champions.champion_of(history).version)
+            history = read_history(store, name)
+            card = champions.read_card_of(store, history, champions.champion_of(store, history).version)
         else:
             card = read_card(store, name, version)
         config = card.train_config()

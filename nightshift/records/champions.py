@@ -1,124 +1,52 @@
-"""Which published version of a model is the champion.
+"""Which published version of a model is the champion, and who changes it.
 
-It is the last entry of a history in `models/<name>/champion.json`, which is only ever appended to, by
-compare-and-swap. The history names nothing that is not published.
+It is the last entry of the model's history, which is only ever appended to, by compare-and-swap. The history names
+nothing that is not published. Where it is missing or damaged, nothing is decided until it was made again.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
-
-from pydantic import Field
+from dataclasses import dataclass
+from typing import Literal
 
 from nightshift import processes
-from nightshift.errors import ModelNotFoundError, ObjectNotFoundError
-from nightshift.ids import RunId, Sha256
-from nightshift.records.keys import MODELS
-from nightshift.records.versions import ModelCard, read_card
-from nightshift.refs import ChampionRef, Comparison
+from nightshift.errors import DocumentDamagedError, HistoryLostError, ModelNotFoundError
+from nightshift.records.history import History, Pin, Transition, history_key, keep_copy, read_history
+from nightshift.records.rebuild import check_never_begun
+from nightshift.records.versions import ModelCard, card_key, read_card
+from nightshift.refs import ChampionRef
 from nightshift.storage import documents
-from nightshift.storage.documents import Document, Part
 from nightshift.storage.store import Store
-from nightshift.values import Line, Moment, Share, Text
+from nightshift.text import plain
+
+_LONGEST_REASON = 1000
 
 
-class Transition(Part):
-    """A version became champion: when, how, in whose place and why."""
+@dataclass(frozen=True)
+class State:
+    """How a model's history of champions is, and a sentence about it that says what to do."""
 
-    id: Line
-    """A decision that is repeated has the same one: it is found in the history and not made again."""
-    at: Moment
-    what: Literal["promoted", "promoted by hand", "rolled back"]
-    version: RunId
-    run_id: RunId
-    test_accuracy: Share
-    weights_sha256: Sha256 | None = None
-    """None in histories that an older nightshift has written; so is `card_sha256`."""
-    card_sha256: Sha256 | None = None
-    """The sha256 in the version's card then."""
-    previous: RunId | None
-    by: Line
-    reason: Text
-    comparison: Comparison | None = None
-
-
-class History(Document):
-    """All transitions of a model, oldest first; the last one says who is champion."""
-
-    title: ClassVar[str] = "history of champions"
-    if_damaged: ClassVar[str] = "Bring an older version of the object back if the bucket keeps them"
-    max_bytes: ClassVar[int] = 8 * documents.MIB
-
-    format: Literal[1] = 1
-    name: RunId
-    transitions: list[Transition] = Field(default_factory=list)
-
-    def check(self, key: str) -> None:
-        if key != _champion_key(self.name):
-            raise ValueError(f"it is the history of {self.name}, copied from elsewhere")
+    kind: Literal["whole", "not begun", "missing", "damaged"]
+    detail: str
 
     @property
-    def champion(self) -> ChampionRef | None:
-        return self._ref(self.transitions[-1]) if self.transitions else None
-
-    def find(self, decision: str) -> Transition | None:
-        """The transition that this decision made."""
-        return next((transition for transition in self.transitions if transition.id == decision), None)
-
-    def card_sha256(self, version: str) -> str | None:
-        """The sha256 in the card of a version when it went live last; None if it never did, or nobody wrote it down."""
-        known = [entry.card_sha256 for entry in self.transitions if entry.version == version and entry.card_sha256]
-        return known[-1] if known else None
-
-    def before(self, version: str) -> str | None:
-        """Which version was champion before this one was promoted last."""
-        promotions = [entry for entry in self.transitions if entry.version == version and entry.what != "rolled back"]
-        return promotions[-1].previous if promotions else None
-
-    @property
-    def rejected_by_hand(self) -> list[str]:
-        """The versions from which somebody rolled back, and which nobody has promoted by hand since."""
-        rejected: list[str] = []
-        for entry in self.transitions:
-            if entry.what == "rolled back" and entry.previous:
-                rejected.append(entry.previous)
-            elif entry.what == "promoted by hand":
-                rejected = [version for version in rejected if version != entry.version]
-        return rejected
-
-    @property
-    def since_last_change_by_hand(self) -> list[Transition]:
-        """The newest transitions: the last one that a person has made, and all after it."""
-        by_hand = [number for number, entry in enumerate(self.transitions) if entry.what != "promoted"]
-        return self.transitions[by_hand[-1] if by_hand else 0 :]
-
-    def next(self, card: ModelCard, **fields: Any) -> Transition:
-        """The transition that makes the version with this card the champion; `fields`: the others of Transition."""
-        return Transition(
-            version=card.version,
-            run_id=card.run_id,
-            test_accuracy=card.test_accuracy,
-            weights_sha256=card.weights_sha256,
-            card_sha256=card.sha256,
-            previous=self.champion.version if self.champion else None,
-            by=processes.new_writer_id(),
-            **fields,
-        )
-
-    def _ref(self, transition: Transition) -> ChampionRef:
-        fields = transition.model_dump(include={"version", "run_id", "test_accuracy", "previous"})
-        return ChampionRef(name=self.name, **fields)
+    def ok(self) -> bool:
+        return self.kind in ("whole", "not begun")
 
 
-def read_history(store: Store, name: str) -> History:
-    """A model's history, empty if there never was a champion.
+def state_of(store: Store, name: str) -> State:
+    """How the history is: `missing` where something tells of a champion, and no history does.
 
     Raises:
-        StorageError: it cannot be read, is damaged, or is of a newer nightshift.
+        StorageError: it cannot be read, or is of a newer nightshift.
     """
     try:
-        return documents.read(store, _champion_key(name), History)[0]
-    except ObjectNotFoundError:
-        return History(name=name)
+        return State("whole", f"{read_champion(store, name).version} is the champion of {name}")
+    except ModelNotFoundError as error:
+        return State("not begun", str(error))
+    except HistoryLostError as error:
+        return State("missing", str(error))
+    except DocumentDamagedError as error:
+        return State("damaged", str(error))
 
 
 def read_champion(store: Store, name: str) -> ChampionRef:
@@ -126,17 +54,26 @@ def read_champion(store: Store, name: str) -> ChampionRef:
 
     Raises:
         ModelNotFoundError: there is none yet.
+        HistoryLostError: there was one, and its history is missing.
+        StorageError: as `read_history`.
     """
-    return champion_of(read_history(store, name))
+    return champion_of(store, read_history(store, name))
 
 
 def read_card_of(store: Store, history: History, version: str) -> ModelCard:
     """The card of a version that is or was champion, if it is the one with which it went live.
 
     Raises:
-        ModelNotFoundError, DocumentDamagedError, StorageError: as `read_card`.
+        DocumentDamagedError: it is gone, or as `read_card`.
+        StorageError: as `read_card`.
     """
-    return read_card(store, history.name, version, history.card_sha256(version))
+    try:
+        return read_card(store, history.name, version, history.card_sha256(version))
+    except ModelNotFoundError:
+        raise DocumentDamagedError(
+            f"{store.url(card_key(history.name, version))} is missing, though {version} went live. To make it again: "
+            f"nightshift republish {version}"
+        ) from None
 
 
 def change_champion(store: Store, name: str, decision: str, decide: Callable[[History], Transition | None]) -> History:
@@ -146,51 +83,95 @@ def change_champion(store: Store, name: str, decision: str, decide: Callable[[Hi
     one that is out of date. That also makes a lost response harmless, for the decision is found then.
 
     Raises:
+        HistoryLostError: the history is missing, and there was one.
+        DocumentDamagedError, DocumentNewerError: as `documents.read`.
         StorageError: it may or may not have been written; the same decision made again finds out.
     """
 
-    def append(found: History | None) -> History | None:
-        history = found or History(name=name)
+    def append(history: History) -> History | None:
         if history.find(decision) or not (transition := decide(history)):
-            return found
+            return None
         return history.changed(transitions=[*history.transitions, transition])
 
-    return documents.change(store, _champion_key(name), History, append) or History(name=name)
+    return _change(store, name, append)
 
 
-def promote_by_hand(store: Store, name: str, version: str) -> ChampionRef:
+def promote_by_hand(store: Store, name: str, version: str, reason: str = "") -> ChampionRef:
     """Make a published version the champion, whatever the gate would say. Nothing happens if it is that already.
 
-    If it is, but its card was changed since, the card is believed from now on.
+    If it is, but its card was changed since, the card is believed from now on. A pin stays as it is.
 
     Raises:
         ModelNotFoundError: no such version is published.
+        StorageError: as `change_champion`.
     """
     card = read_card(store, name, version)
-    return _change_by_hand(store, name, "promoted by hand", lambda history: card)
+    return _change_by_hand(store, name, "promoted by hand", lambda history: card, reason)
 
 
-def roll_back(store: Store, name: str, version: str | None = None) -> ChampionRef:
+def roll_back(store: Store, name: str, version: str | None = None, reason: str = "") -> ChampionRef:
     """Make an earlier champion the champion again: the named one, or the one before the present one.
 
     Raises:
         ModelNotFoundError: there is none, or the named one never was champion; the message lists those that were.
+        StorageError: as `change_champion`.
     """
 
     def earlier(history: History) -> ModelCard:
-        champion = champion_of(history)
+        champion = champion_of(store, history)
         earlier = version or history.before(champion.version)
-        known = list(dict.fromkeys(entry.version for entry in history.transitions))
         if earlier is None:
             raise ModelNotFoundError(f"there is nothing to roll back to: {champion.version} was the first champion")
-        if earlier not in known:
-            raise ModelNotFoundError(f"{earlier!r} never was champion of {name}. Those that were: {', '.join(known)}")
+        if earlier not in history.versions:
+            known = ", ".join(history.versions)
+            raise ModelNotFoundError(f"{earlier!r} never was champion of {name}. Those that were: {known}")
         return read_card_of(store, history, earlier)
 
-    return _change_by_hand(store, name, "rolled back", earlier)
+    return _change_by_hand(store, name, "rolled back", earlier, reason)
 
 
-def _change_by_hand(store: Store, name: str, what: str, choose: Callable[[History], ModelCard]) -> ChampionRef:
+def pin(store: Store, name: str, reason: str = "") -> History:
+    """Let no candidate go live by itself until `unpin`; a person still may change the champion. Returns the history.
+
+    Raises:
+        ModelNotFoundError: there is no champion to pin.
+        StorageError: as `change_champion`.
+    """
+    return _pin(store, name, "pinned", reason)
+
+
+def unpin(store: Store, name: str, reason: str = "") -> History:
+    """Take the pin away; as `pin`."""
+    return _pin(store, name, "unpinned", reason)
+
+
+def _pin(store: Store, name: str, what: Literal["pinned", "unpinned"], reason: str) -> History:
+    decision = processes.new_writer_id()
+
+    def append(history: History) -> History | None:
+        champion = champion_of(store, history)
+        if bool(history.pin) == (what == "pinned"):
+            return None
+        made = Pin(
+            id=decision,
+            at=store.now(),
+            what=what,
+            version=champion.version,
+            who=processes.user_at_host(),
+            reason=_reason(reason),
+        )
+        return history.changed(pins=[*history.pins, made])
+
+    return _change(store, name, append)
+
+
+def _change_by_hand(
+    store: Store,
+    name: str,
+    what: Literal["promoted by hand", "rolled back"],
+    choose: Callable[[History], ModelCard],
+    reason: str,
+) -> ChampionRef:
     decision = processes.new_writer_id()
 
     def decide(history: History) -> Transition | None:
@@ -198,22 +179,44 @@ def _change_by_hand(store: Store, name: str, what: str, choose: Callable[[Histor
         is_known = history.card_sha256(card.version) in (None, card.sha256)
         if history.champion and history.champion.version == card.version and is_known:
             return None
-        return history.next(card, id=decision, at=store.now(), what=what, reason="as told on the command line")
+        return history.next(card, id=decision, at=store.now(), what=what, reason=_reason(reason))
 
     champion = change_champion(store, name, decision, decide).champion
     assert champion is not None
     return champion
 
 
-def champion_of(history: History) -> ChampionRef:
-    """The champion; raises ModelNotFoundError if there is none yet."""
+def _reason(given: str) -> str:
+    return plain(given)[:_LONGEST_REASON] or "as told on the command line"
+
+
+def _change(store: Store, name: str, append: Callable[[History], History | None]) -> History:
+    """Store what `append` makes of the history, None where nothing is to change, and then its copy."""
+
+    def change(found: History | None) -> History | None:
+        history = found or History(name=name)
+        if not history.transitions:
+            check_never_begun(store, name)
+        return append(history) or found
+
+    history = documents.change(store, history_key(name), History, change) or History(name=name)
+    if history.transitions:
+        keep_copy(store, history)
+    return history
+
+
+def champion_of(store: Store, history: History) -> ChampionRef:
+    """The champion that a stored history names.
+
+    Raises:
+        ModelNotFoundError: there is none yet.
+        HistoryLostError: there was one, and the history is missing.
+        StorageError: it cannot be found out.
+    """
     if not history.champion:
+        check_never_begun(store, history.name)
         raise ModelNotFoundError(
             f"{history.name} has no champion yet: the first run that passes the gate becomes it (`nightshift train`), "
             "or promote one by hand (`nightshift promote RUN`)"
         )
     return history.champion
-
-
-def _champion_key(name: str) -> str:
-    return f"{MODELS}{name}/champion.json"

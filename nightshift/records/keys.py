@@ -21,7 +21,7 @@ _SHAPES = {
     "payload": rf"{PAYLOADS}{_RUN}/[0-9]+-[0-9]+\.pt",
     "report": rf"{REPORTS}{_RUN}/{_REPORT_FILES}",
     "version": rf"{MODELS}{RUN_ID}/{_RUN}/{_VERSION_FILES}",
-    "champion": rf"{MODELS}{RUN_ID}/champion\.json",
+    "champion": rf"{MODELS}{RUN_ID}/champion(\.copy)?\.json",
     "dataset": rf"{DATASETS}[0-9a-f]{{64}}/packed\.safetensors",
     "snapshot": rf"{DATASETS}{DATASET}/(history\.json|snapshots/[0-9a-f]{{64}}\.(json|parquet))",
     "part": rf"{DATASETS}{DATASET}/parts/[0-9a-f]{{64}}\.parquet",

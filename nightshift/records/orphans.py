@@ -13,7 +13,8 @@ from itertools import groupby
 
 from nightshift import progress
 from nightshift.errors import ConfigError, RunNotFoundError, StorageError
-from nightshift.records import champions, snapshots
+from nightshift.records import snapshots
+from nightshift.records.history import read_copy, read_history
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, PROBES, REPORTS, Kind, is_written_under, place_of
 from nightshift.records.lease import is_live
 from nightshift.records.run import READERS, read_record
@@ -141,9 +142,12 @@ def _need_of_runs(store: Store, keys: Iterable[str]) -> Callable[[str], bool]:
 
 
 def _once_live(store: Store, name: str) -> Callable[[str], bool]:
-    """Whether a version of this model is in the history of champions; if that cannot be read, any may be."""
+    """Whether a version of this model is in the history of champions; if that cannot be read, any may be.
+
+    Where it is missing, its copy says so, and the runs whose records name champions are finished.
+    """
     try:
-        versions = {entry.version for entry in champions.read_history(store, name).transitions}
+        versions = {*read_history(store, name).versions, *read_copy(store, name).versions}
     except (StorageError, ConfigError) as error:
         progress.current().warn(f"the versions of {name} are left alone: {error}")
         return lambda version: True

@@ -50,9 +50,7 @@ class ModelCard(Document):
     """
 
     title: ClassVar[str] = "card of a published model"
-    if_damaged: ClassVar[str] = (
-        "Bring an older version of the object back if the bucket keeps them, or train and publish under another run id"
-    )
+    if_damaged: ClassVar[str] = "To make it again from its run's checkpoint: nightshift republish RUN"
     max_bytes: ClassVar[int] = 16 * documents.MIB
     sealed_since: ClassVar[int] = 3
 
@@ -148,7 +146,7 @@ def read_card(store: Store, name: str, version: str, sha256: str | None = None) 
     if sha256 not in (None, card.sha256):
         raise DocumentDamagedError(
             f"{store.url(key)} was changed after {version} went live: its sha256 is {card.sha256}, and was {sha256}. "
-            "Bring the older version of the object back if the bucket keeps them. To believe it as it is now: "
+            f"To make it again as it was: nightshift republish {version}. To believe it as it is now: "
             f"nightshift promote {version}"
         )
     return card
@@ -158,16 +156,24 @@ def read_file(store: Store, card: ModelCard, file_name: str) -> bytes:
     """One file of a version, after its sha256 was found right.
 
     Raises:
-        DocumentDamagedError: it is not what was published.
+        DocumentDamagedError: it is missing, or not what was published.
         StorageError: it cannot be read.
     """
     key, listed = version_key(card.name, card.version) + file_name, card.files.get(file_name)
+    problem = "not what was published: its sha256 is not the one in card.json"
     for _ in range(2):  # it may only have been damaged on the way
-        with suppress(ObjectTooLargeError):
+        try:
             body = store.download_bytes(key, max_bytes=listed.bytes if listed else 0)
+        except ObjectNotFoundError:
+            problem = "missing"
+        except ObjectTooLargeError:
+            continue
+        else:
             if listed == _described(body):
                 return body
-    raise DocumentDamagedError(f"{store.url(key)} is not what was published: its sha256 is not the one in card.json")
+    raise DocumentDamagedError(
+        f"{store.url(key)} is {problem}. To make it again from the run's checkpoint: nightshift republish {card.run_id}"
+    )
 
 
 def read_tensors(store: Store, card: ModelCard, file_name: str, load: Callable[[bytes], T]) -> T:

@@ -13,7 +13,7 @@ from rich.table import Table
 from nightshift.cli.common import print_error
 from nightshift.cli.screen import Screen, joined, styled
 from nightshift.errors import StorageError
-from nightshift.records.champions import History, Transition
+from nightshift.records.history import History, Transition
 from nightshift.records.keys import record_key
 from nightshift.records.run import Event, Lease, Origin, Result, RunRecord
 from nightshift.refs import DatasetRef

@@ -30,6 +30,7 @@ from nightshift.judging.report import publish_report
 from nightshift.local import s3
 from nightshift.publishing.publish import publish_model
 from nightshift.records import champions, orphans
+from nightshift.records.rebuild import rebuild
 from nightshift.records.snapshots import Trained, note_trained
 from nightshift.refs import DatasetRef, ModelRef
 from nightshift.settings import GateSettings, S3Settings
@@ -45,6 +46,7 @@ from tests.stores import begin_upload
 PREFIX = "nightshift"
 ROLES = ("train", "promote", "gc")
 CHAMPION = "models/tiny/champion.json"
+COPY = "models/tiny/champion.copy.json"
 CARD = "models/tiny/run/card.json"
 # What IAM asks for where that is not called like the operation.
 _RIGHTS = {
@@ -242,6 +244,10 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(bucket: Bucket, 
     promoter.check_access()
     champions.promote_by_hand(promoter, "tiny", "another")
     assert champions.roll_back(promoter, "tiny").version == "run"
+    bucket.admin.delete(CHAMPION)
+    rebuilt = rebuild(promoter, "tiny").champion
+    assert rebuilt
+    assert rebuilt.version == "run"
 
     left = leave_orphans(bucket.admin)
     janitor = note_requests(bucket.as_user("gc"), asked["gc"])
@@ -265,19 +271,19 @@ def deleted(store: S3, key: str) -> None:
 @pytest.mark.parametrize(
     ("roles", "action", "keys"),
     [
-        (["train"], written, [CHAMPION, "notes.txt"]),
+        (["train"], written, [CHAMPION, COPY, "notes.txt"]),
         (["train", "promote"], written, ["notes.txt"]),
         (["promote"], written, [CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
-        (["gc"], written, [CHAMPION, CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
+        (["gc"], written, [CHAMPION, COPY, CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
         (
             ["train", "promote"],
             deleted,
             [
-                *(CHAMPION, CARD, "models/tiny/run/weights.pth", "runs/run.json", "reports/run/report.html"),
+                *(CHAMPION, COPY, CARD, "models/tiny/run/weights.pth", "runs/run.json", "reports/run/report.html"),
                 *("datasets/parts/history.json", "datasets/parts/snapshots/d.json", "datasets/shards/d", "notes.txt"),
             ],
         ),
-        (["gc"], deleted, [CHAMPION, CARD, "runs/run.json", "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
+        (["gc"], deleted, [CHAMPION, COPY, CARD, "runs/run.json", "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "+".join(value[:2]),
 )

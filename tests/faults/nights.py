@@ -41,6 +41,7 @@ from nightshift.judging.report import publish_report
 from nightshift.local.s3 import embedded_credentials, embedded_s3
 from nightshift.publishing.publish import publish_model
 from nightshift.records import champions, orphans, recovery
+from nightshift.records.history import History, read_history
 from nightshift.records.run import Origin, RunRecord, list_records, read_record
 from nightshift.records.versions import read_card, read_file
 from nightshift.refs import DatasetRef
@@ -175,7 +176,7 @@ class Campaign:
         chance = random.Random(self.chance.random())
         while not self._ended.wait(chance.uniform(*_PAUSES_OF_A_PERSON)):
             with suppress(ModelNotFoundError):
-                before = champions.read_history(self.store, NAME)
+                before = read_history(self.store, NAME)
                 if chance.random() < 0.6:
                     done, what = champions.roll_back(self.store, NAME), "rolled back"
                 else:
@@ -231,7 +232,7 @@ def _night(
 def compare(store: S3, expected: Expected) -> list[str]:
     """In what the store differs from what should be there; a sentence each."""
     records = {record.run_id: record for record in list_records(store)}
-    history = champions.read_history(store, NAME)
+    history = read_history(store, NAME)
     wrong = []
 
     def check(holds: bool, sentence: str) -> None:
@@ -263,7 +264,7 @@ def compare(store: S3, expected: Expected) -> list[str]:
     return wrong
 
 
-def _differences_of_a_finished_run(store: S3, record: RunRecord, history: champions.History) -> Iterator[str]:
+def _differences_of_a_finished_run(store: S3, record: RunRecord, history: History) -> Iterator[str]:
     for checkpoint, unusable in verify_checkpoints(store, record):
         if unusable:
             yield f"checkpoint {checkpoint.key} of {record.run_id} is missing: {unusable.reason}"

@@ -1,13 +1,17 @@
 """Who is champion: by hand and back again, once for each decision, and never on a history that is out of date."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from nightshift import processes
 from nightshift.errors import DocumentDamagedError, ModelNotFoundError, PreconditionFailedError
 from nightshift.records import champions
-from nightshift.records.champions import History, Transition
+from nightshift.records.champions import State
+from nightshift.records.history import History, Transition, history_key, read_history
 from nightshift.records.versions import ModelCard, publish_version
+from nightshift.storage import documents
 from nightshift.storage.store import Store
 from tests.records.test_versions import card_of, replace_card
 from tests.stores import Faulty
@@ -25,8 +29,8 @@ def promote(store: Store, card: ModelCard, decision: str) -> History:
     return champions.change_champion(store, "cifar10", decision, decide)
 
 
-def transitions(store: Store) -> list[tuple[str, str, str | None]]:
-    history = champions.read_history(store, "cifar10")
+def transitions(store: Store, name: str = "cifar10") -> list[tuple[str, str, str | None]]:
+    history = read_history(store, name)
     return [(entry.what, entry.version, entry.previous) for entry in history.transitions]
 
 
@@ -117,7 +121,7 @@ def test_the_card_of_an_older_history_is_believed(store: Store) -> None:
     publish(store, "a", "b")
     for version in ("a", "b"):
         promote(store, card_of(version), version)
-    assert [entry.card_sha256 for entry in champions.read_history(store, "cifar10").transitions] == [None, None]
+    assert [entry.card_sha256 for entry in read_history(store, "cifar10").transitions] == [None, None]
     assert champions.roll_back(store, "cifar10").version == "a"
 
 
@@ -127,3 +131,60 @@ def test_a_history_under_another_models_key_is_not_believed(store: Store) -> Non
     store.put("models/other/champion.json", store.get("models/cifar10/champion.json")[0])
     with pytest.raises(DocumentDamagedError, match="it is the history of cifar10, copied from elsewhere"):
         champions.read_champion(store, "other")
+
+
+def test_each_change_by_hand_says_who_made_it_and_why(store: Store) -> None:
+    publish(store, "a", "b")
+    champions.promote_by_hand(store, "cifar10", "a", "the first that is good enough")
+    champions.promote_by_hand(store, "cifar10", "b")
+    champions.roll_back(store, "cifar10", reason="b sees\ncats \udcff everywhere")
+    entries = read_history(store, "cifar10").transitions
+    assert [entry.reason for entry in entries] == [
+        "the first that is good enough",
+        "as told on the command line",
+        r"b sees\ncats \udcff everywhere",
+    ]
+    assert {entry.who for entry in entries} == {processes.user_at_host()}
+
+
+def test_a_pin_is_kept_through_changes_by_hand_and_both_ends_of_it_are_written_down(store: Store) -> None:
+    publish(store, "a", "b")
+    with pytest.raises(ModelNotFoundError, match="no champion yet"):
+        champions.pin(store, "cifar10")
+    champions.promote_by_hand(store, "cifar10", "a")
+    for _ in range(2):
+        assert champions.pin(store, "cifar10", "holiday").pin
+    champions.promote_by_hand(store, "cifar10", "b")
+    pins = champions.unpin(store, "cifar10", "back again").pins
+    assert [(pin.what, pin.version, pin.reason) for pin in pins] == [
+        ("pinned", "a", "holiday"),
+        ("unpinned", "b", "back again"),
+    ]
+
+
+def test_a_history_of_before_there_were_pins_is_read_and_written_on(store: Store) -> None:
+    publish(store, "a", "b")
+    champions.promote_by_hand(store, "cifar10", "a")
+    key = history_key("cifar10")
+    fields = json.loads(store.get(key)[0])
+    del fields["sha256"], fields["pins"], fields["transitions"][0]["who"]
+    fields["format"] = 1
+    store.put(key, json.dumps({**fields, "sha256": documents._digest(fields)}).encode())
+    champions.promote_by_hand(store, "cifar10", "b")
+    assert [entry.version for entry in read_history(store, "cifar10").transitions] == ["a", "b"]
+    assert json.loads(store.get(key)[0])["format"] == 2
+
+
+def test_the_state_of_a_history_is_whole_not_begun_missing_or_damaged_and_says_what_to_do(store: Store) -> None:
+    assert champions.state_of(store, "cifar10").kind == "not begun"
+    publish(store, "a")
+    champions.promote_by_hand(store, "cifar10", "a")
+    assert champions.state_of(store, "cifar10") == State("whole", "a is the champion of cifar10")
+    store.put(history_key("cifar10"), b"{")
+    damaged = champions.state_of(store, "cifar10")
+    assert (damaged.kind, damaged.ok) == ("damaged", False)
+    store.delete(history_key("cifar10"))
+    missing = champions.state_of(store, "cifar10")
+    assert (missing.kind, missing.ok) == ("missing", False)
+    for state in (damaged, missing):
+        assert "nightshift champion --rebuild" in state.detail

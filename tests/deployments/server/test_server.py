@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nightshift import processes
-from nightshift.records import champions
+from nightshift.records.history import read_history
 from nightshift.records.run import RunRecord, list_records
 from nightshift.storage import documents
 from nightshift.sweeps.stored import Sweep, begin, plan, results
@@ -220,7 +220,7 @@ def test_a_sweep_of_8_trials_with_two_killed_on_the_way_finishes_with_8_results(
     assert [record.result and record.result.verdict for record in made.values()] == [None] * 8
     best = max(ended, key=lambda result: result.test_accuracy or 0).run_id
     assert f"{best} is the best of 8 trials" in again.state["message"]
-    decided = [entry.id for entry in champions.read_history(store, "cifar10").transitions]
+    decided = [entry.id for entry in read_history(store, "cifar10").transitions]
     assert {decision for decision in decided if "swept" in decision} <= {f"gate/{best}"}
 
 
