@@ -28,7 +28,7 @@
     ├── UnreadableImageError                 an image file is none, damaged or too large; the message is the reason
     ├── CheckpointCorruptError               a stored payload is not what its record says
     ├── NotPromotedError                     the gate rejected a model, and the settings make that a failure
-    ├── ExportError                          an exported file does not predict what the model predicts
+    ├── ExportError                          an exported file is not what it should be
     ├── TrainingDivergedError                the loss is not a finite number
     ├── DiskError                            a local disk is full or cannot be written
     ├── LocalServiceError                    the embedded S3, the local Prefect server or worker does not start

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nightshift.records.champions import read_history
+from nightshift.records.history import read_history
 from nightshift.storage.store import Store
 
 CLASSES = ("bolt", "nut", "screw")

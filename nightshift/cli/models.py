@@ -1,4 +1,4 @@
-"""The commands for what was trained: `export`, `predict`, `report`."""
+"""The commands for what was trained: `export`, `republish`, `predict`, `report`."""
 
 import io
 import json
@@ -43,6 +43,20 @@ def export(
         print_json({"path": str(out), "bytes": len(body), "sha256": sha256, "format": kind})
     else:
         console().print(f"{out}  {size_text(len(body))}  sha256 {sha256}", soft_wrap=True)
+
+
+@app.command(rich_help_panel="Models")
+def republish(run: RunArgument, as_json: AsJson = False) -> None:
+    """Make what is damaged of a run's published version again, from its checkpoint and to the same sha256."""
+    from nightshift.publishing.republish import republish as make_again
+    from nightshift.records.run import read_record
+
+    with configured_workspace() as workspace:
+        made = make_again(workspace, read_record(workspace.store, run)[0])
+    if as_json:
+        print_json({"run_id": run, "made_again": made})
+    else:
+        console().print(f"made again: {', '.join(made) or 'nothing, as all of it is whole'}")
 
 
 @app.command(rich_help_panel="Models")

@@ -1,13 +1,17 @@
-"""The commands that show what there is: `runs`, `show`, `verify`, `gc`, `recipes`, `doctor`."""
+"""The commands for what there is: `runs`, `show`, `verify`, `gc`, `recipes`, `doctor`."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nightshift.cli.common import LONGEST_HOURS, AsJson, RunArgument, app, configured_workspace, console, print_json
+from nightshift.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from nightshift.records.run import RunRecord
+    from nightshift.storage.store import Store
 
 
 @app.command(rich_help_panel="Look at what is stored")
@@ -79,34 +83,61 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
 
 
 @app.command(rich_help_panel="Look at what is stored")
-def verify(run: RunArgument, as_json: AsJson = False) -> None:
-    """Read every checkpoint of a run back and check it."""
-    from nightshift.checkpoints.verify import verify_checkpoints
+def verify(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="The run's id; with --published, all by default.")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Read published versions back instead of checkpoints.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every checkpoint of a run back and check it, or what is published."""
+    from nightshift.ids import parse_run_id
+
+    if run is None and not published:
+        raise ConfigError("name the run whose checkpoints are to be verified, or type --published for all versions")
+    if run is not None:
+        parse_run_id(run)
     from nightshift.cli.screen import joined, styled
-    from nightshift.data.names import check_fits, check_names
-    from nightshift.records.run import read_record
-    from nightshift.training.state import payload_check
 
     screen, checked, bad = console(), 0, []
     with configured_workspace() as workspace:
-        record, _ = read_record(workspace.store, run)
-        config = record.train_config()
-        check_names(config)
-        check_fits(config, record.dataset.image_size)
-        check = payload_check(config, record.dataset.classes, record.dataset.image_size)
-        for checkpoint, problem in verify_checkpoints(workspace.store, record, check):
+        for key, problem in _verified(workspace.store, run, published):
             checked += 1
             if problem:
-                bad.append({"key": problem.key, "reason": problem.reason})
+                bad.append({"key": key, "reason": problem})
             if not as_json:
-                verdict = joined(styled("bad", "red"), f": {problem.reason}") if problem else styled("good", "green")
-                screen.print(joined(f"  {checkpoint.key}  ", verdict))
+                verdict = joined(styled("bad", "red"), f": {problem}") if problem else styled("good", "green")
+                screen.print(joined(f"  {key}  ", verdict))
     if as_json:
         print_json({"ok": not bad, "checked": checked, "bad": bad})
     else:
         screen.print(f"{checked} checked, {len(bad)} bad")
     if bad:
         raise typer.Exit(1)
+
+
+def _verified(store: "Store", run: str | None, published: bool) -> "Iterator[tuple[str, str | None]]":
+    """Each object that was read back, and what is wrong with it."""
+    if run is None or published:
+        from nightshift.publishing.verify import verify_published
+
+        for checked in verify_published(store, run):
+            yield checked.key, checked.problem
+        return
+    from nightshift.checkpoints.verify import verify_checkpoints
+    from nightshift.data.names import check_fits, check_names
+    from nightshift.records.run import read_record
+    from nightshift.training.state import payload_check
+
+    record, _ = read_record(store, run)
+    config = record.train_config()
+    check_names(config)
+    check_fits(config, record.dataset.image_size)
+    check = payload_check(config, record.dataset.classes, record.dataset.image_size)
+    for checkpoint, problem in verify_checkpoints(store, record, check):
+        yield checkpoint.key, problem.reason if problem else None
 
 
 @app.command(rich_help_panel="Look at what is stored")

@@ -175,6 +175,15 @@ def read_predictions(store: Store, metrics: Metrics) -> bytes:
     return body
 
 
+def predictions_file(answers: Answers, classes: int) -> bytes:
+    """What the model predicts of each test image, and what is right: safetensors of two uint8 (N,).
+
+    They are int32 where there are more than 256 classes.
+    """
+    dtype = torch.uint8 if classes <= 256 else torch.int32
+    return save_safetensors({"predicted": answers.predicted.to(dtype), "labels": answers.labels.to(dtype)})
+
+
 def load_model(
     config: TrainConfig,
     weights: dict[str, Tensor],
@@ -322,8 +331,7 @@ def _evaluate(
     with failures_explained(device):
         model = load_model(config, weights, len(dataset.classes), device, dataset.image_size)
         answers = answer_test_images(model, dataset, config)
-    dtype = torch.uint8 if len(dataset.classes) <= 256 else torch.int32
-    body = save_safetensors({"predicted": answers.predicted.to(dtype), "labels": answers.labels.to(dtype)})
+    body = predictions_file(answers, len(dataset.classes))
     key = report_key(checkpoint.run_id, "predictions.safetensors")
     workspace.store.put(key, body)
     return Metrics(

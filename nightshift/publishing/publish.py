@@ -1,22 +1,32 @@
 """From an evaluated checkpoint to a published version, and to files for others."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from models import build_model
-from nightshift.checkpoints.payload import read_weights
+from nightshift import progress
+from nightshift.checkpoints.payload import read_weights, weights_sha256
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, open_dataset
-from nightshift.errors import ConfigError
+from nightshift.errors import (
+    CheckpointCorruptError,
+    ConfigError,
+    StorageDeniedError,
+    StorageError,
+    StorageUnreachableError,
+)
 from nightshift.judging import evaluation, gate
 from nightshift.publishing.export import export
 from nightshift.records.lease import attached
 from nightshift.records.run import RunRecord
-from nightshift.records.versions import ModelCard, card_key, publish_version, read_card
+from nightshift.records.versions import ModelCard, card_key, load_bounded, publish_version, read_card, version_key
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
+from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 
 _IMAGES = 256
@@ -24,17 +34,62 @@ _IMAGES = 256
 PUBLISHED = {"weights.pth": "state_dict", "weights.safetensors": "safetensors", "model.pt2": "pt2"}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Weights, and how good they are on the test images: accuracy from 0 to 1, mean cross-entropy in nats."""
+
+    accuracy: float
+    loss: float
+    weights_sha256: str
+
+
 def export_run(workspace: Workspace, record: RunRecord, name: str) -> bytes:
-    """The model of a run's newest checkpoint in one of FORMATS.
+    """The model of a run's newest checkpoint in one of FORMATS; if that is gone, of the published weights.
 
     Raises:
         ConfigError: there is no such format, what it needs is not installed, or the run has no checkpoint yet.
-        ExportError, CheckpointCorruptError, StorageError: as `export` and `read_payload`.
+        ExportError, CheckpointCorruptError, StorageError: as `export` and `weights_of`.
     """
     if not record.checkpoints:
         raise ConfigError(f"run {record.run_id} has no checkpoint yet: there is nothing to export")
-    weights = read_weights(workspace.store, record.checkpoints[-1])
+    weights = weights_of(workspace.store, record)
     return _exporter(weights, record.train_config(), open_dataset(workspace, record.dataset))(name)
+
+
+def weights_of(store: Store, record: RunRecord) -> dict[str, Tensor]:
+    """The weights that a run ends with: those of its newest checkpoint.
+
+    If that is damaged or gone and the run is finished, they are the published ones, after their `weights_sha256` was
+    found to be the record's. A warning names what is missing.
+
+    Raises:
+        CheckpointCorruptError: neither can be used; the message names both.
+        StorageError: they cannot be read.
+    """
+    try:
+        return read_weights(store, record.checkpoints[-1])
+    except (StorageUnreachableError, StorageDeniedError):
+        raise
+    except (CheckpointCorruptError, StorageError) as error:
+        if not record.result:
+            raise
+        why = str(error)
+    key = version_key(record.dataset.name, record.run_id) + "weights.safetensors"
+    try:
+        # A checkpoint holds more than the weights: no such file is larger.
+        body = store.download_bytes(key, max_bytes=record.checkpoints[-1].bytes)
+        weights = load_bounded(body, load_safetensors)
+        if weights_sha256(weights) != record.result.weights_sha256:
+            raise ValueError("they are not the weights that the run has ended with")
+    except (StorageUnreachableError, StorageDeniedError):
+        raise
+    except Exception as error:  # as `read_tensors`: whoever can write to the bucket can write anything
+        raise CheckpointCorruptError(
+            f"the weights of run {record.run_id} are gone: neither of these can be used.\n{why}\n"
+            f"{store.url(key)}: {error}"
+        ) from error
+    progress.current().warn(f"the published weights are used, as the checkpoint cannot be: {why}")
+    return weights
 
 
 def publish_model(
@@ -61,14 +116,18 @@ def publish_model(
     return card.ref()
 
 
-def _publish(workspace: Workspace, record: RunRecord, checkpoint: CheckpointRef, dataset: Dataset) -> None:
-    store, config = workspace.store, record.train_config()
-    metrics = evaluation.read_metrics(store, record.run_id)
-    assert metrics is not None
-    weights = read_weights(store, checkpoint)
+def contents_of(
+    record: RunRecord, weights: dict[str, Tensor], measured: Measured, predictions: bytes, dataset: Dataset
+) -> tuple[ModelCard, dict[str, bytes]]:
+    """What is published of a run: the card, which lists no files yet, and the files by name.
+
+    Raises:
+        ExportError: a file does not predict what the model predicts.
+    """
+    config = record.train_config()
     exported = _exporter(weights, config, dataset)
     files = {file_name: exported(kind) for file_name, kind in PUBLISHED.items()}
-    files[gate.PREDICTIONS] = evaluation.read_predictions(store, metrics)
+    files[gate.PREDICTIONS] = predictions
     mean, std = batches.pixel_statistics(dataset, config.data.normalization)
     card = ModelCard(
         name=dataset.name,
@@ -84,15 +143,24 @@ def _publish(workspace: Workspace, record: RunRecord, checkpoint: CheckpointRef,
         mean=mean,
         std=std,
         tta=config.evaluation.tta,
-        test_accuracy=metrics.accuracy,
-        test_loss=metrics.loss,
-        weights_sha256=metrics.weights_sha256,
+        test_accuracy=measured.accuracy,
+        test_loss=measured.loss,
+        weights_sha256=measured.weights_sha256,
         config=record.config,
         dataset_digest=dataset.digest,
         environment=record.environment,
         trained_at=record.checkpoints[-1].written_at,
     )
-    publish_version(store, card, files)
+    return card, files
+
+
+def _publish(workspace: Workspace, record: RunRecord, checkpoint: CheckpointRef, dataset: Dataset) -> None:
+    store = workspace.store
+    metrics = evaluation.read_metrics(store, record.run_id)
+    assert metrics is not None
+    measured = Measured(metrics.accuracy, metrics.loss, metrics.weights_sha256)
+    predictions = evaluation.read_predictions(store, metrics)
+    publish_version(store, *contents_of(record, read_weights(store, checkpoint), measured, predictions, dataset))
 
 
 def _exporter(weights: dict[str, Tensor], config: TrainConfig, dataset: Dataset) -> Callable[[str], bytes]:

@@ -119,9 +119,31 @@ def publish_version(store: Store, card: ModelCard, files: Mapping[str, bytes]) -
     """
     for file_name, body in files.items():
         store.put(version_key(card.name, card.version) + file_name, body)
-    listed = card.changed(files={file_name: _described(body) for file_name, body in files.items()})
+    listed = card.changed(files={file_name: described(body) for file_name, body in files.items()})
     with suppress(PreconditionFailedError):
         documents.write(store, card_key(card.name, card.version), listed, None)
+
+
+def sealed(card: ModelCard, files: Mapping[str, bytes]) -> ModelCard:
+    """The card of a version with these files, and its own sha256."""
+    listed = card.changed(files={file_name: described(body) for file_name, body in files.items()})
+    key = card_key(card.name, card.version)
+    return documents.decoded(documents.encoded(listed), key, ModelCard, key)
+
+
+def mend_version(store: Store, card: ModelCard, files: Mapping[str, bytes], with_card: bool = False) -> None:
+    """Put files of a published version in the place of damaged ones, and then its card if that is damaged too.
+
+    Raises:
+        PreconditionFailedError: somebody else has put a card there meanwhile.
+        StorageError: something could not be stored; it can be done again.
+    """
+    for file_name, body in files.items():
+        store.put(version_key(card.name, card.version) + file_name, body)
+    if with_card:
+        key = card_key(card.name, card.version)
+        damaged = store.head(key)
+        documents.write(store, key, card, damaged.etag if damaged else None)
 
 
 def read_card(store: Store, name: str, version: str, sha256: str | None = None) -> ModelCard:
@@ -169,7 +191,7 @@ def read_file(store: Store, card: ModelCard, file_name: str) -> bytes:
         except ObjectTooLargeError:
             continue
         else:
-            if listed == _described(body):
+            if listed == described(body):
                 return body
     raise DocumentDamagedError(
         f"{store.url(key)} is {problem}. To make it again from the run's checkpoint: nightshift republish {card.run_id}"
@@ -185,13 +207,19 @@ def read_tensors(store: Store, card: ModelCard, file_name: str, load: Callable[[
     """
     body = read_file(store, card, file_name)
     try:
-        if int.from_bytes(body[:8], "little") > _MAX_HEADER_BYTES:
-            raise ValueError("its header is too long")
-        return load(body)
+        return load_bounded(body, load)
     except Exception as error:  # whoever can write to the bucket can write the sha256 of anything
         url = store.url(version_key(card.name, card.version) + file_name)
         raise DocumentDamagedError(f"{url} is damaged: {error}. Train and publish under another run id") from error
 
 
-def _described(body: bytes) -> PublishedFile:
+def load_bounded(body: bytes, load: Callable[[bytes], T]) -> T:
+    """What `load` makes of a safetensors file whose header is no longer than one can be; else ValueError."""
+    if int.from_bytes(body[:8], "little") > _MAX_HEADER_BYTES:
+        raise ValueError("its header is too long")
+    return load(body)
+
+
+def described(body: bytes) -> PublishedFile:
+    """A file as a card lists it."""
     return PublishedFile(bytes=len(body), sha256=hashlib.sha256(body).hexdigest())

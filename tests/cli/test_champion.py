@@ -60,3 +60,21 @@ def test_where_nothing_tells_of_a_champion_rebuilding_is_a_mistake(store: Store,
     assert refused.exit_code == 2
     assert "nightshift promote RUN" in refused.err
     assert nightshift("promote", "monday", "--json").json["version"] == "monday"
+
+
+@pytest.mark.parametrize("body", [b"", b'{"format": 3, "name": "cif'])
+def test_a_cut_card_is_one_sentence_that_says_what_to_do(store: Store, nightshift: Run, body: bytes) -> None:
+    key = "models/cifar10/tuesday/card.json"
+    store.put(key, body)
+    for command in (["predict", "nothing.png"], ["promote", "tuesday"]):
+        refused = nightshift(*command)
+        assert (refused.exit_code, refused.out) == (1, "")
+        assert refused.err.startswith(f"Error: {store.url(key)} is damaged")
+        assert "nightshift republish RUN" in refused.err
+        assert "Traceback" not in refused.err
+    verified = nightshift("verify", "--published", "--json")
+    assert verified.exit_code == 1
+    assert [item["key"] for item in verified.json["bad"]] == [key]
+    assert nightshift("verify", "--published", "monday", "--json").json == {"ok": True, "checked": 2, "bad": []}
+    assert nightshift("verify", "--published", "nobody").exit_code == 2
+    assert nightshift("republish", "nobody").exit_code == 2
