@@ -10,7 +10,8 @@
     │   ├── NoImagesError                    no image was found, or none can be read
     │   ├── SourceError                      a source of images is not there, or is not what it has to be
     │   ├── ResumeMismatchError              the stored run was made with another config or data set
-    │   └── LeaseHeldError                   somebody else is training this run right now
+    │   ├── LeaseHeldError                   somebody else is training this run right now
+    │   └── RunInUseError                    the run to delete is being trained, or is or was champion
     ├── StorageError
     │   ├── StorageUnreachableError          no answer from the S3 endpoint
     │   ├── StorageDeniedError               the credentials are missing, wrong or too weak
@@ -103,6 +104,10 @@ class ResumeMismatchError(UserError):
 
 
 class LeaseHeldError(UserError):
+    pass
+
+
+class RunInUseError(UserError):
     pass
 
 

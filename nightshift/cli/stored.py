@@ -1,5 +1,6 @@
-"""The commands for what there is: `runs`, `show`, `verify`, `gc`, `recipes`, `doctor`."""
+"""The commands for what there is: `runs`, `show`, `verify`, `gc`, `delete`, `recipes`, `doctor`."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -179,6 +180,33 @@ def gc(
         f"{'would delete' if dry_run else 'deleted'} {len(found.objects)} objects ({size_text(found.bytes)}), "
         f"{'would abort' if dry_run else 'aborted'} {len(found.uploads)} unfinished uploads"
     )
+
+
+@app.command(rich_help_panel="Look at what is stored")
+def delete(
+    run: RunArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a run with all that belongs to it; never a live one, and never one that is or was champion."""
+    if not yes and (as_json or not sys.stdin.isatty()):
+        raise ConfigError(
+            f"what is deleted does not come back, and nobody can be asked here: nightshift delete {run} --yes"
+        )
+    from nightshift.cli.terminal import size_text
+    from nightshift.records import deletion
+
+    with configured_workspace() as workspace:
+        if not yes:
+            found = deletion.belongings(workspace.store, run)
+            if not typer.confirm(f"Delete {len(found.keys)} objects ({size_text(found.bytes)}) of run {run}?"):
+                console().print("nothing was deleted")
+                raise typer.Exit(1)
+        found = deletion.delete(workspace.store, run)
+    if as_json:
+        print_json({"run_id": run, "deleted": len(found.keys), "bytes": found.bytes, "keys": found.keys})
+    else:
+        console().print(f"deleted {len(found.keys)} objects ({size_text(found.bytes)}) of run {run}")
 
 
 @app.command(rich_help_panel="Train")

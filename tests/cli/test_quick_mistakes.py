@@ -31,6 +31,7 @@ MISTAKES = {
     ("verify", "../nobody"): "is not valid: use up to 100 letters",
     ("verify",): "or type --published",
     ("verify", "--published", "../nobody"): "is not valid: use up to 100 letters",
+    ("delete", "a/b", "--yes"): "is not valid: use up to 100 letters",
     ("republish", "a/b"): "is not valid: use up to 100 letters",
     ("train", "--nope"): "No such option",
     ("submit", "--recipe", "nope"): "The recipes are: quick",

@@ -29,7 +29,7 @@ from nightshift.judging.evaluation import evaluate
 from nightshift.judging.report import publish_report
 from nightshift.local import s3
 from nightshift.publishing.publish import publish_model
-from nightshift.records import champions, orphans
+from nightshift.records import champions, deletion, orphans
 from nightshift.records.rebuild import rebuild
 from nightshift.records.snapshots import Trained, note_trained
 from nightshift.refs import DatasetRef, ModelRef
@@ -44,7 +44,7 @@ from tests.own_images import write_images
 from tests.stores import begin_upload
 
 PREFIX = "nightshift"
-ROLES = ("train", "promote", "gc")
+ROLES = ("train", "promote", "gc", "delete")
 CHAMPION = "models/tiny/champion.json"
 COPY = "models/tiny/champion.copy.json"
 CARD = "models/tiny/run/card.json"
@@ -257,6 +257,13 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(bucket: Bucket, 
     # Younger than a minute it is not found.
     orphans.collect(janitor, orphans.Orphans(list(janitor.list("probe/")), []))
 
+    train_and_publish(night, "unwanted")
+    begin_upload(bucket.admin, "checkpoints/unwanted/9-1.pt")
+    begin_upload(bucket.admin, "models/tiny/unwanted/model.pt2")
+    remover = note_requests(bucket.as_user("delete"), asked["delete"])
+    deletion.delete(remover, "unwanted")
+    assert not any("unwanted" in item.key for item in bucket.admin.list(""))
+
     assert {role: unused(policy_of(role), asked[role]) for role in ROLES} == {role: [] for role in ROLES}
 
 
@@ -283,6 +290,8 @@ def deleted(store: S3, key: str) -> None:
                 *("datasets/parts/history.json", "datasets/parts/snapshots/d.json", "datasets/shards/d", "notes.txt"),
             ],
         ),
+        (["delete"], written, [CHAMPION, COPY, CARD, "models/tiny/run/weights.pth", "notes.txt"]),
+        (["delete"], deleted, [CHAMPION, COPY, "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
         (["gc"], deleted, [CHAMPION, COPY, CARD, "runs/run.json", "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "+".join(value[:2]),
