@@ -19,6 +19,7 @@ from nightshift.cli.common import app
 from nightshift.errors import NightshiftError
 from nightshift.judging import gate
 from nightshift.records import champions, orphans, recovery
+from nightshift.records.history import copy_key, history_key
 from nightshift.records.keys import record_key, report_key
 from nightshift.records.run import Checkpoint, CheckpointMetrics, CurvePoint, Origin, Result, RunRecord, list_records
 from nightshift.records.versions import card_key
@@ -67,10 +68,18 @@ def a_store() -> MemoryStore:
 
 
 STORE = a_store()
+VERDICT = gate.promote(STORE, published(STORE, 0.65, "judged"), GateSettings())
 OBJECTS = {item.key: STORE.get(item.key)[0] for item in STORE.list("")}
 RECORD = json.loads(OBJECTS[record_key("bad")])
 CARD = json.loads(OBJECTS[card_key("cifar10", "bad")])
-HISTORY = json.loads(OBJECTS["models/cifar10/champion.json"])
+HISTORY = json.loads(OBJECTS[history_key("cifar10")])
+FINISHED = {
+    **RECORD,
+    "status": "finished",
+    "result": Result(
+        test_accuracy=0.6, test_loss=1.0, weights_sha256="0" * 64, model="models/cifar10/bad/", verdict=VERDICT
+    ).model_dump(mode="json"),
+}
 SWEEP = json.loads(documents.encoded(sweeps.plan("bad", "quick", {"lr": [0.1, 0.2], "momentum": [0.5, 0.6]})))
 LINES = "\n".join(
     json.dumps({"at": "2026-11-25T02:00:00Z", "step": step, "epoch": 1, **kind})
@@ -153,7 +162,13 @@ def test_a_run_record_of_any_content_stops_no_command(body: bytes, tmp_path_fact
 def test_a_card_of_any_content_stops_no_command(body: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     store = store_with(card_key("cifar10", "bad"), body)
     with commands_use(store, tmp_path_factory.getbasetemp()):
-        for command in (["champion"], ["gc", "--older-than-hours=0"], ["rollback", "first"], ["promote", "bad"]):
+        for command in (
+            ["champion"],
+            ["verify", "--published"],
+            ["gc", "--older-than-hours=0"],
+            ["rollback", "first"],
+            ["promote", "bad"],
+        ):
             run(*command)
     candidate = published(store, 0.7, "candidate")
     with suppress(NightshiftError):
@@ -162,17 +177,41 @@ def test_a_card_of_any_content_stops_no_command(body: bytes, tmp_path_factory: p
 
 
 @FUZZ
-@given(body=changed(HISTORY))
+@given(body=changed(HISTORY), of_the_copy=st.booleans())
 def test_a_history_of_champions_of_any_content_stops_no_command(
-    body: bytes, tmp_path_factory: pytest.TempPathFactory
+    body: bytes, of_the_copy: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    store = store_with("models/cifar10/champion.json", body)
+    store = store_with(copy_key("cifar10") if of_the_copy else history_key("cifar10"), body)
+    if of_the_copy:
+        store.delete(history_key("cifar10"))
     candidate = published(store, 0.7, "candidate")
     with commands_use(store, tmp_path_factory.getbasetemp()):
-        for command in (["champion"], ["champion", "--json"], ["gc", "--older-than-hours=0"], ["rollback"]):
+        for command in (
+            ["champion"],
+            ["champion", "--json"],
+            ["gc", "--older-than-hours=0"],
+            ["verify", "--published"],
+            ["rollback"],
+            ["delete", "bad", "--yes"],
+        ):
             run(*command)
-    with suppress(NightshiftError):
-        gate.promote(store, candidate, GateSettings())
+        with suppress(NightshiftError):
+            gate.promote(store, candidate, GateSettings())
+        for command in (["champion", "--rebuild"], ["pin"], ["unpin"]):
+            run(*command)
+
+
+@FUZZ
+@given(body=changed(FINISHED))
+def test_records_of_any_content_from_which_a_history_is_made_again_stop_no_command(
+    body: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = store_with(record_key("bad"), body)
+    for key in (history_key("cifar10"), copy_key("cifar10")):
+        store.delete(key)
+    with commands_use(store, tmp_path_factory.getbasetemp()):
+        for command in (["verify", "--published"], ["champion", "--rebuild"], ["champion"], ["delete", "bad", "--yes"]):
+            run(*command)
 
 
 @FUZZ
