@@ -11,7 +11,7 @@ from typing import Literal
 from nightshift import processes
 from nightshift.errors import DocumentDamagedError, HistoryLostError, ModelNotFoundError
 from nightshift.records.history import History, Pin, Transition, history_key, keep_copy, read_history
-from nightshift.records.rebuild import check_never_begun
+from nightshift.records.rebuild import check_never_begun, clear_damaged
 from nightshift.records.versions import ModelCard, card_key, read_card
 from nightshift.refs import ChampionRef
 from nightshift.storage import documents
@@ -99,13 +99,15 @@ def change_champion(store: Store, name: str, decision: str, decide: Callable[[Hi
 def promote_by_hand(store: Store, name: str, version: str, reason: str = "") -> ChampionRef:
     """Make a published version the champion, whatever the gate would say. Nothing happens if it is that already.
 
-    If it is, but its card was changed since, the card is believed from now on. A pin stays as it is.
+    If it is, but its card was changed since, the card is believed from now on. A pin stays as it is. A damaged history
+    that nothing can make again is begun anew.
 
     Raises:
         ModelNotFoundError: no such version is published.
         StorageError: as `change_champion`.
     """
     card = read_card(store, name, version)
+    clear_damaged(store, name)
     return _change_by_hand(store, name, "promoted by hand", lambda history: card, reason)
 
 

@@ -5,6 +5,8 @@ verdicts in the run records tell the promotions, and the newest of them which ve
 changed since, and pins, they do not tell.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
 
 from nightshift import processes, progress
@@ -17,14 +19,27 @@ from nightshift.errors import (
 )
 from nightshift.records.history import History, Transition, copy_key, history_key, keep_copy, read_copy
 from nightshift.records.keys import MODELS, place_of
-from nightshift.records.run import RunRecord, newest_records
+from nightshift.records.run import READERS, Result, RunRecord, listed_records
 from nightshift.records.versions import read_card
 from nightshift.refs import Verdict
 from nightshift.storage import documents
-from nightshift.storage.store import Store
+from nightshift.storage.store import Store, Stored
 
-_Judged = tuple[datetime, RunRecord, Verdict]
-"""When a run was finished, its record, and the gate's verdict in it."""
+
+@dataclass(frozen=True)
+class _Run:
+    """What a record tells of the champions."""
+
+    run_id: str
+    name: str
+    """Of the model."""
+    ended: datetime
+    owner: str
+    result: Result | None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return self.result.verdict if self.result else None
 
 
 def rebuild(store: Store, name: str) -> History:
@@ -62,6 +77,25 @@ def rebuild(store: Store, name: str) -> History:
     return history
 
 
+def clear_damaged(store: Store, name: str) -> None:
+    """Put an empty history in the place of a damaged one, for somebody who begins anew where nothing tells of one.
+
+    Raises:
+        DocumentDamagedError: its copy or the run records tell of champions.
+        StorageError: as `told`; or it may or may not have been written.
+    """
+    key = history_key(name)
+    damaged = store.head(key)
+    try:
+        documents.read(store, key, History)
+    except ObjectNotFoundError:
+        return
+    except DocumentDamagedError:
+        if told(store, name) or not damaged:
+            raise
+        documents.write(store, key, History(name=name), damaged.etag)
+
+
 def told(store: Store, name: str) -> History | None:
     """The history as its copy and the run records tell it; None if they tell of no champion.
 
@@ -71,13 +105,12 @@ def told(store: Store, name: str) -> History | None:
     """
     history = _copy(store, name)
     since = history.transitions[-1].at if history.transitions else None
-    judged = _judged(store, name)
-    transitions = list(history.transitions)
-    known = set(history.versions)
-    for at, record, verdict in judged:
-        if verdict.promoted and record.run_id not in known and (since is None or at > since):
-            transitions.append(_promotion(store, name, at, record, verdict, transitions))
-    if since is None:
+    judged = sorted((run for run in _runs(store) if run.name == name and run.verdict), key=lambda run: run.ended)
+    transitions, known = list(history.transitions), set(history.versions)
+    for run in judged:
+        if run.verdict and run.verdict.promoted and run.run_id not in known and (not since or run.ended > since):
+            transitions.append(_promotion(store, run, transitions))
+    if not since:
         transitions += _last_pointer(judged, transitions)
     return history.changed(transitions=transitions) if transitions else None
 
@@ -95,9 +128,15 @@ def check_never_begun(store: Store, name: str) -> None:
 def check_explained(store: Store, name: str, candidate: str) -> None:
     """Raise HistoryLostError if a published version but the candidate has no readable record: it may have been live.
 
-    For where no history is stored, and `check_never_begun` has found nothing.
+    So too if there is a copy, though a damaged one. For where no history is stored, and `check_never_begun` has found
+    nothing.
     """
-    known = {candidate, *(record.run_id for record in newest_records(store))}
+    if store.head(copy_key(name)):
+        raise HistoryLostError(
+            f"{store.url(history_key(name))} is missing, its copy is damaged, and no record tells of a champion. To "
+            "begin anew with a champion of your choice: nightshift promote RUN"
+        )
+    known = {candidate, *(run.run_id for run in _runs(store))}
     for item in store.list(f"{MODELS}{name}/"):
         place = place_of(item.key)
         if place and item.key.endswith("/card.json") and place.run_id not in known:
@@ -115,55 +154,62 @@ def _copy(store: Store, name: str) -> History:
         return History(name=name)
 
 
-def _judged(store: Store, name: str) -> list[_Judged]:
-    """In the order in which they were finished."""
-    found: list[_Judged] = []
-    for record in newest_records(store):
-        verdict = record.result.verdict if record.result else None
-        if verdict and record.dataset.name == name:
-            ended = [event.at for event in record.events if event.what == "finished"]
-            found.append((ended[-1] if ended else record.updated_at, record, verdict))
-    return sorted(found, key=lambda judged: judged[0])
+def _runs(store: Store) -> list[_Run]:
+    """Of all records but damaged ones. What cannot be read now is an error: it may tell of a champion."""
+
+    def read(item: Stored) -> _Run | None:
+        try:
+            documents.check_size(item.size, store.url(item.key), RunRecord)
+            record, _ = documents.read(store, item.key, RunRecord)
+        except ObjectNotFoundError:
+            return None
+        except (DocumentDamagedError, DocumentNewerError) as error:
+            progress.current().warn(str(error))
+            return None
+        ended = [event.at for event in record.events if event.what == "finished"] or [record.updated_at]
+        return _Run(record.run_id, record.dataset.name, ended[-1], record.lease.owner, record.result)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(filter(None, pool.map(read, listed_records(store))))
 
 
-def _promotion(
-    store: Store, name: str, at: datetime, record: RunRecord, verdict: Verdict, before: list[Transition]
-) -> Transition:
-    assert record.result
+def _promotion(store: Store, run: _Run, before: list[Transition]) -> Transition:
+    assert run.result
+    assert run.verdict
     return Transition(
-        id=f"gate/{record.run_id}",
-        at=at,
+        id=f"gate/{run.run_id}",
+        at=run.ended,
         what="promoted",
-        version=record.run_id,
-        run_id=record.run_id,
-        test_accuracy=record.result.test_accuracy,
-        weights_sha256=record.result.weights_sha256,
-        card_sha256=_card_sha256(store, name, record.run_id, record.result.weights_sha256),
+        version=run.run_id,
+        run_id=run.run_id,
+        test_accuracy=run.result.test_accuracy,
+        weights_sha256=run.result.weights_sha256,
+        card_sha256=_card_sha256(store, run.name, run.run_id, run.result.weights_sha256),
         previous=before[-1].version if before else None,
-        by=record.lease.owner,
-        reason=verdict.reason,
-        comparison=verdict.comparison,
+        by=run.owner,
+        reason=run.verdict.reason,
+        comparison=run.verdict.comparison,
     )
 
 
-def _last_pointer(judged: list[_Judged], before: list[Transition]) -> list[Transition]:
+def _last_pointer(judged: list[_Run], before: list[Transition]) -> list[Transition]:
     """The change by hand, if there was one, after which a verdict names another champion than the last promoted."""
-    named = [(at, record, verdict.champion) for at, record, verdict in judged if verdict.champion]
-    if not named or (before and before[-1].version == named[-1][2].version):
+    named = [(run, run.verdict.champion) for run in judged if run.verdict and run.verdict.champion]
+    if not named or (before and before[-1].version == named[-1][1].version):
         return []
-    at, record, live = named[-1]
+    run, live = named[-1]
     was_live = any(entry.version == live.version for entry in before)
     return [
         Transition(
-            id=f"rebuilt/{record.run_id}",
-            at=at,
+            id=f"rebuilt/{run.run_id}",
+            at=run.ended,
             what="rolled back" if was_live else "promoted by hand",
             version=live.version,
             run_id=live.run_id,
             test_accuracy=live.test_accuracy,
             previous=before[-1].version if before else None,
             by=processes.new_writer_id(),
-            reason=f"it was live when the gate judged {record.run_id}",
+            reason=f"it was live when the gate judged {run.run_id}",
         )
     ]
 

@@ -13,6 +13,7 @@ from nightshift.errors import (
 )
 from nightshift.records import champions
 from nightshift.records.history import copy_key, history_key, read_copy, read_history
+from nightshift.records.keys import record_key
 from nightshift.records.rebuild import rebuild
 from nightshift.refs import Verdict
 from nightshift.storage import documents
@@ -166,3 +167,34 @@ def test_a_history_of_a_newer_nightshift_is_never_written_over(store: Store) -> 
         rebuild(store, "cifar10")
     assert not a_night(store, 0.60, "tuesday").promoted
     assert store.get(KEY)[0] == body
+
+
+def test_a_record_that_cannot_be_read_just_now_lets_no_first_champion_go_live(store: Store) -> None:
+    """It may tell of an earlier one; the gate is asked again."""
+    a_night(store, 0.55, "monday")
+    deleted(store)
+    store.delete(COPY)
+    failing = Faulty(store)
+    failing.fail("get", StorageError("500"), record_key("monday"))
+    candidate = published(store, 0.37, "tuesday")
+    with pytest.raises(StorageError, match="500"):
+        promote(failing, candidate)
+    assert store.head(KEY) is None
+    assert not promote(failing, candidate).promoted
+
+
+@pytest.mark.parametrize("damage", [deleted, cut])
+def test_where_nothing_whole_is_left_only_a_person_begins_anew(store: Store, damage: Callable[[Store], None]) -> None:
+    """As after a sweep, whose best version went live and whose records have no verdict."""
+    promote(store, published(store, 0.55, "trial"))
+    finish(store, published(store, 0.55, "trial"), None)
+    damage(store)
+    store.put(COPY, b"{")
+    candidate = published(store, 0.37, "tuesday")
+    verdict = promote(store, candidate)
+    assert not verdict.promoted
+    with pytest.raises(ModelNotFoundError, match="To begin anew: nightshift promote RUN"):
+        rebuild(store, "cifar10")
+    assert champions.promote_by_hand(store, "cifar10", "trial").version == "trial"
+    assert read_copy(store, "cifar10") == read_history(store, "cifar10")
+    assert not promote(store, candidate).promoted
