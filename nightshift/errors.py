@@ -14,6 +14,7 @@
     │   └── RunInUseError                    the run to delete is being trained, or is or was champion
     ├── StorageError
     │   ├── StorageUnreachableError          no answer from the S3 endpoint
+    │   │   └── StorageFullError             the disk of the local store is full
     │   ├── StorageDeniedError               the credentials are missing, wrong or too weak
     │   ├── BucketNotFoundError
     │   ├── ObjectNotFoundError
@@ -116,6 +117,10 @@ class StorageError(NightshiftError):
 
 
 class StorageUnreachableError(StorageError):
+    pass
+
+
+class StorageFullError(StorageUnreachableError):
     pass
 
 

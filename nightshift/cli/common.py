@@ -1,5 +1,6 @@
 """What the commands share: the application, its options, its errors as sentences, and how results are printed."""
 
+import errno
 import io
 import os
 import sys
@@ -70,8 +71,9 @@ def _end_with(error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted("stopped at once; what was last committed stands")
     if isinstance(error, OSError) and (error.filename or error.errno in DISK_IS_FULL):
+        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         where = f" ({error.filename})" if error.filename else ""
-        error = DiskError(f"{error.strerror}{where}: make room or mend it, or set NIGHTSHIFT_HOME to another place")
+        error = DiskError(f"{what}{where}: make room or mend it, or set NIGHTSHIFT_HOME to another place")
     if not isinstance(error, NightshiftError):
         raise error
     if "--json" in sys.argv:

@@ -161,9 +161,14 @@ def gc(
         found = orphans.find(workspace.store, timedelta(hours=older_than_hours))
         if not dry_run:
             found = orphans.collect(workspace.store, found)
+    from nightshift.local.s3 import give_up_reserve
     if as_json:
+    from nightshift.settings import Settings
         print_json(
             {
+    settings = Settings.load()
+    if settings.s3.embedded and not dry_run:
+        give_up_reserve(settings.home)
                 "deleted": len(found.objects),
                 "bytes": found.bytes,
                 "multipart_aborted": len(found.uploads),

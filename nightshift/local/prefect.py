@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from nightshift.errors import LocalServiceError, PrefectServerError, SettingsError
 from nightshift.local import supervisor
-from nightshift.local.secrets import made_once
+from nightshift.local.secrets import made_once, written
 from nightshift.local.supervisor import Server, using, wait_until
 
 # A first start creates the database, which takes about 20 s on two busy cores.
@@ -237,7 +237,7 @@ def _port(directory: Path) -> int:
         with closing(socket.socket()) as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", wanted))
-            path.write_text(str(probe.getsockname()[1]))
+            written(path, str(probe.getsockname()[1]))
             break
     return int(path.read_text())
 

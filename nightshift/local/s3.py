@@ -16,16 +16,19 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from nightshift.disk import Room, free_bytes, is_full, room
 from nightshift.errors import LocalServiceError, StorageError
-from nightshift.local.secrets import made_once, new_certificate
-from nightshift.local.supervisor import Server, using, wait_until
+from nightshift.local.secrets import made_once, new_certificate, written
+from nightshift.local.supervisor import Server, using, wait_until, wait_until_started_anew
 from nightshift.settings import S3Settings
-from nightshift.storage.s3 import S3, Credentials
+from nightshift.storage.s3 import MIB, S3, Credentials
 
 BUCKET = "nightshift"
 # An unset gRPC port is the HTTP port + 10000, and some of weed's parts assume that even where it is set.
 _GRPC_OFFSET = 10_000
 _PORTS = ("s3", "filer", "volume", "master", "admin")
+_RESERVE, _RESERVE_BYTES = "reserve", 32 * MIB
+"""A file of nothing. When the disk is full, it makes room for what deleting objects needs to write."""
 _GENERATION = 1
 """0 asked nobody for a certificate."""
 
@@ -36,20 +39,52 @@ def embedded_s3(home: Path, prefix: str = "") -> Iterator[S3]:
 
     Raises:
         LocalServiceError: it does not start.
+        DiskError: it does not run, and the disk is too full to start it.
     """
     directory = home / "s3"
     credentials = embedded_credentials(directory)
     with using(directory, lambda: _plan(directory, credentials), _GENERATION) as facts:
         settings = S3Settings(endpoint_url=facts["endpoint_url"], bucket=BUCKET, prefix=prefix)
-        impatient = S3(settings, credentials, attempts=1)
-        wait_until(lambda: _answers(impatient), directory, timeout=30)
-        yield S3(settings, credentials)
+        impatient = S3(settings.model_copy(update={"timeout_seconds": 5.0}), credentials, attempts=1)
+        wait_until(lambda: _answers(impatient, directory), directory, timeout=30)
+        _keep_reserve(directory)
+        yield S3(settings, credentials, directory=directory)
 
 
-def _answers(store: S3) -> bool:
-    """Whether it can read what it wrote: after a start it lists objects some seconds before it finds their content."""
+def give_up_reserve(home: Path) -> None:
+    """Make room where the disk of the server under `home` is full, so that objects can be deleted from it.
+
+    A server that had no room at all is started again by its supervisor. The reserve is made again when there is room.
+    """
+    directory = home / "s3"
+    reserve, pid = directory / _RESERVE, directory / "server.pid"
+    if not reserve.exists() or not is_full(directory):
+        return
+    had_none, before = room(directory) == Room.NONE, pid.read_text() if pid.exists() else ""
+    reserve.unlink()
+    if had_none:
+        wait_until_started_anew(directory, before, timeout=15)
+
+
+def _keep_reserve(directory: Path) -> None:
+    path = directory / _RESERVE
+    if not path.exists() and free_bytes(directory) > 10 * _RESERVE_BYTES and not is_full(directory):
+        with suppress(OSError), open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+
+
+def _answers(store: S3, directory: Path) -> bool:
+    """Whether it can read what it wrote: after a start it lists objects some seconds before it finds their content.
+
+    On a full disk nothing can be written, and it is enough that something can be read.
+    """
     key = f"probe/{secrets.token_hex(8)}"
     try:
+        if is_full(directory):
+            small = next((item for item in store.list("") if item.size < MIB), None)
+            if small:
+                store.get(small.key)
+            return True
         store.put(key, b"ready")
         store.get(key)
         store.delete(key)
@@ -70,17 +105,17 @@ def _new_pair() -> str:
 
 def _plan(directory: Path, credentials: Credentials) -> Server:
     ports = _ports(directory)
-    for name in ("data", "logs"):
-        (directory / name).mkdir(exist_ok=True)
+    (directory / "data").mkdir(exist_ok=True)
     made_once(directory / "server.pem", new_certificate)
-    (directory / "security.toml").write_text(_security())  # where weed looks for it: it runs in this directory
-    logging = ["-logdir=logs", "-log_max_size_mb=10"]
+    written(directory / "security.toml", _security())  # where weed looks for it: it runs in this directory
     options = {
         "dir": "data",
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",
         "bucket": BUCKET,
         "master.telemetry": "false",
+        # What was deleted takes room until it is swept out: by default that is every 14 minutes.
+        "master.vacuumIntervalSeconds": 60,
         "admin.ui": "false",
         "webdav": "false",
         "s3.port.iceberg": 0,
@@ -93,11 +128,13 @@ def _plan(directory: Path, credentials: Credentials) -> Server:
         **{f"{name}.port.grpc": port + _GRPC_OFFSET for name, port in ports.items()},
     }
     return Server(
-        command=[_weed(), *logging, "mini", *(f"-{name}={value}" for name, value in options.items())],
+        # To its own files, weed would print that it exits when it finds no room for a line.
+        command=[_weed(), "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in options.items())],
         environment={"AWS_ACCESS_KEY_ID": credentials.access_key, "AWS_SECRET_ACCESS_KEY": credentials.secret_key},
         facts={"endpoint_url": f"http://127.0.0.1:{ports['s3']}"},
         umask=0o077,
         litter=[_grpc_socket(name, port) for name, port in ports.items()],
+        mended_by_room=False,  # its database refuses every write after one that found no room, and hangs
     )
 
 
@@ -128,7 +165,7 @@ def _ports(directory: Path) -> dict[str, int]:
             name, port = _PORTS[len(ports)], 20_000 + secrets.randbelow(12_000)
             if port not in ports.values() and _free(name, port):
                 ports[name] = port
-        path.write_text(json.dumps(ports))
+        written(path, json.dumps(ports))
     return ports
 
 

@@ -22,15 +22,34 @@ def made_once(path: Path, make: Callable[[], str]) -> str:
     """
     close_to_others(path.parent)
     if not path.exists():
-        draft, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # with mode 0600
+        draft = _draft(path, make())
+        with suppress(FileExistsError):  # another process was first, and what it made counts
+            path.hardlink_to(draft)
+        draft.unlink()
+    return path.read_text()
+
+
+def written(path: Path, text: str) -> None:
+    """Write a file that only the user can read. It is whole, or as it was before, even where there is no room.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    _draft(path, text).replace(path)
+
+
+def _draft(path: Path, text: str) -> Path:
+    """A new file beside `path` with this text."""
+    draft, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # with mode 0600
+    try:
         with open(draft, "w") as file:
-            file.write(make())
+            file.write(text)
             file.flush()
             os.fsync(draft)
-        with suppress(FileExistsError):  # another process was first, and what it made counts
-            path.hardlink_to(name)
+    except OSError:
         Path(name).unlink()
-    return path.read_text()
+        raise
+    return Path(name)
 
 
 def close_to_others(directory: Path) -> None:

@@ -5,12 +5,17 @@ again if it dies and stops it when its last user is gone. The kernel knows who u
 shared lock on one file, and the lock ends with its process, however that ends. A server that is kept stays
 even without users, until it is released. Nobody else can enter its directory.
 
+A server that dies again and again is started again all the same, after pauses of up to ten seconds: whatever it
+misses, such as room on the disk, may come back.
+
     DIR/users.lock        held shared by each process that uses the server
     DIR/start.lock        held exclusively by a process that is starting it
     DIR/supervisor.lock   held exclusively by the supervisor, as long as it lives
     DIR/kept              exists while the server stays without users
     DIR/server.json       what a user needs to know to connect
-    DIR/server.log        what the server prints
+    DIR/failing           exists while the server dies as soon as it is started
+    DIR/server.log        what the server prints; what is older is in server.log.1
+    DIR/supervisor.log    when the server was started, and how it ended
 """
 
 import fcntl
@@ -28,13 +33,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from nightshift import processes
-from nightshift.errors import LocalServiceError
-from nightshift.local.secrets import close_to_others
+from nightshift.disk import Room, disk_is_full, is_full, room
+from nightshift.errors import DISK_IS_FULL, DiskError, LocalServiceError
+from nightshift.local.child import FAILING, Child
+from nightshift.local.logs import SERVER_LOG, SUPERVISOR_LOG, keep_short, tail
+from nightshift.local.secrets import close_to_others, written
 
 LINGER_SECONDS = 10.0
-_MAX_RESTARTS = 5
-"""How often in a row a server may die within _STABLE_SECONDS. After that, something is wrong that does not pass."""
-_STABLE_SECONDS = 60.0
+_STOPPED_SECONDS, _STALLED_SECONDS = 1.5, 15.0
+"""How long a full disk is waited for: by a server that does not run, as it cannot be started; and by one that does."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Server:
     """What others may not do with the files it makes; -1 leaves that to the user's own."""
     litter: Sequence[Path] = ()
     """What it leaves outside of its directory when it is killed."""
+    mended_by_room: bool = True
+    """Whether it goes on by itself when a full disk has room again; otherwise it is started again then."""
 
 
 @contextmanager
@@ -63,17 +72,34 @@ def using(directory: Path, plan: Callable[[], Server], generation: int = 0) -> I
 
     Raises:
         LocalServiceError: the directory is not ours to close to others, or an older server not ours to kill.
+        DiskError: it does not run, and there is no room to start it.
     """
-    close_to_others(directory)
-    with _lock(directory / "users.lock", fcntl.LOCK_SH):
-        with _lock(directory / "start.lock", fcntl.LOCK_EX):
+    with _room_to_start(directory):
+        close_to_others(directory)
+        users = open(directory / "users.lock", "a")  # noqa: SIM115
+    with users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        with _room_to_start(directory), _lock(directory / "start.lock", fcntl.LOCK_EX):
             if _supervised(directory) and _facts(directory).get("generation", 0) < generation:
                 _kill_supervisor(directory)
             if not _supervised(directory):
+                if room(directory) == Room.NONE:
+                    raise DiskError(f"the local {directory.name} server cannot be started: {disk_is_full(directory)}")
                 _kill_leftover(directory)  # before the plan, which looks for free ports
                 _start(directory, plan(), generation)
             facts = _facts(directory)
         yield facts
+
+
+@contextmanager
+def _room_to_start(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        where = directory if directory.exists() else directory.parent
+        raise DiskError(f"the local {directory.name} server cannot be started: {disk_is_full(where)}") from error
 
 
 def keep(directory: Path) -> None:
@@ -108,14 +134,31 @@ def wait_until(ready: Callable[[], bool], directory: Path, timeout: float) -> No
 
     Raises:
         LocalServiceError: it does not answer. The message has the end of its log.
+        DiskError: it does not, and the disk is full.
+    """
+    began = time.monotonic()
+    while not ready():
+        waited = time.monotonic() - began
+        if waited > (_STALLED_SECONDS if _is_running(directory) else _STOPPED_SECONDS) and is_full(directory):
+            raise DiskError(f"the local {directory.name} server does not answer: {disk_is_full(directory)}")
+        if waited > timeout or not _supervised(directory) or (directory / FAILING).exists():
+            raise LocalServiceError(
+                f"the local {directory.name} server does not start. The end of {directory / SERVER_LOG}:\n"
+                + tail(directory / SERVER_LOG)
+            )
+        time.sleep(0.05)
+
+
+def wait_until_started_anew(directory: Path, before: str, timeout: float) -> None:
+    """Wait until the process of the server is another one than `before`, as its file `server.pid` names it.
+
+    Args:
+        timeout: for so many seconds at most; it is no error if they pass.
     """
     deadline = time.monotonic() + timeout
-    while not ready():
-        if not _supervised(directory) or time.monotonic() > deadline:
-            raise LocalServiceError(
-                f"the local {directory.name} server does not start. The end of {directory / 'server.log'}:\n"
-                + _tail(directory / "server.log")
-            )
+    while _supervised(directory) and time.monotonic() < deadline:
+        if (directory / "server.pid").read_text() != before:
+            return
         time.sleep(0.05)
 
 
@@ -130,6 +173,12 @@ def _supervised(directory: Path) -> bool:
         return not _try_lock(file, fcntl.LOCK_SH)  # shared, so that two processes that ask do not see each other
 
 
+def _is_running(directory: Path) -> bool:
+    """Whether the server's process is alive, which its supervisor may be about to start."""
+    pid_file = directory / "server.pid"
+    return pid_file.exists() and processes.state_of(pid_file.read_text()) == "alive"
+
+
 def _is_used(directory: Path) -> bool:
     """Whether shared locks are held on the users' file; an exclusive one is held by a supervisor that is stopping."""
     with open(directory / "users.lock", "a") as users:
@@ -137,14 +186,15 @@ def _is_used(directory: Path) -> bool:
 
 
 def _start(directory: Path, server: Server, generation: int) -> None:
-    (directory / "server.json").write_text(json.dumps({**server.facts, "generation": generation}))
+    written(directory / "server.json", json.dumps({**server.facts, "generation": generation}))
+    (directory / FAILING).unlink(missing_ok=True)
     # The lock is taken here and inherited, so that the supervisor never runs without it.
-    with open(directory / "supervisor.lock", "a") as lock, open(directory / "supervisor.log", "a") as log:
+    with open(directory / "supervisor.lock", "a") as lock, open(directory / SUPERVISOR_LOG, "a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
         subprocess.run(
             [
                 *(sys.executable, "-m", "nightshift.local.supervisor"),
-                *(str(directory), str(lock.fileno()), str(server.stop_seconds)),
+                *(str(directory), str(lock.fileno()), str(server.stop_seconds), str(int(server.mended_by_room))),
                 *(json.dumps([str(path) for path in server.litter]), *server.command),
             ],
             env={**os.environ, **server.environment},
@@ -183,10 +233,8 @@ def _kill_supervisor(directory: Path) -> None:
 
 def _kill_leftover(directory: Path) -> None:
     """Kill a server whose supervisor was killed: nobody would ever stop it, and it holds the data directory."""
-    pid_file = directory / "server.pid"
-    name = pid_file.read_text() if pid_file.exists() else ""
-    if processes.state_of(name) == "alive":
-        with _process(int(name.split()[2])) as server:
+    if _is_running(directory):
+        with _process(int((directory / "server.pid").read_text().split()[2])) as server:
             _kill(server)
 
 
@@ -220,28 +268,28 @@ def _try_lock(file: IO[str], kind: int) -> bool:
     return True
 
 
-def _tail(path: Path, lines: int = 15) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
-
-
 def _supervise(
-    directory: Path, own_lock: int, stop_seconds: float, litter: Sequence[str], command: Sequence[str]
+    directory: Path,
+    own_lock: int,
+    stop_seconds: float,
+    mended_by_room: bool,
+    litter: Sequence[str],
+    command: Sequence[str],
 ) -> None:
     """Keep `command` running until it is released, or nobody has used it for LINGER_SECONDS."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
-    server, started, restarts, idle_since = _spawn(directory, command), time.monotonic(), 0, None
-    was_kept = False
+    child, idle_since, was_kept = Child(directory, command, mended_by_room), None, False
     with open(directory / "users.lock", "a") as users:
         try:
             while True:
+                child.tend()
+                for log in (SERVER_LOG, SUPERVISOR_LOG):
+                    keep_short(directory / log)
                 time.sleep(0.2)
-                if server.poll() is not None:
-                    restarts = 1 if time.monotonic() - started > _STABLE_SECONDS else restarts + 1
-                    if restarts > _MAX_RESTARTS:
-                        sys.exit(f"{command[0]} has died {restarts} times; giving up")
-                    server, started = _spawn(directory, command), time.monotonic()
+                if child.is_hopeless and not is_kept(directory):
+                    sys.exit(f"{command[0]} does not start; giving up")
                 if is_kept(directory):
                     was_kept, idle_since = True, None
                     continue
@@ -253,12 +301,7 @@ def _supervise(
                     return
                 fcntl.flock(users, fcntl.LOCK_UN)
         finally:
-            server.terminate()
-            try:
-                server.wait(stop_seconds)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            child.stop(stop_seconds)
             for path in litter:
                 with suppress(OSError):  # a socket of another user's under that name
                     Path(path).unlink(missing_ok=True)
@@ -266,15 +309,8 @@ def _supervise(
             os.close(own_lock)
 
 
-def _spawn(directory: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    with open(directory / "server.log", "w") as log:
-        # In its own directory, so that its sockets have short names: a path of more than 107 bytes is refused.
-        server = subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    (directory / "server.pid").write_text(processes.identity(server.pid))
-    return server
-
-
 if __name__ == "__main__":
     if os.fork():
         os._exit(0)  # so that the supervisor is nobody's child, and nobody has to wait for it
-    _supervise(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])
+    where, lock, seconds, mended, rubbish, *words = sys.argv[1:]
+    _supervise(Path(where), int(lock), float(seconds), bool(int(mended)), json.loads(rubbish), words)

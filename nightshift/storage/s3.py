@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import boto3
@@ -24,6 +25,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 from urllib3.exceptions import HTTPError as BrokenAnswer
 
+from nightshift.disk import disk_is_full, is_full
 from nightshift.errors import (
     BucketNotFoundError,
     ObjectNotFoundError,
@@ -31,6 +33,7 @@ from nightshift.errors import (
     SettingsError,
     StorageDeniedError,
     StorageError,
+    StorageFullError,
     StorageUnreachableError,
     UnfencedStoreError,
 )
@@ -70,16 +73,21 @@ class S3:
         settings: S3Settings,
         credentials: Credentials | None = None,
         attempts: int = 5,
+        directory: Path | None = None,
         profile: str | None = None,
     ) -> None:
         """A client with these credentials, else those of an AWS profile, else those that boto3 finds.
+
+        Args:
+            directory: where the server has its data, if that is on this machine.
 
         Raises:
             SettingsError: no client can be made of the settings.
         """
         assert settings.bucket is not None
-        self._made_of = settings, credentials, attempts, profile
+        self._made_of = settings, credentials, attempts, directory, profile
         self.is_embedded = credentials is not None
+        self._directory = directory
         self.bucket = settings.bucket
         self.prefix = settings.prefix.strip("/") + "/" if settings.prefix.strip("/") else ""
         self.endpoint = masked(settings.endpoint_url or f"AWS S3 ({settings.region})")
@@ -226,6 +234,18 @@ class S3:
     def _explained(self, verb: str, key: str) -> Iterator[None]:
         """Turn botocore's errors into ours, each with what to do next."""
         what = f"cannot {verb} {self.url(key)}"
+        try:
+            with self._translated(what):
+                yield
+        except StorageError as error:
+            # What a server says whose disk is full is anything: an internal error, or nothing at all.
+            may_be_full = type(error) in (StorageError, StorageUnreachableError)
+            if not (may_be_full and self._directory and is_full(self._directory)):
+                raise
+            raise StorageFullError(f"{what}: {disk_is_full(self._directory)}") from error
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
         try:
             yield
         except ClientError as error:

@@ -19,6 +19,7 @@ import pytest
 
 from nightshift.errors import LocalServiceError, ObjectNotFoundError, StorageError
 from nightshift.local import s3, supervisor
+from nightshift.local.logs import keep_short
 from nightshift.local.s3 import embedded_s3
 from nightshift.storage.s3 import S3
 from tests.conftest import eventually
@@ -27,6 +28,7 @@ from tests.sockets import listening
 USER = """
 import sys
 from pathlib import Path
+from nightshift.local.logs import keep_short
 from nightshift.local.s3 import embedded_s3
 
 with embedded_s3(Path(sys.argv[1])) as store:
@@ -234,3 +236,29 @@ def test_without_the_weed_program_the_way_to_get_it_is_told(tmp_path: Path, monk
 def test_the_server_goes_away_by_itself_when_its_last_user_is_killed(seconds_outlived: Future[float]) -> None:
     # Not at once, because the next user often comes soon.
     assert supervisor.LINGER_SECONDS - 1 < seconds_outlived.result() < LONGEST
+
+
+def test_what_a_server_printed_is_still_there_after_its_next_start_and_its_ends_are_noted(tmp_path: Path) -> None:
+    directory = tmp_path / "s3"
+    with embedded_s3(tmp_path):
+        killed = server_pid(tmp_path)
+        before = (directory / "server.log").read_text()
+        kill(killed)
+        eventually(lambda: server_pid(tmp_path) != killed, 5)
+    assert (directory / "server.log").read_text().startswith(before[:1000])
+    noted = (directory / "supervisor.log").read_text()
+    assert f"started as process {killed}" in noted
+    assert "it has ended with exit status -9" in noted
+
+
+def test_a_log_that_is_long_is_cut_and_its_lines_are_kept_beside_it(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    with open(log, "a") as writer:
+        writer.write("old\n" * 3_000_000)
+        writer.flush()
+        keep_short(log)
+        writer.write("new\n")
+    assert log.read_text() == "new\n"
+    assert (tmp_path / "server.log.1").stat().st_size == 12_000_000
+    keep_short(log)
+    assert log.read_text() == "new\n"

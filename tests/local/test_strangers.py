@@ -177,7 +177,7 @@ def test_a_server_of_yesterday_is_replaced_for_all_who_use_it_and_its_store_is_r
     with supervisor.using(directory, lambda: unprotected(directory)) as facts:
         supervisor.keep(directory)
         user = S3(S3Settings(endpoint_url=facts["endpoint_url"], bucket=s3.BUCKET), embedded_credentials(directory))
-        eventually(lambda: s3._answers(user), 30)
+        eventually(lambda: s3._answers(user, directory), 30)
         user.put("small", b"body")
         user.put("large", large := os.urandom(9_000_000))
         old = supervisor_pid(tmp_path), server_pid(tmp_path)

@@ -1,0 +1,49 @@
+"""How much room there is on a disk of this machine, and the sentence for when there is too little."""
+
+import os
+from enum import IntEnum
+from pathlib import Path
+
+_NOTHING_BYTES = 1_000_000
+_LITTLE_SHARE = 0.01
+"""SeaweedFS takes no new data while less of its disk is free. It looks once a minute."""
+
+
+class Room(IntEnum):
+    """What can be written."""
+
+    NONE = 0
+    LITTLE = 1
+    """Something, but the embedded S3 server takes no new data."""
+    ENOUGH = 2
+
+
+def free_bytes(directory: Path) -> int:
+    """What this user may still write to the disk of a directory; raises OSError if that cannot be asked."""
+    found = os.statvfs(directory)
+    return found.f_frsize * (found.f_bfree if os.geteuid() == 0 else found.f_bavail)
+
+
+def room(directory: Path, margin: float = 1.0) -> Room:
+    """How much room the disk of a directory has; with a margin of 1.1, where each limit lies a tenth higher."""
+    found, free = os.statvfs(directory), free_bytes(directory)
+    if free < margin * _NOTHING_BYTES:
+        return Room.NONE
+    # In SeaweedFS's own count, which leaves out what is reserved for root.
+    return Room.LITTLE if found.f_bavail < margin * _LITTLE_SHARE * found.f_blocks else Room.ENOUGH
+
+
+def is_full(directory: Path) -> bool:
+    """Whether the embedded S3 server would take no new data there, or nothing at all could be written."""
+    return room(directory) < Room.ENOUGH
+
+
+def disk_is_full(directory: Path) -> str:
+    """The sentence: how much is free, where, and what to do."""
+    found = os.statvfs(directory)
+    free, total = free_bytes(directory) / 1e6, found.f_frsize * found.f_blocks / 1e6
+    return (
+        f"the disk is full: {free:,.1f} of {total:,.0f} MB are free for {directory}, and the local store needs 1 %. "
+        "Make room there, or delete what interrupted runs have left with `nightshift gc`, which works all the same. "
+        "Then everything goes on by itself"
+    )
