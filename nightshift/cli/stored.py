@@ -21,30 +21,36 @@ def runs(
     limit: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 50,
 ) -> None:
     """List the stored runs, newest first."""
+    from nightshift.records.lease import status_of
     from nightshift.records.run import list_records
 
     with configured_workspace() as workspace:
         records = list_records(workspace.store, limit)
+        now = workspace.store.now()
+    statuses = [status_of(record, now) for record in records]
     if as_json:
-        print_json({"runs": [_run_line(record) for record in records]})
+        print_json({"runs": list(map(_run_line, records, statuses))})
         return
     from nightshift.cli.terminal import runs_table
 
-    console().print(runs_table(records) if records else "No runs yet: `nightshift train` starts one.")
+    console().print(runs_table(records, statuses) if records else "No runs yet: `nightshift train` starts one.")
 
 
 @app.command(rich_help_panel="Look at what is stored")
 def show(run: RunArgument, as_json: AsJson = False) -> None:
     """Show a run: its record, its checkpoints, its curve."""
+    from nightshift.records.lease import status_of
     from nightshift.records.run import read_record
 
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
+        status = status_of(record, workspace.store.now())
     if as_json:
         print_json(
             {
                 **record.model_dump(mode="json"),
                 **record.summary(),
+                "status": status,
                 "config": record.train_config().model_dump(mode="json"),
             }
         )
@@ -57,7 +63,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
         facts_table(
             {
                 "run": styled(record.run_id, "bold"),
-                "status": status_text(record.status),
+                "status": status_text(status),
                 "step": f"{record.step:,} of {record.total_steps:,}",
                 "owner": f"{record.lease.owner}, lease until {record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC",
                 "test accuracy": percent(record.test_accuracy),
@@ -155,20 +161,20 @@ def gc(
     """Delete what interrupted runs left behind: payloads no record names, unfinished uploads."""
     from datetime import timedelta
 
+    from nightshift.local.s3 import give_up_reserve
     from nightshift.records import orphans
+    from nightshift.settings import Settings
 
+    settings = Settings.load()
+    if settings.s3.embedded and not dry_run:
+        give_up_reserve(settings.home)
     with configured_workspace() as workspace:
         found = orphans.find(workspace.store, timedelta(hours=older_than_hours))
         if not dry_run:
             found = orphans.collect(workspace.store, found)
-    from nightshift.local.s3 import give_up_reserve
     if as_json:
-    from nightshift.settings import Settings
         print_json(
             {
-    settings = Settings.load()
-    if settings.s3.embedded and not dry_run:
-        give_up_reserve(settings.home)
                 "deleted": len(found.objects),
                 "bytes": found.bytes,
                 "multipart_aborted": len(found.uploads),
@@ -264,10 +270,10 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _run_line(record: "RunRecord") -> dict[str, Any]:
+def _run_line(record: "RunRecord", status: str) -> dict[str, Any]:
     return {
         "run_id": record.run_id,
-        "status": record.status,
+        "status": status,
         "step": record.step,
         "test_accuracy": record.test_accuracy,
         "updated_at": record.updated_at.isoformat(),

@@ -1,6 +1,6 @@
 """What a person sees: a live bar while it runs, tables when it is done."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from nightshift.records.history import Pin, Transition
 from nightshift.records.run import RunRecord
 from nightshift.text import plain
 
-_STATUS_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
+_STATUS_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "lost": "yellow", "failed": "red"}
 
 
 class TerminalProgress:
@@ -156,14 +156,14 @@ def lines_table(lines: list[dict[str, Any]]) -> Table:
     return table
 
 
-def runs_table(records: list[RunRecord]) -> Table:
+def runs_table(records: Sequence[RunRecord], statuses: Sequence[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("run", "status", "step", "accuracy", "updated (UTC)"):
         table.add_column(name, justify="right" if name in ("step", "accuracy") else "left", no_wrap=True)
-    for record in records:
+    for record, status in zip(records, statuses, strict=True):
         table.add_row(
             record.run_id,
-            status_text(record.status),
+            status_text(status),
             f"{record.step:,}/{record.total_steps:,}",
             percent(record.test_accuracy),
             f"{record.updated_at:%m-%d %H:%M}",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Literal
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -270,6 +271,11 @@ def is_live(lease: Lease, now: datetime, process: str | None = None) -> bool:
     if lease.process == (process or processes.identity(os.getpid())):
         return lease.owner in _held
     return processes.state_of(lease.process) != "dead"
+
+
+def status_of(record: RunRecord, now: datetime) -> Status | Literal["lost"]:
+    """How a run stands, for people: as its record says, or `lost` if that says `running` and nobody trains it."""
+    return "lost" if record.status == "running" and not is_live(record.lease, now) else record.status
 
 
 def wait_until_free(store: Store, run_id: str) -> None:

@@ -67,6 +67,18 @@ def test_a_run_whose_lease_has_run_out_is_started_again(store: Store) -> None:
     assert [event.what for event in read(store).events] == ["started", "recovered"]
 
 
+def test_a_run_that_nobody_trains_any_more_is_shown_as_lost(
+    workspace: Workspace, nightshift: Callable[..., Finished]
+) -> None:
+    run = acquire(workspace.store, lease_seconds=1)
+    assert nightshift("runs", "--json").json["runs"][0]["status"] in ("running", "lost")
+    wait_until(workspace.store, run.record.lease.expires_at)
+    assert nightshift("runs", "--json").json["runs"][0]["status"] == "lost"
+    assert nightshift("show", "run", "--json").json["status"] == "lost"
+    assert "lost" in nightshift("runs").out
+    assert "lost" in nightshift("show", "run").out
+
+
 @pytest.mark.parametrize(
     ("status", "started"), [("interrupted", ["run"]), ("finished", []), ("failed", []), ("cancelled", [])]
 )
