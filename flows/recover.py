@@ -184,12 +184,17 @@ def _is_to_start(store: Store, client: SyncPrefectClient, record: RunRecord, dep
     # All states, not only the last: a flow run that is being cancelled ends Crashed, because a signal stopped it.
     states = {state.type for state in client.read_flow_run_states(newest.id)} if newest else set()
     if states & CANCELLED:
+        progress.current().say(f"run {record.run_id} was cancelled on the server and is left alone")
         recovery.close(store, record.run_id, "cancelled")
         return False
-    if newest and store.now() < record.updated_at + _PREFECTS_TURN:
-        progress.current().say(f"run {record.run_id} is left to Prefect for {_PREFECTS_TURN.seconds // 60} minutes")
+    until = record.updated_at + _PREFECTS_TURN
+    if newest and store.now() < until:
+        progress.current().say(f"run {record.run_id} is left to Prefect's automations until {until:%H:%M:%S} UTC")
         return False
-    return not newest or newest.state_type not in _ON_ITS_WAY
+    if newest and newest.state_type in _ON_ITS_WAY:
+        progress.current().say(f"run {record.run_id} is left to {newest.name}, which waits for a worker")
+        return False
+    return True
 
 
 def newest_flow_run(client: SyncPrefectClient, run_id: str, flow_run_id: str | None) -> FlowRun | None:

@@ -137,12 +137,19 @@ def recover(
     verbose: Verbose = False,
 ) -> None:
     """Start interrupted runs again: on the Prefect server if they came from there, else in this process."""
+    from nightshift import progress
+    from nightshift.cli.terminal import TerminalProgress
     from nightshift.records import recovery
     from nightshift.settings import Settings
 
     settings, started, failed = Settings.load(), [], False
     on_server = use_server_if_any()
-    with configured_workspace() as workspace, ExitStack() as stack:
+    with (
+        TerminalProgress(error_console()) as display,
+        progress.shown_by(display),
+        configured_workspace() as workspace,
+        ExitStack() as stack,
+    ):
         found = recovery.find(workspace.store, timedelta(hours=within_hours))
         if on_server:
             from flows.recover import start_deployed
