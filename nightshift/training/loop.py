@@ -129,6 +129,7 @@ class Loop:
         if not math.isfinite(loss):
             raise TrainingDivergedError(
                 f"the loss is {loss} at step {state.step}: lower the learning rate "
-                f"(it is {self._config.optimizer.lr}) or raise the batch size. The last checkpoint before is kept"
+                f"(it is {self._config.optimizer.lr}) or raise the batch size. The checkpoints from before, if there "
+                "are any, are kept"
             )
         return Means(loss, correct / state.epoch_images)
