@@ -27,6 +27,9 @@ from nightshift.local.supervisor import Server, using, wait_until
 # A first start creates the database, which takes about 20 s on two busy cores.
 _START_SECONDS = 180
 
+_RETENTION_DAYS = 30
+"""How long flow runs that have ended stay in the server's database. What a run is stands in the bucket."""
+
 POOL = "gpu-process"
 """The work pool whose workers train."""
 
@@ -127,6 +130,9 @@ def _plan(directory: Path) -> Server:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             # By default leases are in memory. A restart would lose them, and a run would die when it renews its own.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+            # By default only events are deleted, and `recover` alone runs 288 times a day.
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(_RETENTION_DAYS * 86_400),
             "DO_NOT_TRACK": "1",
         },
         facts={"api_url": api_url, "asks_for_login": True},
