@@ -1,4 +1,7 @@
-"""The checks of `nightshift doctor`: is everything there that a run needs? Each says what it found, or what to do."""
+"""The checks of `nightshift doctor`: is everything there that a run, and the coming night, needs?
+
+Each says what it found, or what to do.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -7,15 +10,22 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import torch
 
-from nightshift.errors import NightshiftError
-from nightshift.local.prefect import POOL, chosen_server, online_workers
+from nightshift.disk import disk_is_full, free_bytes, is_full
+from nightshift.errors import ModelNotFoundError, NightshiftError
+from nightshift.local import supervisor
+from nightshift.local.prefect import chosen_server, online_workers
+from nightshift.records import champions, nights
+from nightshift.records.keys import MODELS, place_of
+from nightshift.records.versions import version_key
 from nightshift.settings import Settings
 from nightshift.text import masked
 from nightshift.workspace import Workspace, open_workspace
 
 _DISK_BYTES = 2e9
+_FEW_NIGHTS = 14
 _CLOCK_SECONDS = 5.0
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _SHARED_MEMORY_BYTES = 1e9
@@ -52,6 +62,8 @@ def _storage(settings: Settings) -> list[Check]:
                 Check("storage", True, f"{workspace.store.url('')} at {workspace.store.endpoint}"),
                 _try("conditional writes", lambda: _fencing(workspace)),
                 _try("clock", lambda: _clock(workspace)),
+                *_champions(workspace),
+                *_room(settings, workspace),
             ]
     except (NightshiftError, OSError) as error:
         return [Check("storage", False, str(error))]
@@ -75,21 +87,76 @@ def _clock(workspace: Workspace) -> Check:
     return Check("clock", abs(ahead) < _CLOCK_SECONDS, detail)
 
 
+def _champions(workspace: Workspace) -> list[Check]:
+    """Whether the history of each model's champions can be read, and all files of the version that is live."""
+    names = sorted({item.key.split("/")[1] for item in workspace.store.list(MODELS) if place_of(item.key)})
+    return [
+        _try(f"champion of {name}", lambda: _champion(workspace, name))  # noqa: B023
+        for name in names
+    ]
+
+
+def _champion(workspace: Workspace, name: str) -> Check:
+    title, store = f"champion of {name}", workspace.store
+    history = champions.read_history(store, name)
+    try:
+        champion = champions.champion_of(history)
+    except ModelNotFoundError:
+        return Check(title, True, "none yet")
+    card = champions.read_card_of(store, history, champion.version)
+    for file_name, listed in card.files.items():
+        key = f"{version_key(name, champion.version)}{file_name}"
+        found = store.head(key)
+        if not found or found.size != listed.bytes:
+            there = f"has {found.size:,} bytes instead of {listed.bytes:,}" if found else "is not there"
+            return Check(title, False, f"{store.url(key)} {there}: nightshift rollback, or nightshift promote another")
+    return Check(title, True, f"{champion.version}, {champion.test_accuracy:.2%}")
+
+
+def _room(settings: Settings, workspace: Workspace) -> list[Check]:
+    """For how many more nights there is room in the local store, by what the last ones have taken."""
+    if not settings.s3.embedded:
+        return []
+    title, directory = "room for nights", settings.home / "s3"
+    if is_full(directory):
+        return [Check(title, False, disk_is_full(directory))]
+    sizes = nights.sizes(workspace.store)
+    if not sizes:
+        return [Check(title, True, "no run has finished yet, so there is nothing to reckon with")]
+    mean = sum(sizes) / len(sizes)
+    left = int(free_bytes(directory) / mean)
+    detail = f"{left:,} more at {mean / 1e6:,.1f} MB each (the mean of the last {len(sizes)})"
+    too_few = f"{detail}: make room on the disk of {directory}, or see the runbook, docs/runbook.md"
+    return [Check(title, left >= _FEW_NIGHTS, detail if left >= _FEW_NIGHTS else too_few)]
+
+
 def _prefect(settings: Settings) -> list[Check]:
-    name, release = "Prefect", f"Prefect {version('prefect')}"
+    name, release, server = "Prefect", f"Prefect {version('prefect')}", None
     try:
         server = chosen_server(settings.home)
         if not server:
-            return [Check(name, True, f"{release}, no server configured: a local one is started when it is needed")]
-        workers = online_workers(server)
+            return [
+                Check(
+                    name,
+                    True,
+                    f"{release}, no server configured: a local one is started when it is needed. Nothing starts at "
+                    "night until you type `nightshift up`, or set PREFECT_API_URL",
+                )
+            ]
+        checks = [Check(name, True, f"{release}, server at {server.api_url}")]
+        online_workers(server)  # says in a sentence what is wrong with a server that is none
+        from deployments import tonight
+
+        directory = settings.home / "prefect"
+        is_of_up = (
+            supervisor.is_kept(directory) and supervisor.running_facts(directory).get("api_url") == server.api_url
+        )
+        found = tonight.examine(server, "nightshift up" if is_of_up else "nightshift deploy")
+        return [*checks, *(Check(entry.name, entry.ok, entry.detail) for entry in found)]
     except NightshiftError as error:
         return [Check(name, False, str(error))]
-    detail = (
-        f"online: {', '.join(workers)}"
-        if workers
-        else f"none online in the work pool {POOL}. Start one: nightshift worker"
-    )
-    return [Check(name, True, f"{release}, server at {server.api_url}"), Check("worker", bool(workers), detail)]
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        return [Check(name, False, f"{server and server.api_url} does not answer as a Prefect server does: {error}")]
 
 
 def _device() -> Check:

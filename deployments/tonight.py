@@ -1,0 +1,141 @@
+"""Whether a Prefect server will do tonight what it was deployed for. Nothing here imports Prefect, which takes seconds.
+
+What should be there is what `nightshift deploy` makes of `prefect.yaml` and `automations.yaml`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import httpx
+import yaml
+
+from nightshift.local.prefect import PrefectServer, ask, online_workers
+
+_HERE = Path(__file__).parent
+_RECOVER = "recover/every-5-minutes"
+_LONGEST_SILENCE = timedelta(minutes=16)
+"""`recover` starts every five minutes: so long without one, and three have been left out."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a night needs, whether it is so, and what is there or what to do."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def examine(server: PrefectServer, deploy: str) -> Iterator[Finding]:
+    """What the coming night needs of this server.
+
+    Args:
+        deploy: the command that mends what is missing.
+
+    Raises:
+        PrefectServerError: the server does not answer as one does, or asks for a login, and this is not it.
+        httpx.HTTPError, ValueError: as `ask`.
+    """
+    shipped = _shipped()
+    there = {name: found for name in shipped if (found := _named(server, f"deployments/name/{name}"))}
+    missing = sorted(shipped.keys() - there.keys())
+    what = f"missing: {', '.join(missing)}. Make them: {deploy}"
+    yield Finding("deployments", not missing, what if missing else f"{len(there)}, none missing")
+    for name, deployment in there.items():
+        if shipped[name].get("schedules"):
+            yield _schedule(server, name, deployment)
+    if _RECOVER in there:
+        yield _last_recovery(server, there[_RECOVER])
+    yield _automations(server, deploy)
+    for pool in sorted({deployment["work_pool"]["name"] for deployment in shipped.values()}):
+        yield _pool(server, pool, deploy)
+
+
+def _shipped() -> dict[str, Any]:
+    """The deployments by FLOW/DEPLOYMENT; the flows are named after their functions."""
+    deployments = yaml.safe_load((_HERE / "prefect.yaml").read_text())["deployments"]
+    return {
+        f"{entry['entrypoint'].rpartition('.')[2].replace('_', '-')}/{entry['name']}": entry for entry in deployments
+    }
+
+
+def _named(server: PrefectServer, path: str) -> Any:
+    """What is at a path; None if the server has no such thing."""
+    try:
+        return ask(server, path)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        raise
+
+
+def _schedule(server: PrefectServer, name: str, deployment: Mapping[str, Any]) -> Finding:
+    active = [entry for entry in deployment["schedules"] if entry["active"]]
+    if deployment["paused"] or not active:
+        return Finding(
+            f"schedule of {name}",
+            False,
+            f"paused, so nothing starts: switch it on in the UI, or by `prefect deployment schedule resume {name} ID`",
+        )
+    zone = ZoneInfo(active[0]["schedule"].get("timezone") or "UTC")
+    planned = _newest(server, deployment, "EXPECTED_START_TIME_ASC", expected_start_time={"after_": _text(_now())})
+    if not planned:
+        return Finding(
+            f"schedule of {name}",
+            False,
+            "active, but the server plans no start: give it a minute, then look at its log, prefect/server.log",
+        )
+    start = datetime.fromisoformat(planned["expected_start_time"]).astimezone(zone)
+    return Finding(f"schedule of {name}", True, f"next start {start:%Y-%m-%d %H:%M} {zone}")
+
+
+def _last_recovery(server: PrefectServer, deployment: Mapping[str, Any]) -> Finding:
+    done = _newest(server, deployment, "END_TIME_DESC", state={"type": {"any_": ["COMPLETED"]}})
+    if not done:
+        return Finding(
+            "last recover", False, "it has not run yet. It comes every five minutes, in the pool cpu-process"
+        )
+    ago = _now() - datetime.fromisoformat(done["end_time"])
+    detail = f"{ago.total_seconds() / 60:,.0f} minutes ago"
+    if ago < _LONGEST_SILENCE:
+        return Finding("last recover", True, detail)
+    return Finding(
+        "last recover", False, f"{detail}: lost runs are not started again. Is there a worker in cpu-process?"
+    )
+
+
+def _automations(server: PrefectServer, deploy: str) -> Finding:
+    wanted = {entry["name"] for entry in yaml.safe_load((_HERE / "automations.yaml").read_text())["automations"]}
+    enabled = {entry["name"] for entry in ask(server, "automations/filter", {"limit": 200}) if entry["enabled"]}
+    if missing := sorted(wanted - enabled):
+        return Finding("automations", False, f"missing or switched off: {', '.join(missing)}. Make them: {deploy}")
+    return Finding("automations", True, f"{len(wanted)}, none missing")
+
+
+def _pool(server: PrefectServer, pool: str, deploy: str) -> Finding:
+    found, name = _named(server, f"work_pools/{pool}"), f"pool {pool}"
+    if not found:
+        return Finding(name, False, f"there is none. Make it: {deploy}")
+    if found["is_paused"]:
+        return Finding(name, False, f"paused: prefect work-pool resume {pool}")
+    workers = online_workers(server, pool)
+    start = deploy if deploy.endswith(" up") else f"nightshift worker --pool {pool}"
+    detail = f"online: {', '.join(workers)}" if workers else f"no worker is online. Start one: {start}"
+    return Finding(name, bool(workers), detail)
+
+
+def _newest(server: PrefectServer, deployment: Mapping[str, Any], sort: str, **flow_runs: Any) -> Any:
+    body = {"deployments": {"id": {"any_": [deployment["id"]]}}, "flow_runs": flow_runs, "sort": sort, "limit": 1}
+    return next(iter(ask(server, "flow_runs/filter", body)), None)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _text(moment: datetime) -> str:
+    return moment.isoformat()

@@ -1,0 +1,97 @@
+"""`doctor` sees whatever would keep the coming night from its run, and says what to type."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nightshift.local.prefect import POOL, WAITING_POOL, PrefectServer
+from nightshift.records.lease import acquire
+from nightshift.workspace import Workspace
+from tests.commands import Finished
+from tests.conftest import eventually
+from tests.records.test_lease import RESULT, spec
+
+Checks = dict[str, dict[str, Any]]
+NIGHTLY = "train-cifar/nightly"
+
+
+@pytest.fixture
+def doctor(nightshift: Callable[..., Finished], prefect_api: str) -> Callable[..., Checks]:
+    """What `doctor` finds, by the names of its checks."""
+
+    def examine(**environment: str) -> Checks:
+        done = nightshift("doctor", "--json", **{"PREFECT_API_URL": prefect_api, **environment})
+        assert "Traceback" not in done.err
+        return {check["name"]: check for check in done.json["checks"]}
+
+    return examine
+
+
+@pytest.fixture
+def deployed(nightshift: Callable[..., Finished], prefect_api: str) -> None:
+    done = nightshift("deploy", PREFECT_API_URL=prefect_api)
+    assert done.exit_code == 0, done.err
+
+
+def test_a_server_without_deployments_makes_no_night_and_the_command_that_does_is_named(
+    doctor: Callable[..., Checks],
+) -> None:
+    found = doctor()
+    assert not found["deployments"]["ok"]
+    assert NIGHTLY in found["deployments"]["detail"]
+    assert found["deployments"]["detail"].endswith("Make them: nightshift deploy")
+    assert not found["automations"]["ok"]
+    assert not found[f"pool {POOL}"]["ok"]
+
+
+def test_what_was_deployed_is_there_with_the_next_start_in_its_zone_and_what_is_switched_off_is_seen(
+    doctor: Callable[..., Checks], deployed: None, prefect_server: PrefectServer
+) -> None:
+    eventually(lambda: bool(doctor()[f"schedule of {NIGHTLY}"]["ok"]), 90)
+    found = doctor()
+    assert found["deployments"]["ok"]
+    assert found["automations"]["ok"]
+    assert found[f"schedule of {NIGHTLY}"]["detail"].startswith("next start 20")
+    assert found[f"schedule of {NIGHTLY}"]["detail"].endswith("02:00 UTC")
+    assert found["last recover"]["detail"] == "none yet, deployed 0 minutes ago"
+    for pool in (POOL, WAITING_POOL):
+        assert found[f"pool {pool}"]["detail"].endswith(f"Start one: nightshift worker --pool {pool}")
+    switch_off(prefect_server)
+    found = doctor()
+    assert found[f"schedule of {NIGHTLY}"]["detail"].startswith("paused, so nothing starts")
+    assert "train-cifar is started again" in found["automations"]["detail"]
+
+
+def switch_off(server: PrefectServer) -> None:
+    """As somebody does in the UI."""
+    code = f"""
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    client.pause_deployment(client.read_deployment_by_name({NIGHTLY!r}).id)
+    client.pause_automation(client.read_automations_by_name("train-cifar is started again")[0].id)
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **server.environment}, check=True)
+
+
+def test_a_champion_that_cannot_be_read_or_has_lost_a_file_is_seen(
+    doctor: Callable[..., Checks], workspace: Workspace
+) -> None:
+    workspace.store.put("models/cifar10/champion.json", b"{}")
+    found = doctor(PREFECT_API_URL="http://127.0.0.1:9/api")["champion of cifar10"]
+    assert not found["ok"]
+    assert "models/cifar10/champion.json is damaged" in found["detail"]
+
+
+def test_the_room_is_reckoned_in_nights_as_large_as_the_last_ones(
+    doctor: Callable[..., Checks], workspace: Workspace
+) -> None:
+    run = acquire(workspace.store, spec("night"), lease_seconds=60)
+    run.end("finished", result=RESULT.changed(model="models/cifar10/night/"))
+    workspace.store.put("models/cifar10/night/weights.pth", bytes(2_000_000))
+    workspace.store.put("reports/night/metrics.jsonl", bytes(1_000_000))
+    found = doctor(PREFECT_API_URL="http://127.0.0.1:9/api")["room for nights"]
+    assert "more at 3.0 MB each (the mean of the last 1)" in found["detail"]
