@@ -18,6 +18,7 @@ from nightshift.errors import ModelNotFoundError, NightshiftError
 from nightshift.local import supervisor
 from nightshift.local.prefect import chosen_server, online_workers
 from nightshift.records import champions, nights
+from nightshift.records.history import read_history
 from nightshift.records.keys import MODELS, place_of
 from nightshift.records.versions import version_key
 from nightshift.settings import Settings
@@ -98,9 +99,9 @@ def _champions(workspace: Workspace) -> list[Check]:
 
 def _champion(workspace: Workspace, name: str) -> Check:
     title, store = f"champion of {name}", workspace.store
-    history = champions.read_history(store, name)
+    history = read_history(store, name)
     try:
-        champion = champions.champion_of(history)
+        champion = champions.champion_of(store, history)
     except ModelNotFoundError:
         return Check(title, True, "none yet")
     card = champions.read_card_of(store, history, champion.version)
@@ -109,7 +110,7 @@ def _champion(workspace: Workspace, name: str) -> Check:
         found = store.head(key)
         if not found or found.size != listed.bytes:
             there = f"has {found.size:,} bytes instead of {listed.bytes:,}" if found else "is not there"
-            return Check(title, False, f"{store.url(key)} {there}: nightshift rollback, or nightshift promote another")
+            return Check(title, False, f"{store.url(key)} {there}: nightshift republish {champion.version}")
     return Check(title, True, f"{champion.version}, {champion.test_accuracy:.2%}")
 
 

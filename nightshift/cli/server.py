@@ -3,14 +3,17 @@
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nightshift.cli.common import AsJson, app, console, error_console, print_json, use_server
+from nightshift.errors import ConfigError
 
 if TYPE_CHECKING:
     from deployments.apply import Deployed
+    from deployments.boot import Installed
     from deployments.planned import Deployments
     from nightshift.settings import Settings
 
@@ -18,8 +21,21 @@ _PANEL = "Servers and machine"
 
 
 @app.command(rich_help_panel=_PANEL)
-def up(as_json: AsJson = False) -> None:
+def up(
+    install: Annotated[
+        bool, typer.Option("--install", help="Also start them whenever this machine starts, by a unit of systemd.")
+    ] = False,
+    uninstall: Annotated[
+        bool, typer.Option("--uninstall", help="Only undo --install. What runs goes on, until `down`.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Start S3, a Prefect server and a worker on this machine, with everything deployed; they stay."""
+    if install and uninstall:
+        raise ConfigError("--install and --uninstall at once: choose one")
+    if uninstall:
+        _uninstall(as_json)
+        return
     from nightshift.cli.terminal import TerminalProgress, facts_table
 
     settings = _settings_for_workers()
@@ -28,6 +44,11 @@ def up(as_json: AsJson = False) -> None:
         from deployments import local
 
         running = local.up(settings, deployments)
+    installed = None
+    if install:
+        from deployments import boot
+
+        installed = boot.install(settings.home, Path.cwd(), settings.save_retry_seconds)
     if as_json:
         print_json(
             {
@@ -36,6 +57,7 @@ def up(as_json: AsJson = False) -> None:
                 "prefect_api_url": running.api_url,
                 "prefect_login_file": str(running.login_file),
                 **_as_dict(running.deployed),
+                "unit": installed and str(installed.path),
             }
         )
         return
@@ -61,6 +83,31 @@ def up(as_json: AsJson = False) -> None:
         f'  export PREFECT_API_URL={running.api_url} PREFECT_API_AUTH_STRING="$({login})"',
     ):
         console().print(line, soft_wrap=True)
+    if installed:
+        _print_installed(installed)
+
+
+def _print_installed(installed: "Installed") -> None:
+    done = "is enabled" if not installed.to_type else "is written, but systemd could not be told. Type:"
+    console().print(f"\nAt the start of this machine: {installed.path} {done}", soft_wrap=True)
+    for line in installed.to_type:
+        console().print(f"  {line}", soft_wrap=True)
+    ours = sorted(name for name in os.environ if name.startswith("NIGHTSHIFT_") and name != "NIGHTSHIFT_HOME")
+    if ours:
+        console().print(f"It knows what is in {Path.cwd() / '.env'}, and not: {', '.join(ours)}", soft_wrap=True)
+    console().print("Without a login of yours, systemd starts it only after: loginctl enable-linger", soft_wrap=True)
+
+
+def _uninstall(as_json: bool) -> None:
+    from deployments import boot
+
+    removed = boot.uninstall()
+    if as_json:
+        print_json({"removed": removed and str(removed.path)})
+        return
+    console().print(f"removed: {removed.path if removed else 'nothing was installed'}", soft_wrap=True)
+    for line in removed.to_type if removed else ():
+        console().print(f"  {line}", soft_wrap=True)
 
 
 @app.command(rich_help_panel=_PANEL)
