@@ -14,6 +14,7 @@ from nightshift.data.datasets import facts_of, fetch, pack
 from nightshift.data.specs import SPECS, Arrays, Spec
 from nightshift.progress import LogProgress, shown_by
 from nightshift.refs import DatasetRef
+from nightshift.storage.memory import MemoryStore
 from nightshift.workspace import Workspace
 
 
@@ -37,6 +38,16 @@ class Told(LogProgress):
 def told() -> Iterator[Told]:
     with shown_by(told := Told()):
         yield told
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def memory() -> MemoryStore:
+    return MemoryStore()
 
 
 @pytest.fixture

@@ -3,70 +3,33 @@
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
-from nightshift.data.datasets import open_dataset
-from nightshift.data.packed import pack_snapshot
-from nightshift.data.rows import ROWS, iterate, kept
+from nightshift.data.rows import ROWS
 from nightshift.data.snapshot import (
     _unfit,
-    check_rules,
     difference,
     make_snapshot,
     read_rows,
-    refusals_of,
     stored_snapshot,
 )
 from nightshift.errors import (
-    DataCorruptError,
     DatasetRejectedError,
     NightshiftError,
     SourceError,
     StorageUnreachableError,
 )
 from nightshift.records import orphans, snapshots
-from nightshift.refs import SnapshotRef
 from nightshift.storage.memory import MemoryStore
-from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
-from tests.data.conftest import Told
+from tests.data.made import keys, left_out, made, splits
 from tests.data.pictures import SIZE, album, config, picture, write
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def memory() -> MemoryStore:
-    return MemoryStore()
-
-
-def made(store: Store, root: Path, name: str = "photos", **fields: Any) -> SnapshotRef:
-    return make_snapshot(store, name, config(root, **fields))
-
-
-def splits(store: Store, snapshot: SnapshotRef) -> dict[str, str]:
-    _, rows = read_rows(store, snapshot.name, snapshot.digest)
-    return dict(iterate(kept(rows), "id", "split"))
-
-
-def left_out(store: Store, snapshot: SnapshotRef) -> dict[str, str]:
-    return dict(refusals_of(read_rows(store, snapshot.name, snapshot.digest)[1]))
-
-
-def keys(store: Store, kind: str) -> list[str]:
-    return [item.key for item in store.list(f"datasets/{kind}")]
-
 
 # One night after the other
 
@@ -348,111 +311,7 @@ def test_a_listing_that_ends_with_an_error_half_way_is_no_snapshot(
     assert keys(memory, "") == []
 
 
-# Rules
-
-
-def test_a_snapshot_that_breaks_a_rule_stops_the_night_and_is_nothing_to_compare_with(
-    memory: MemoryStore, root: Path
-) -> None:
-    write(root, album(range(100)))
-    made(memory, root)
-    for path in sorted(root.rglob("*.png"))[:30]:
-        path.unlink()
-    for _ in range(2):  # the second night must not take the first for what is usual
-        with pytest.raises(DatasetRejectedError, match=r'30 of the 100 images.*set vanished = "warn"'):
-            check_rules(made(memory, root))
-    check_rules(made(memory, root, rules={"vanished": "warn", "few_images": "off", "label_shift": "off"}))
-    assert made(memory, root).ok
-
-
-@pytest.mark.parametrize(
-    ("change", "rule"),
-    [
-        (lambda root: write(root, {f"cat/{n}.png": picture(500 + n) for n in range(5)}), "new_class"),
-        (lambda root: [path.unlink() for path in (root / "cow").iterdir()], "gone_class"),
-        (lambda root: write(root, {f"ant/x{n}.png": picture(900 + n) for n in range(99)}), "label_shift"),
-        (lambda root: write(root, {f"ant/x{n}.png": b"broken" for n in range(20)}), "unreadable"),
-        (lambda root: write(root, {"ant/copy.png": picture(0)}), "duplicates"),
-        (lambda root: write(root, {"bee/copy.png": picture(0)}), "conflicts"),
-    ],
-)
-def test_each_rule_finds_what_it_is_for_and_nothing_else_does(
-    memory: MemoryStore, root: Path, change: Any, rule: str
-) -> None:
-    write(root, {**album(range(100)), **{f"cow/{n}.png": picture(700 + n) for n in range(8)}})
-    quiet = {"vanished": "off", "few_images": "off"}
-    assert made(memory, root, rules=quiet).findings == []
-    change(root)
-    assert [finding.rule for finding in made(memory, root, rules=quiet).findings] == [rule]
-    assert made(memory, root, rules={**quiet, rule: "off"}).ok
-
-
-def test_a_class_with_few_images_is_a_finding(memory: MemoryStore, root: Path) -> None:
-    write(root, {**album(range(60)), "cow/1.png": picture(70)})
-    (finding,) = made(memory, root, rules={"min_images_per_class": 5}).findings
-    assert (finding.rule, finding.ok, "cow has 1" in finding.detail) == ("few_images", True, True)
-
-
-# The pixels
-
-
-def test_a_snapshot_is_trained_on_as_it_was_when_it_was_made(workspace: Workspace, root: Path, tmp_path: Path) -> None:
-    pictures = album(range(60), ("ant", "bee", "cow"))
-    write(root, pictures)
-    ref = pack_snapshot(workspace, made(workspace.store, root))
-    write(root, album(range(60, 90)))
-    elsewhere = replace(workspace, home=tmp_path / "elsewhere")
-    dataset = open_dataset(elsewhere, ref)
-    assert dataset.classes == ("ant", "bee", "cow")
-    assert dataset.train_images.shape[1:] == (SIZE, SIZE, 3)
-    of = splits(workspace.store, stored_snapshot(workspace.store, "photos", ref.digest[:12]))
-    names = sorted(name for name in pictures if of[name] == "train")
-    for image, label, name in zip(dataset.train_images, dataset.train_labels, names, strict=True):
-        with Image.open(root / name) as expected:
-            assert np.array_equal(image.numpy(), np.asarray(expected)), name
-        assert dataset.classes[label] == name.split("/")[0]
-
-
-@pytest.mark.parametrize("what", ["shard", "rows", "swapped"])
-def test_damaged_pixels_and_rows_are_never_trained_on(workspace: Workspace, root: Path, what: str) -> None:
-    store = workspace.store
-    write(root, album(range(60)))
-    snapshot = made(store, root)
-    ref = pack_snapshot(replace(workspace, home=root / "other"), snapshot)
-    key = keys(store, "shards/")[0] if what != "rows" else ref.key
-    body = bytearray(store.get(key)[0])
-    body[len(body) // 2] ^= 1
-    if what == "swapped":  # another image's pixels where this one's should be
-        body = bytearray(store.get(key)[0])
-        size = 3 * SIZE * SIZE
-        body[:size], body[size : 2 * size] = body[size : 2 * size], body[:size]
-    store.put(key, bytes(body))
-    with pytest.raises(DataCorruptError, match=key.rpartition("/")[2][:12]):
-        open_dataset(replace(workspace, home=root / "fresh"), ref)
-
-
-def test_a_damaged_copy_on_this_machine_is_packed_again(workspace: Workspace, root: Path, told: Told) -> None:
-    write(root, album(range(60)))
-    workspace = replace(workspace, home=root / "home")
-    ref = pack_snapshot(workspace, made(workspace.store, root))
-    before = open_dataset(workspace, ref).train_images.clone()
-    (path,) = (workspace.home / "datasets").iterdir()
-    body = bytearray(path.read_bytes())
-    body[-5] ^= 1
-    path.write_bytes(body)
-    assert open_dataset(workspace, ref).train_images.equal(before)
-    assert "packing it again" in told.warnings[0]
-
-
-def test_more_than_256_classes_have_numbers_of_their_own(workspace: Workspace, root: Path) -> None:
-    names = tuple(f"class {number:03}" for number in range(300))
-    write(
-        root,
-        {f"{split}/{name}": body for split in ("train", "test") for name, body in album(range(300), names).items()},
-    )
-    ref = pack_snapshot(workspace, made(workspace.store, root, rules={"groups": "off", "few_images": "off"}))
-    dataset = open_dataset(workspace, ref)
-    assert sorted(dataset.train_labels.tolist()) == list(range(300))
+# What is stored
 
 
 def test_a_snapshot_is_found_by_the_beginning_of_its_digest_and_no_other(memory: MemoryStore, root: Path) -> None:

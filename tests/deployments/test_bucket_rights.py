@@ -213,6 +213,9 @@ def leave_orphans(store: S3) -> set[str]:
         "reports/no-such-run/report.html",
         "models/tiny/unfinished/weights.pth",
         "checkpoints/no-such-run/7-1.pt",
+        f"datasets/parts/parts/{'1' * 64}.parquet",
+        f"datasets/parts/snapshots/{'1' * 64}.json",
+        f"datasets/shards/{'1' * 64}",
     }
     uploads = {
         "checkpoints/no-such-run/8-1.pt",
@@ -292,7 +295,14 @@ def deleted(store: S3, key: str) -> None:
         ),
         (["delete"], written, [CHAMPION, COPY, CARD, "models/tiny/run/weights.pth", "notes.txt"]),
         (["delete"], deleted, [CHAMPION, COPY, "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
-        (["gc"], deleted, [CHAMPION, COPY, CARD, "runs/run.json", "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
+        (
+            ["gc"],
+            deleted,
+            [
+                *(CHAMPION, COPY, CARD, "runs/run.json", "sweeps/s.json", "datasets/d/packed", "notes.txt"),
+                "datasets/parts/history.json",
+            ],
+        ),
     ],
     ids=lambda value: value.__name__ if callable(value) else "+".join(value[:2]),
 )
