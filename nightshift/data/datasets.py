@@ -83,6 +83,12 @@ class Dataset:
         """The side of the images, in pixels."""
         return self.train_images.shape[1]
 
+    def images_of(self, split: str) -> Tensor:
+        """The images of `validation` or `test`."""
+        images = self.test_images if split == "test" else self.validation_images
+        assert images is not None
+        return images
+
     def resident_on(self, device: torch.device) -> Self:
         """The same data set with its training part in a device's memory, so that no step has to copy images there."""
         return replace(self, train_images=self.train_images.to(device), train_labels=self.train_labels.to(device))

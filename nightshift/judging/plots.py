@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nightshift.data.datasets import Pair
 from nightshift.judging.evaluation import Bin, Mistake
 from nightshift.records.run import RunRecord
 from nightshift.text import figure_label
@@ -146,6 +147,20 @@ def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
             label, predicted = figure_label(mistake.label), figure_label(mistake.predicted)
             title = f"{label}\n→ {predicted}\n{mistake.probability:.1%}"
             axes.set_title(title, fontsize=12)
+    return _svg(figure)
+
+
+def near(pairs: Sequence[Pair], judged: Sequence[np.ndarray], train: np.ndarray) -> str:
+    """Pairs that are nearly the same: uint8 (side, side, 3) each, the image to judge by on the left of the other."""
+    columns = min(5, len(pairs))
+    rows = -(-len(pairs) // columns)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.4 * columns, 1.6 * rows), layout="constrained")
+        for place, (pair, one, other) in enumerate(zip(pairs, judged, train, strict=True)):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            axes.imshow(np.concatenate([one, other], axis=1), interpolation="auto")
+            axes.set_axis_off()
+            axes.set_title(f"{pair.split} {pair.image}, train {pair.train}", fontsize=12)
     return _svg(figure)
 
 

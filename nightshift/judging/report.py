@@ -25,6 +25,8 @@ from nightshift.text import markdown, plain
 from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
 from nightshift.workspace import Workspace
 
+_NEAR = 20
+"""How many pairs of nearly the same images are shown."""
 _NIGHTS = 14
 _WORST = 20
 """Of more classes than fit into a confusion matrix, only so many are shown: those that are recognized worst."""
@@ -197,9 +199,13 @@ def _plots(
         figures["confusion"] = plots.confusion(found.confusion, [metric.name for metric in found.classes])
     if found:
         figures["reliability"] = plots.reliability(found.reliability)
-    if found and found.mistakes:
-        images = open_dataset(workspace, record.dataset).test_images[[mistake.image for mistake in found.mistakes]]
+    dataset = open_dataset(workspace, record.dataset) if found else None
+    if found and found.mistakes and dataset:
+        images = dataset.test_images[[mistake.image for mistake in found.mistakes]]
         figures["mistakes"] = plots.mistakes(found.mistakes, images.numpy())
+    if dataset and (near := dataset.near[:_NEAR]):
+        judged = [dataset.images_of(pair.split)[pair.image].numpy() for pair in near]
+        figures["near"] = plots.near(near, judged, dataset.train_images[[pair.train for pair in near]].numpy())
     return figures
 
 
