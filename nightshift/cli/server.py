@@ -89,7 +89,8 @@ def up(
 
 def _print_installed(installed: "Installed") -> None:
     done = "is enabled" if not installed.to_type else "is written, but systemd could not be told. Type:"
-    console().print(f"\nAt the start of this machine: {installed.path} {done}", soft_wrap=True)
+    console().print()
+    console().print(f"At the start of this machine: {installed.path} {done}", soft_wrap=True)
     for line in installed.to_type:
         console().print(f"  {line}", soft_wrap=True)
     ours = sorted(name for name in os.environ if name.startswith("NIGHTSHIFT_") and name != "NIGHTSHIFT_HOME")
@@ -106,8 +107,10 @@ def _uninstall(as_json: bool) -> None:
         print_json({"removed": removed and str(removed.path)})
         return
     console().print(f"removed: {removed.path if removed else 'nothing was installed'}", soft_wrap=True)
-    for line in removed.to_type if removed else ():
-        console().print(f"  {line}", soft_wrap=True)
+    if removed and removed.to_type:
+        console().print("systemd could not be told. Type:")
+        for line in removed.to_type:
+            console().print(f"  {line}", soft_wrap=True)
 
 
 @app.command(rich_help_panel=_PANEL)
