@@ -94,18 +94,13 @@ def _schedule(server: PrefectServer, name: str, deployment: Mapping[str, Any]) -
 
 
 def _last_recovery(server: PrefectServer, deployment: Mapping[str, Any]) -> Finding:
-    done = _newest(server, deployment, "END_TIME_DESC", state={"type": {"any_": ["COMPLETED"]}})
-    if not done:
-        return Finding(
-            "last recover", False, "it has not run yet. It comes every five minutes, in the pool cpu-process"
-        )
-    ago = _now() - datetime.fromisoformat(done["end_time"])
-    detail = f"{ago.total_seconds() / 60:,.0f} minutes ago"
+    name, done = "last recover", _newest(server, deployment, "END_TIME_DESC", state={"type": {"any_": ["COMPLETED"]}})
+    ago = _now() - datetime.fromisoformat(done["end_time"] if done else deployment["created"])
+    minutes = f"{ago.total_seconds() / 60:,.0f} minutes ago"
+    detail = minutes if done else f"none yet, deployed {minutes}"
     if ago < _LONGEST_SILENCE:
-        return Finding("last recover", True, detail)
-    return Finding(
-        "last recover", False, f"{detail}: lost runs are not started again. Is there a worker in cpu-process?"
-    )
+        return Finding(name, True, detail)
+    return Finding(name, False, f"{detail}: lost runs are not started again. Is there a worker in cpu-process?")
 
 
 def _automations(server: PrefectServer, deploy: str) -> Finding:

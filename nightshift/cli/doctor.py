@@ -98,6 +98,7 @@ def _champions(workspace: Workspace) -> list[Check]:
 
 
 def _champion(workspace: Workspace, name: str) -> Check:
+    """What a history that is missing or damaged means is said by `records.champions`, and shown as it says it."""
     title, store = f"champion of {name}", workspace.store
     history = read_history(store, name)
     try:

@@ -57,7 +57,7 @@ def test_what_was_deployed_is_there_with_the_next_start_in_its_zone_and_what_is_
     assert found["automations"]["ok"]
     assert found[f"schedule of {NIGHTLY}"]["detail"].startswith("next start 20")
     assert found[f"schedule of {NIGHTLY}"]["detail"].endswith("02:00 UTC")
-    assert found["last recover"]["detail"] == "none yet, deployed 0 minutes ago"
+    assert found["last recover"]["detail"].startswith("none yet, deployed ")
     for pool in (POOL, WAITING_POOL):
         assert found[f"pool {pool}"]["detail"].endswith(f"Start one: nightshift worker --pool {pool}")
     switch_off(prefect_server)
