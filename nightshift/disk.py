@@ -19,18 +19,21 @@ class Room(IntEnum):
 
 
 def free_bytes(directory: Path) -> int:
-    """What this user may still write to the disk of a directory; raises OSError if that cannot be asked."""
+    """How many bytes of the disk of a directory are for everybody: without what is reserved for root, even for root.
+
+    So SeaweedFS counts. Raises OSError if the disk cannot be asked.
+    """
     found = os.statvfs(directory)
-    return found.f_frsize * (found.f_bfree if os.geteuid() == 0 else found.f_bavail)
+    return found.f_frsize * found.f_bavail
 
 
 def room(directory: Path, margin: float = 1.0) -> Room:
     """How much room the disk of a directory has; with a margin of 1.1, where each limit lies a tenth higher."""
     found, free = os.statvfs(directory), free_bytes(directory)
-    if free < margin * _NOTHING_BYTES:
+    if (found.f_frsize * found.f_bfree if os.geteuid() == 0 else free) < margin * _NOTHING_BYTES:
         return Room.NONE
-    # In SeaweedFS's own count, which leaves out what is reserved for root.
-    return Room.LITTLE if found.f_bavail < margin * _LITTLE_SHARE * found.f_blocks else Room.ENOUGH
+    is_little = free < margin * _LITTLE_SHARE * found.f_frsize * found.f_blocks
+    return Room.LITTLE if is_little else Room.ENOUGH
 
 
 def is_full(directory: Path) -> bool:
