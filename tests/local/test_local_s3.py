@@ -262,3 +262,16 @@ def test_a_log_that_is_long_is_cut_and_its_lines_are_kept_beside_it(tmp_path: Pa
     assert (tmp_path / "server.log.1").stat().st_size == 12_000_000
     keep_short(log)
     assert log.read_text() == "new\n"
+
+
+def test_a_kept_server_that_cannot_start_is_told_and_tried_again_until_it_can(tmp_path: Path) -> None:
+    directory, mended, lives = tmp_path / "broken", tmp_path / "mended", tmp_path / "lives"
+    (program := tmp_path / "program").write_text(f"#!/bin/sh\ntest -e {mended} && touch {lives} && exec sleep 600\n")
+    program.chmod(0o755)
+    with supervisor.using(directory, lambda: supervisor.Server([str(program)], {}, {})):
+        supervisor.keep(directory)
+        with pytest.raises(LocalServiceError, match="does not start"):
+            supervisor.wait_until(lambda: False, directory, timeout=60)
+        mended.touch()
+        eventually(lives.exists, 30)
+    assert supervisor.release(directory)
