@@ -1,49 +1,58 @@
 """Published files that were damaged or deleted are found, and made again from the run to the same sha256."""
 
 import hashlib
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nightshift.errors import CheckpointCorruptError, ConfigError, ExportError, ModelNotFoundError
 from nightshift.judging import gate
-from nightshift.judging.report import publish_report
+from nightshift.judging.evaluation import evaluate
+from nightshift.judging.report import build_report, publish_report
+from nightshift.local.s3 import embedded_s3
 from nightshift.publishing.export import FORMATS
 from nightshift.publishing.publish import export_run
 from nightshift.publishing.republish import republish
 from nightshift.publishing.verify import verify_published
 from nightshift.records import champions, orphans
 from nightshift.records.run import RunRecord, read_record
-from nightshift.records.versions import read_card
-from nightshift.refs import DatasetRef, Evaluation, ModelRef
+from nightshift.refs import DatasetRef, Verdict
 from nightshift.settings import GateSettings
+from nightshift.storage.s3 import S3
 from nightshift.workspace import Workspace
+from tests.conftest import publish_model
+from tests.records.test_lease import acquire
+from tests.stores import memory_store
 
-Candidates = tuple[Workspace, dict[int, ModelRef]]
 FILES = ("weights.pth", "weights.safetensors", "model.pt2", "predictions.safetensors", "card.json")
 RUN = "epochs-1"
 FOLDER = f"models/cifar10/{RUN}/"
 
 
+@pytest.fixture(scope="module")
+def finished(home: Path, server: S3, cifar10: DatasetRef) -> Iterator[S3]:
+    """A store with one finished run, whose version is live."""
+    with embedded_s3(home, f"republished-{secrets.token_hex(6)}") as store:
+        workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
+        model = publish_model(workspace, cifar10, epochs=1)
+        record, _ = read_record(store, RUN)
+        checkpoint = record.ref(record.checkpoints[-1])
+        evaluated = evaluate(workspace, checkpoint, cifar10)
+        verdict = gate.promote(store, model, GateSettings())
+        publish_report(workspace, checkpoint, evaluated, model, verdict, price_per_hour=None)
+        yield store
+
+
 @pytest.fixture
-def workspace(workspace: Workspace, candidates: Candidates, cifar10: DatasetRef) -> Workspace:
-    """One finished run, whose version is live."""
-    trained, models = candidates
-    store, model = workspace.store, models[1]
-    for prefix in (f"runs/{RUN}.json", f"checkpoints/{RUN}/", f"reports/{RUN}/", FOLDER):
-        for item in trained.store.list(prefix):
-            store.put(item.key, trained.store.get(item.key)[0])
-    record, _ = read_record(store, RUN)
-    verdict = gate.promote(store, model, GateSettings())
-    evaluated = Evaluation(
-        accuracy=model.test_accuracy,
-        loss=read_card(store, "cifar10", RUN).test_loss,
-        images=10_000,
-        weights_sha256=model.weights_sha256,
-        key="",
-    )
-    publish_report(workspace, record.ref(record.checkpoints[-1]), evaluated, model, verdict, None)
+def workspace(workspace: Workspace, finished: S3) -> Workspace:
+    """A copy of it, to be damaged."""
+    for item in finished.list(""):
+        if not item.key.startswith("datasets/"):
+            workspace.store.put(item.key, finished.get(item.key)[0])
     return workspace
 
 
@@ -131,10 +140,22 @@ def test_what_does_not_come_out_as_it_was_published_is_left_and_named_with_the_e
     assert bad(workspace) == ["card.json"]
 
 
-def test_a_run_that_is_not_finished_has_no_version_to_make_again(candidates: Candidates) -> None:
-    workspace, models = candidates
-    with pytest.raises(ConfigError, match="nightshift resume epochs-2"):
-        republish(workspace, read_record(workspace.store, models[2].run_id)[0])
+def test_a_run_that_is_not_finished_has_no_version_to_make_again(home: Path) -> None:
+    workspace = Workspace(memory_store(), home, lease_seconds=60, save_retry_seconds=5)
+    acquire(workspace.store).end("interrupted")
+    with pytest.raises(ConfigError, match="nightshift resume run"):
+        republish(workspace, read_record(workspace.store, "run")[0])
+
+
+def test_a_report_needs_no_card_of_the_champion_that_its_run_was_compared_with(workspace: Workspace) -> None:
+    store, record = workspace.store, record_of(workspace)
+    compared = gate.compare(np.array([True, False]), np.array([False, True]), RUN)
+    verdict = Verdict(promoted=False, reason="no better", comparison=compared, champion=None)
+    whole = build_report(workspace, record, verdict, None).html
+    store.put(FOLDER + "card.json", b"{")
+    assert build_report(workspace, record, verdict, None).html == whole
+    store.delete(FOLDER + "card.json")
+    assert build_report(workspace, record, verdict, None).html == whole
 
 
 def test_export_takes_the_published_weights_when_the_checkpoint_is_gone_and_names_what_is_missing(
