@@ -12,7 +12,7 @@ from datetime import timedelta
 from itertools import groupby
 
 from nightshift import progress
-from nightshift.errors import ConfigError, RunNotFoundError, StorageError
+from nightshift.errors import RunNotFoundError, StorageError
 from nightshift.records import snapshots
 from nightshift.records.history import read_copy, read_history
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, PROBES, REPORTS, Kind, is_written_under, place_of
@@ -111,7 +111,7 @@ def _need_of_runs(store: Store, keys: Iterable[str]) -> Callable[[str], bool]:
             record, _ = read_record(store, run_id)
         except RunNotFoundError:
             return lambda key: False
-        except (StorageError, ConfigError) as error:
+        except StorageError as error:
             progress.current().warn(f"what belongs to run {run_id} is left alone: {error}")
             return lambda key: True
         named = {checkpoint.key for checkpoint in record.checkpoints}
@@ -148,7 +148,7 @@ def _once_live(store: Store, name: str) -> Callable[[str], bool]:
     """
     try:
         versions = {*read_history(store, name).versions, *read_copy(store, name).versions}
-    except (StorageError, ConfigError) as error:
+    except StorageError as error:
         progress.current().warn(f"the versions of {name} are left alone: {error}")
         return lambda version: True
     return versions.__contains__

@@ -15,8 +15,7 @@ CASES = int(os.environ.get("FUZZ_CASES", "200"))
 _MIB = 2**20
 _MOST_MIB = 500
 
-settings.register_profile(
-    "fuzz",
+FUZZ = settings(
     max_examples=CASES,
     deadline=10_000,  # milliseconds for a case
     derandomize="FUZZ_CASES" not in os.environ,

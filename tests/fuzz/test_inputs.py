@@ -6,7 +6,7 @@ import os
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -18,8 +18,8 @@ from nightshift.errors import NightshiftError, UserError
 from nightshift.ids import parse_run_id
 from nightshift.settings import Settings, _variables
 from tests.fuzz import mutations
+from tests.fuzz.conftest import FUZZ
 
-FUZZ = settings.get_profile("fuzz")
 TEXT = st.one_of(
     st.sampled_from([value for value in mutations.VALUES if isinstance(value, str)]).map(
         lambda text: text.replace("\x00", "").encode(errors="surrogatepass").decode(errors="replace")

@@ -6,7 +6,7 @@ import zipfile
 from contextlib import suppress
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nightshift.checkpoints.payload import read_payload
@@ -15,8 +15,8 @@ from nightshift.refs import CheckpointRef
 from nightshift.storage.memory import MemoryStore
 from nightshift.training.state import TrainState
 from tests.fuzz import mutations
+from tests.fuzz.conftest import FUZZ
 
-FUZZ = settings.get_profile("fuzz")
 KEY = "checkpoints/run/20-1.pt"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer import Exit
 
@@ -32,10 +32,9 @@ from nightshift.sweeps.study import ask
 from nightshift.tracking.metrics import read_lines
 from nightshift.workspace import Workspace
 from tests.fuzz import mutations
+from tests.fuzz.conftest import FUZZ
 from tests.judging.test_gate import published
 from tests.records.test_lease import hold
-
-FUZZ = settings.get_profile("fuzz")
 
 
 def a_store() -> MemoryStore:
