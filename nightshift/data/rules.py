@@ -62,12 +62,17 @@ def _broken(rows: pa.Table, before: pa.Table | None, rules: RulesConfig) -> Iter
             f"{len(few):,} classes have fewer than {rules.min_images_per_class} images: "
             + _some([f"{name} has {count}" for name, count in few.items()]),
         )
+    torn = torn_of(rows)
     if copies := duplicates_of(rows):
-        yield "duplicates", f"{copies:,} images are exact copies of others; each copy is in the split of its original"
+        where = "" if torn else "; each copy is in the split of its original"
+        yield "duplicates", f"{copies:,} images are exact copies of others{where}"
     if conflicts := conflicts_of(rows):
         yield "conflicts", f"{len(conflicts):,} images stand under several labels and are left out: {_some(conflicts)}"
-    if torn := torn_of(rows):
-        yield "groups", f"{len(torn):,} groups or images stand in two splits: {_some(torn)}"
+    if torn:
+        yield (
+            "groups",
+            f"{len(torn):,} groups or images stand in two splits: {_some(torn)}. Give them one group, or one split",
+        )
     if before is not None and len(before):
         yield from _since(rows, before, counts, rules)
 
