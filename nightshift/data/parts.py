@@ -6,7 +6,7 @@ that do the same work end with the same objects.
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -39,13 +39,10 @@ def pending(store: Store, name: str, shape: Shape) -> dict[str, pa.Table]:
     return parts
 
 
-def unknown(listing: pa.Table, known: list[pa.Table]) -> pa.Table:
+def unknown(listing: pa.Table, known: Sequence[pa.Table]) -> pa.Table:
     """The part of a listing that nothing is known of, and that is not refused already."""
-    new = listing.filter(compute.equal(listing["refused"], ""))
-    if known:
-        there = pa.concat_tables([part.select(["id", "hint"]) for part in known])
-        new = new.join(there, ["id", "hint"], join_type="left anti")
-    return new.sort_by("id")
+    is_new = compute.is_null(table.places_of(listing, known))
+    return listing.filter(compute.and_(is_new, compute.equal(listing["refused"], "")))
 
 
 def in_parts(new: pa.Table, shape: Shape) -> Iterator[pa.Table]:

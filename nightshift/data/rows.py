@@ -6,7 +6,7 @@ training rests on is bound by the snapshot's digest: image, label, split and the
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -95,9 +95,31 @@ def pixels_of(shape: Shape) -> str:
     return f"RGB {shape.size} {shape.resize} 1"
 
 
-def kept(rows: pa.Table) -> pa.Table:
-    """The rows of images that are used."""
-    return rows.filter(compute.equal(rows["refused"], ""))
+def kept(rows: pa.Table, *columns: str) -> pa.Table:
+    """The rows of images that are used, or some of their columns."""
+    return (rows.select(columns) if columns else rows).filter(compute.equal(rows["refused"], ""))
+
+
+def repeated(rows: pa.Table, column: str) -> pa.Table:
+    """The rows whose value of a column stands in another row too."""
+    counted = rows.select([column]).group_by(column).aggregate([([], "count_all")])
+    several = counted.filter(compute.greater(counted["count_all"], 1))
+    return rows.filter(compute.is_in(rows[column], value_set=several[column]))
+
+
+def places_of(rows: pa.Table, known: Sequence[pa.Table]) -> pa.ChunkedArray:
+    """Where, in one table after another, the first row is that has the id and the hint of each row; null for none.
+
+    A table in which an id stands several times is only looked at where it stands first. A join would do the same, and
+    take several times the memory.
+    """
+    places, start = pa.chunked_array([pa.nulls(len(rows), pa.int64())]), 0
+    for part in known:
+        at = compute.index_in(rows["id"], value_set=part["id"]).cast(pa.int64())
+        is_same = compute.equal(part["hint"].take(at), rows["hint"])
+        places = compute.coalesce(places, compute.if_else(is_same, compute.add(at, start), None))
+        start += len(part)
+    return places
 
 
 def digest_of(rows: pa.Table, shape: Shape, split: str | None = None) -> str:

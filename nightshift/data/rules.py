@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 from pyarrow import compute
-from scipy.stats import chi2_contingency
 
 from nightshift.config.project import Effect, RulesConfig
-from nightshift.data.rows import iterate, kept
+from nightshift.data.rows import iterate, kept, repeated
 from nightshift.refs import Finding
 
 CONFLICT = "it stands under several labels"
@@ -31,13 +30,13 @@ def findings_of(rows: pa.Table, before: pa.Table | None, rules: RulesConfig) -> 
 
 def classes_of(rows: pa.Table) -> dict[str, int]:
     """How many images each class has, over all splits, by name in sorted order."""
-    counted = kept(rows).group_by("label").aggregate([([], "count_all")])
+    counted = kept(rows, "label").group_by("label").aggregate([([], "count_all")])
     return dict(sorted(zip(counted["label"].to_pylist(), counted["count_all"].to_pylist(), strict=True)))
 
 
 def duplicates_of(rows: pa.Table) -> int:
     """How many images are copies of another one."""
-    used = kept(rows)
+    used = kept(rows, "content")
     return int(len(used) - compute.count_distinct(used["content"]).as_py())
 
 
@@ -100,6 +99,8 @@ def _since(
     moved = {name: counts[name] / total - old[name] / total_old for name in both}
     most = max(moved, key=lambda name: abs(moved[name]))
     if abs(moved[most]) > rules.max_label_shift:
+        from scipy.stats import chi2_contingency  # here, because it takes a second and 70 MB, and is seldom needed
+
         p_value = chi2_contingency([[old[name] for name in both], [counts[name] for name in both]]).pvalue
         yield (
             "label_shift",
@@ -110,10 +111,10 @@ def _since(
 
 def torn_of(rows: pa.Table) -> list[str]:
     """The groups, and the images that stand in the source more than once, which are in two splits."""
-    used = kept(rows)
+    used = kept(rows, "id", "group", "content", "split")
     torn = []
     for name, part in (("group", used.filter(compute.not_equal(used["group"], ""))), ("content", used)):
-        grouped = part.group_by(name).aggregate([("split", "count_distinct"), ("id", "min")])
+        grouped = repeated(part, name).group_by(name).aggregate([("split", "count_distinct"), ("id", "min")])
         torn += grouped.filter(compute.greater(grouped["split_count_distinct"], 1))[
             "group" if name == "group" else "id_min"
         ].to_pylist()

@@ -13,7 +13,7 @@ Listing and snapshot are tables of Arrow, so a million images take some hundred 
 import io
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -63,7 +63,7 @@ class Look:
     rows: pa.Table
     shape: Shape
     before: pa.Table | None
-    """The rows of the last snapshot."""
+    """The last snapshot: the images it had, the class of each, and whether it was left out."""
     new: pa.Table
     """The part of the listing that was read."""
     findings: list[Finding]
@@ -86,17 +86,20 @@ def look_at(store: Store, name: str, config: DatasetConfig, keep: bool = False) 
     newest = _stored(store, history, history.newest)
     shape = _shape(config, source, listing, newest)
     parts = pending(store, name, shape)
-    known = [part.select(READ.names) for part in parts.values()]
+    known = [_together(parts.values())]
     if newest and newest[0] == shape:
-        whole = newest[1].filter(compute.equal(newest[1]["unreadable"], ""))  # what could not be read is tried again
-        known.insert(0, whole.select(READ.names))
+        known.insert(0, _readable(newest[1]))
     new = unknown(listing, known)
-    read = list(read_parts(store if keep else None, name, source, shape, new))
-    rows = _assembled(listing, [*known, *read], config)
-    accepted = newest if history.accepted == history.newest else _stored(store, history, history.accepted)
+    known.append(_together(read_parts(store if keep else None, name, source, shape, new)))
+    rows, before = _joined(listing, known), _compared(newest)
+    accepted = before
+    if history.accepted != history.newest:
+        accepted = _compared(_stored(store, history, history.accepted))
+    del listing, known, newest  # each is as large as tonight's rows
+    rows = _divided(rows, config)
     unfit = [Finding(rule="fit", ok=False, detail=reason)] if (reason := _unfit(rows)) else []
-    findings = unfit + findings_of(rows, accepted and accepted[1], config.rules)
-    return Look(rows, shape, newest and newest[1], new, findings, list(parts))
+    findings = unfit + findings_of(rows, accepted, config.rules)
+    return Look(rows, shape, before, new, findings, list(parts))
 
 
 def make_snapshot(store: Store, name: str, config: DatasetConfig) -> SnapshotRef:
@@ -175,15 +178,16 @@ def read_rows(store: Store, name: str, digest: str) -> tuple[Manifest, pa.Table]
 
 def difference(before: pa.Table | None, after: pa.Table) -> tuple[list[str], list[str], list[str]]:
     """The ids of the images that are used after and not before, before and not after, and under another label."""
-    new = table.kept(after)
+    new = table.kept(after, "id", "label")
     if before is None:
         return new["id"].to_pylist(), [], []
-    old = table.kept(before)
-    added = new.filter(compute.invert(compute.is_in(new["id"], value_set=old["id"])))["id"].to_pylist()
-    removed = old.filter(compute.invert(compute.is_in(old["id"], value_set=new["id"])))["id"].to_pylist()
-    both = new.select(["id", "label"]).join(old.select(["id", "label"]), "id", join_type="inner", right_suffix=" old")
-    relabelled = both.filter(compute.not_equal(both["label"], both["label old"]))["id"].to_pylist()
-    return added, removed, sorted(relabelled)
+    old = table.kept(before, "id", "label")
+    at = compute.index_in(new["id"], value_set=old["id"])
+    added = new["id"].filter(compute.is_null(at)).to_pylist()
+    removed = old["id"].filter(compute.invert(compute.is_in(old["id"], value_set=new["id"]))).to_pylist()
+    # Unequal is null, and so left out, where there was none.
+    relabelled = new["id"].filter(compute.not_equal(new["label"], old["label"].take(at))).to_pylist()
+    return added, removed, relabelled
 
 
 def _ref(name: str, entry: Entry, seconds: float) -> SnapshotRef:
@@ -210,7 +214,11 @@ def _listing(source: Source) -> pa.Table:
             columns = zip(*map(_as_row, some), strict=True)
             arrays = [pa.array(values, field.type) for values, field in zip(columns, LISTED, strict=True)]
             batches.append(pa.record_batch(arrays, LISTED))
-    return _each_once(pa.Table.from_batches(batches, LISTED).sort_by("id"))
+    listing = pa.Table.from_batches(batches, LISTED)
+    names = listing["id"]
+    if compute.all(compute.less(names[:-1], names[1:])).as_py():  # as buckets list
+        return listing
+    return _each_once(listing.sort_by("id"))
 
 
 def _as_row(listed: Listed) -> tuple[Any, ...]:
@@ -276,15 +284,33 @@ def _shape(config: DatasetConfig, source: Source, listing: pa.Table, newest: tup
     return Shape(size, config.resize)
 
 
-def _assembled(listing: pa.Table, known: list[pa.Table], config: DatasetConfig) -> pa.Table:
-    """The rows of tonight's snapshot: what is known of each image, its split, and why it is left out if it is."""
-    # The first of several that are equal, which parts of an earlier night may be.
-    read = pa.concat_tables(known) if known else READ.empty_table()
-    read = read.group_by(["id", "hint"], use_threads=False).aggregate(
-        [(name, "first") for name in READ.names if name not in ("id", "hint")]
-    )
-    read = read.rename_columns([name.removesuffix("_first") for name in read.column_names])
-    rows = listing.join(read, ["id", "hint"], join_type="left outer").sort_by("id")
+def _together(tables: Iterable[pa.Table]) -> pa.Table:
+    """What was read, as one table."""
+    return pa.concat_tables([READ.empty_table(), *(part.select(READ.names) for part in tables)])
+
+
+def _readable(rows: pa.Table) -> pa.Table:
+    """What is known of a snapshot's images. What could not be read is tried again."""
+    is_known = compute.equal(rows["unreadable"], "")
+    known = rows.select(READ.names)
+    return known if compute.all(is_known).as_py() else known.filter(is_known)
+
+
+def _compared(stored: tuple[Shape, pa.Table] | None) -> pa.Table | None:
+    """What tonight's rows are compared with."""
+    return stored and stored[1].select(["id", "label", "refused"])
+
+
+def _joined(listing: pa.Table, known: list[pa.Table]) -> pa.Table:
+    """A listing, and what is known of each image."""
+    places, read = table.places_of(listing, known), pa.concat_tables(known)
+    for name in READ.names[2:]:
+        listing = listing.append_column(name, read[name].take(places))
+    return listing.select(ROWS.names).cast(ROWS)
+
+
+def _divided(rows: pa.Table, config: DatasetConfig) -> pa.Table:
+    """The rows of tonight's snapshot: the split of each image, and why it is left out if it is."""
     unreadable = [was or reason or "" for was, reason in table.iterate(rows, "refused", "unreadable")]
     torn = _torn(rows, unreadable)
     splits, refused = [], []
@@ -294,19 +320,15 @@ def _assembled(listing: pa.Table, known: list[pa.Table], config: DatasetConfig) 
         reason = reason or torn.get(content, "")
         refused.append(reason)
         splits.append("" if reason else split or split_of(group.encode() or content, config.split))
-    for name in ("unreadable", "refused"):
-        if name not in rows.column_names:
-            rows = rows.append_column(name, pa.array([""] * len(rows), pa.string()))
-    rows = table.with_columns(rows.select(ROWS.names).cast(ROWS), {"split": splits, "refused": refused})
-    return table.with_columns(
-        rows, {"unreadable": ["" if reason.startswith(CONFLICT) else reason for reason in unreadable]}
-    )
+    unreadable = ["" if reason.startswith(CONFLICT) else reason for reason in unreadable]
+    return table.with_columns(rows, {"split": splits, "refused": refused, "unreadable": unreadable})
 
 
 def _torn(rows: pa.Table, unreadable: list[str]) -> dict[bytes, str]:
     """The contents that stand under several labels, each with the reason to leave all its copies out."""
-    used = rows.filter(pa.array([not reason for reason in unreadable], pa.bool_()))
-    counted = used.group_by("content").aggregate([("label", "count_distinct"), ("label", "min"), ("label", "max")])
+    used = rows.select(["content", "label"]).filter(pa.array([not reason for reason in unreadable], pa.bool_()))
+    counted = table.repeated(used, "content").group_by("content")
+    counted = counted.aggregate([("label", "count_distinct"), ("label", "min"), ("label", "max")])
     several = counted.filter(compute.greater(counted["label_count_distinct"], 1))
     return {
         content: f"{CONFLICT}: {first}, {last}"
@@ -317,7 +339,7 @@ def _torn(rows: pa.Table, unreadable: list[str]) -> dict[bytes, str]:
 def _unfit(rows: pa.Table) -> str:
     """Why nothing can be trained on these images at all, or ''."""
     counts = classes_of(rows)
-    splits = table.kept(rows)["split"].to_pylist()
+    splits = compute.unique(table.kept(rows, "split")["split"]).to_pylist()
     some = "; ".join(f"{name}: {reason}" for name, reason in islice(refusals_of(rows), 3))
     if not counts:
         return f"none of its {len(rows):,} images can be used ({some})"
@@ -341,8 +363,7 @@ def refusals_of(rows: pa.Table) -> Iterator[tuple[str, str]]:
 
 
 def _manifest(name: str, rows: pa.Table, shape: Shape) -> Manifest:
-    used = table.kept(rows)
-    splits = used["split"].to_pylist()
+    used = table.kept(rows, "split", "shard")
     return Manifest(
         name=name,
         digest=table.digest_of(rows, shape),
@@ -350,7 +371,7 @@ def _manifest(name: str, rows: pa.Table, shape: Shape) -> Manifest:
         image_size=shape.size,
         resize=shape.resize,
         images=len(used),
-        splits={split: splits.count(split) for split in SPLITS},
+        splits={split: compute.sum(compute.equal(used["split"], split)).as_py() or 0 for split in SPLITS},
         classes=classes_of(rows),
         refused=len(rows) - len(used),
         shards=sorted(value.hex() for value in compute.unique(used["shard"]).to_pylist()),
