@@ -290,8 +290,8 @@ def _together(tables: Iterable[pa.Table]) -> pa.Table:
 
 
 def _readable(rows: pa.Table) -> pa.Table:
-    """What is known of a snapshot's images. What could not be read is tried again."""
-    is_known = compute.equal(rows["unreadable"], "")
+    """What is known of a snapshot's images. What could not be read is tried again, and so is what nobody has read."""
+    is_known = compute.is_valid(rows["pixels"])
     known = rows.select(READ.names)
     return known if compute.all(is_known).as_py() else known.filter(is_known)
 

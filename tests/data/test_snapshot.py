@@ -168,6 +168,18 @@ def test_an_image_that_a_table_names_twice_counts_once_and_under_two_labels_not_
     )
 
 
+def test_an_image_that_a_table_names_under_one_label_only_since_tonight_is_read_tonight(
+    memory: MemoryStore, root: Path
+) -> None:
+    write(root, pictures := album(range(40)))
+    rows = "".join(["image,label\n", *(f"{name},{name.split('/')[0]}\n" for name in pictures)])
+    write(root, {"labels.csv": f"{rows}ant/00002.png,bee\n".encode()})
+    assert made(memory, root / "labels.csv").images == 39
+    write(root, {"labels.csv": rows.encode()})
+    second = made(memory, root / "labels.csv")
+    assert (second.images, second.read) == (40, 1)
+
+
 BAD = {
     "empty.png": (b"", "it is empty"),
     "text.jpg": (b"this is no image", "not an image"),
