@@ -114,6 +114,9 @@ def list_snapshots(dataset: NameOrPlace, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"snapshots": [entry.model_dump(mode="json") for entry in entries]})
         return
+    if not entries:
+        console().print(f"{name} has no snapshot yet: nightshift data snapshot {dataset}", soft_wrap=True)
+        return
     from rich.table import Table
 
     table = Table("snapshot", "made (UTC)", "images", "classes", "added", "removed", "relabelled", "left out", "rules")
@@ -171,10 +174,13 @@ def _resolved(dataset: str) -> tuple[str, "DatasetConfig"]:
 
 def _name_of(dataset: str) -> str:
     """The name of a data set that may be in the store alone, as one that was trained on from a place is."""
+    from nightshift.config.project import load_project
     from nightshift.data.names import is_place, name_of_place
     from nightshift.ids import parse_dataset_name
+    from nightshift.settings import Settings
 
-    return name_of_place(dataset) if is_place(dataset) else parse_dataset_name(dataset)
+    is_named = dataset in load_project(Settings.load().project).datasets
+    return parse_dataset_name(dataset) if is_named or not is_place(dataset) else name_of_place(dataset)
 
 
 @contextmanager
