@@ -74,8 +74,10 @@ def from_parquet(body: bytes, schema: pa.Schema, shape: Shape, url: str) -> pa.T
         DataCorruptError: it is no such file, or its pixels are stored in another way.
     """
     try:
-        file = parquet.ParquetFile(io.BytesIO(body))
-        if not file.schema_arrow.equals(schema):
+        texts = [field.name for field in schema if field.type == pa.string()]
+        # In a dictionary each value stands once, and the file may name it a million times.
+        file = parquet.ParquetFile(io.BytesIO(body), read_dictionary=texts)
+        if not parquet.read_schema(io.BytesIO(body)).equals(schema):
             raise ValueError("its columns are others")
         if (file.schema_arrow.metadata or {}).get(b"pixels") != pixels_of(shape).encode():
             raise ValueError("its pixels are stored in another way")
@@ -84,10 +86,21 @@ def from_parquet(body: bytes, schema: pa.Schema, shape: Shape, url: str) -> pa.T
             raise ObjectTooLargeError(f"{url} is too large")
         rows = file.read()
         rows.validate(full=True)
+        if sum(_text_bytes(rows[name]) for name in texts) > MAX_BYTES:
+            raise ObjectTooLargeError(f"{url} is too large")
+        rows = rows.cast(schema)
     except Exception as error:  # a reader of Parquet raises anything on bytes that are none
         reason = (str(error).splitlines() or [""])[0][:200]
         raise DataCorruptError(f"{url} is damaged, or no rows of a snapshot: {reason}") from None
     return rows.replace_schema_metadata(None)
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """How many bytes a column of text takes without its dictionary."""
+    lengths = (
+        compute.sum(compute.binary_length(chunk.dictionary).take(chunk.indices)).as_py() for chunk in column.chunks
+    )
+    return sum(length or 0 for length in lengths)
 
 
 def pixels_of(shape: Shape) -> str:
