@@ -1,4 +1,4 @@
-"""Run every benchmark and write what they print to RESULTS.md: the quick forms in about 11 minutes, or the full ones.
+"""Run every benchmark and write what they print to RESULTS.md: the quick forms in about 13 minutes, or the full ones.
 
 python benchmarks/results.py [--full]
 """
@@ -23,6 +23,7 @@ _SCRIPTS = (
     "flow_overhead",
     "s3_throughput",
     "scale_runs",
+    "snapshot",
 )
 
 
