@@ -142,11 +142,12 @@ def digest_of(rows: pa.Table, shape: Shape, split: str | None = None) -> str:
         split: of this one alone.
     """
     sha256 = hashlib.sha256(pixels_of(shape).encode())
-    for row in iterate(rows, "id", "content", "label", "split", "pixels", "refused"):
-        if not row[-1] and split in (None, row[3]):
-            name, content, label, of_split, pixels, _ = row
-            for part in (name.encode(), content, label.encode(), of_split.encode(), pixels):
-                sha256.update(len(part).to_bytes(4, "little") + part)
+    used = kept(rows, "id", "content", "label", "split", "pixels")
+    if split:
+        used = used.filter(compute.equal(used["split"], split))
+    for name, content, label, of_split, pixels in iterate(used, *used.column_names):
+        for part in (name.encode(), content, label.encode(), of_split.encode(), pixels):
+            sha256.update(len(part).to_bytes(4, "little") + part)
     return sha256.hexdigest()
 
 
