@@ -7,10 +7,12 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.states import Completed
 
+from flows.dask import on_dask
 from flows.night import check_recoveries, flow_run_name, run_id_of, stopped, train_and_judge
 from flows.nights import this_start
 from nightshift.config.project import load_project
 from nightshift.data.names import dataset_config, named_config
+from nightshift.data.parts import read_parts
 from nightshift.data.snapshot import check_rules, stored_snapshot
 from nightshift.records.run import dataset_of
 from nightshift.records.snapshots import Trained, note_trained, read_history
@@ -56,7 +58,8 @@ def retrain(
                 if snapshot:
                     made = stored_snapshot(workspace.store, config.data.dataset, snapshot)
                 else:
-                    made = make_snapshot(workspace, config.data.dataset, source)
+                    reader = on_dask(settings.dask) if settings.dask else read_parts
+                    made = make_snapshot(workspace, config.data.dataset, source, reader)
                     check_rules(made)
                     last = read_history(workspace.store, made.name).trained
                     if last and last.is_of(made.digest, config.digest) and not source.retrain_unchanged:

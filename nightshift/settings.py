@@ -144,6 +144,11 @@ class Settings(BaseSettings):
     nodes: NodesSettings = Field(NodesSettings(), description="The machines that train a run together.")
     gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
     project: Path = Field(Path("nightshift.toml"), description="The project file: data sets, recipes and deployments.")
+    dask: str | None = Field(
+        None,
+        pattern=r"^(tcp|tls)://[^:\s]+:[0-9]{1,5}$",
+        description="The scheduler of a Dask cluster that reads the images of snapshots; none: this machine does.",
+    )
     price_per_hour: float | None = Field(None, ge=0, description="What an hour of training costs, for the report.")
     notify: str | None = Field(
         None,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nightshift.config.train import TrainConfig
-from nightshift.data import sources
+from nightshift.data import cifar10
 from nightshift.data.datasets import Dataset, channel_statistics, facts_of, fetch, pack
 from nightshift.data.specs import SPECS, Arrays, Spec
 from nightshift.refs import DatasetRef
@@ -60,7 +60,7 @@ def known(monkeypatch: pytest.MonkeyPatch, workspace: Workspace, size: int, clas
     sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
     facts = hashlib.sha256(facts_of(NAME, names, arrays).encode()).hexdigest()
     monkeypatch.setitem(SPECS, NAME, Spec(NAME, names, sums, facts, size))
-    monkeypatch.setattr(sources, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: arrays})
+    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: arrays})
     return pack(workspace, fetch(workspace, NAME))
 
 

@@ -106,6 +106,7 @@ def test_the_readme_shows_the_directories_there_are() -> None:
         shown.append(f"{parent}/{name}" if indent else name)
     written = {".py", ".md", ".yaml", ".json"}
     there = {path.parent.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/*") if path.suffix in written}
+    there |= {Path(folder.parts[0]) for folder in there}
     # A folder of tests is named after the package it tests, and a page's templates lie beside the page.
     expected = [
         str(folder)

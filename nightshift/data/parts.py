@@ -24,6 +24,8 @@ from nightshift.records import snapshots
 from nightshift.records.keys import DATASETS, place_of
 from nightshift.storage.store import Store
 
+Reader = Callable[[Store, str, Source, Shape, pa.Table], Iterator[pa.Table]]
+"""What reads the new images of a listing and stores each part, as `read_parts` does. Yields the rows in any order."""
 _IMAGES = 2_000
 _BYTES = 64 * 1024**2
 

@@ -26,7 +26,7 @@ from nightshift.config.project import DatasetConfig
 from nightshift.data import rows as table
 from nightshift.data.decode import Decoders, Shape
 from nightshift.data.names import check_classes
-from nightshift.data.parts import in_parts, listed_of, part_key, pending, read_parts, unknown
+from nightshift.data.parts import Reader, in_parts, listed_of, part_key, pending, read_parts, unknown
 from nightshift.data.rows import LISTED, READ, ROWS
 from nightshift.data.rules import CONFLICT, classes_of, findings_of
 from nightshift.data.sources.listed import Listed, Source
@@ -71,11 +71,11 @@ class Look:
     """The keys of what an interrupted snapshot has left."""
 
 
-def look_at(store: Store, name: str, config: DatasetConfig, keep: bool = False) -> Look:
+def look_at(store: Store, name: str, config: DatasetConfig, reader: Reader | None = None) -> Look:
     """List a source and read what is new since the last snapshot.
 
     Args:
-        keep: store what was read, for a snapshot. Without it, nothing is written.
+        reader: what reads, and stores what was read. Without one it is read here, and nothing is stored.
 
     Raises:
         NoImagesError, SourceError: the source has nothing to offer, or is not what it has to be.
@@ -90,7 +90,9 @@ def look_at(store: Store, name: str, config: DatasetConfig, keep: bool = False) 
     if newest and newest[0] == shape:
         known.insert(0, _readable(newest[1]))
     new = unknown(listing, known)
-    known.append(_together(read_parts(store if keep else None, name, source, shape, new)))
+    known.append(
+        _together(reader(store, name, source, shape, new) if reader else read_parts(None, name, source, shape, new))
+    )
     rows, before = _joined(listing, known), _compared(newest)
     accepted = before
     if history.accepted != history.newest:
@@ -102,17 +104,20 @@ def look_at(store: Store, name: str, config: DatasetConfig, keep: bool = False) 
     return Look(rows, shape, before, new, findings, list(parts))
 
 
-def make_snapshot(store: Store, name: str, config: DatasetConfig) -> SnapshotRef:
+def make_snapshot(store: Store, name: str, config: DatasetConfig, reader: Reader = read_parts) -> SnapshotRef:
     """Tonight's snapshot of a data set, in the store and in its history.
 
     Rules that are broken raise nothing: they are in the snapshot's findings.
+
+    Args:
+        reader: what reads the new images, on this machine or on others.
 
     Raises:
         DatasetRejectedError: there is nothing to train on, or to test with.
         NoImagesError, SourceError, StorageError: as `look_at`.
     """
     started = time.monotonic()
-    look = look_at(store, name, config, keep=True)
+    look = look_at(store, name, config, reader)
     for finding in look.findings:
         if finding.rule == "fit":
             raise DatasetRejectedError(f"{name} cannot be trained on: {finding.detail}")
