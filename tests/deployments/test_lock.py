@@ -42,7 +42,9 @@ def test_a_cpu_build_leaves_out_the_libraries_of_cuda_and_the_hashes_of_torch_on
     assert "\\" not in left["torch"]
 
 
-@pytest.mark.parametrize("package", ["uv", "iniconfig", "hatchling"])
+@pytest.mark.parametrize(
+    "package", ["iniconfig", *(pytest.param(name, marks=pytest.mark.soak) for name in ("uv", "hatchling"))]
+)
 def test_setup_refuses_a_package_whose_hash_is_not_the_locks(package: str, tmp_path: Path) -> None:
     """The program that installs, a package, and what builds ours."""
     names = [

@@ -42,6 +42,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
         yield cluster
 
 
+@pytest.mark.soak
 def test_a_snapshot_read_on_a_cluster_that_loses_a_worker_is_the_one_that_this_machine_makes(
     workspace: Workspace,
     tmp_path: Path,

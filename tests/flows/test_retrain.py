@@ -44,9 +44,12 @@ def spoil(root: Path, names: list[str], broken: int, copies: int) -> None:
         (root / name).with_stem(f"{Path(name).stem}-copy").write_bytes((root / name).read_bytes())
 
 
-def trains_tests_and_publishes_whatever_the_place(
-    nightshift: Callable[..., Finished], workspace: Workspace, root: Path, cifar: Dataset, images: int, broken: int
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_ten_thousand_images_are_trained_on_wherever_they_lie_and_the_bad_ones_are_named(
+    nightshift: Callable[..., Finished], workspace: Workspace, tmp_path: Path, cifar: Dataset
 ) -> None:
+    root, images, broken = tmp_path / "photos", 10_000, 20
     names = write(root, cifar, range(images))
     spoil(root, names, broken, copies=5 * broken // 2)
     files = sorted(path for path in root.rglob("*.*g"))
@@ -68,20 +71,6 @@ def trains_tests_and_publishes_whatever_the_place(
         for place in (workspace.store.url("photos"), root / "labels.csv")
     }
     assert digests == {summary["snapshot"]}
-
-
-def test_images_in_a_folder_a_prefix_or_a_table_are_trained_on_and_the_bad_ones_are_named(
-    nightshift: Callable[..., Finished], workspace: Workspace, tmp_path: Path, cifar: Dataset
-) -> None:
-    trains_tests_and_publishes_whatever_the_place(nightshift, workspace, tmp_path / "photos", cifar, 400, 2)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1200)
-def test_ten_thousand_images_are_trained_on_and_the_bad_ones_are_named(
-    nightshift: Callable[..., Finished], workspace: Workspace, tmp_path: Path, cifar: Dataset
-) -> None:
-    trains_tests_and_publishes_whatever_the_place(nightshift, workspace, tmp_path / "photos", cifar, 10_000, 20)
 
 
 def test_a_night_with_nothing_new_trains_nothing_and_one_with_more_images_does(

@@ -41,7 +41,12 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("quick", "tutorial"))) for name in CONFIGS]
+    "name",
+    [
+        *("quick", "tutorial"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("speedrun", "adamw with cosine")),
+        pytest.param("resnet18", marks=pytest.mark.soak),
+    ],
 )
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(
     name: str, processes: ProcessPoolExecutor, home: Path, server: S3, prefix: str, cifar10: DatasetRef

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
@@ -62,7 +63,7 @@ def block(prefect_server: PrefectServer, told: tuple[str, list[dict[str, str]]])
     make = f"""
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 message = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
-CustomWebhookNotificationBlock(name="webhook", url="{told[0]}", json_data=message).save("nightshift")
+CustomWebhookNotificationBlock(name="webhook", url="{told[0]}", json_data=message).save("nightshift", overwrite=True)
 """
     subprocess.run([sys.executable, "-c", make], env={**os.environ, **prefect_server.environment}, check=True)
     return "custom-webhook/nightshift"
@@ -120,7 +121,12 @@ def ask(stack: dict[str, Any], prefect_server: PrefectServer) -> Callable[..., A
     # SQLite is locked now and then, and the server answers 503, or not within half a minute; Prefect's own client asks
     # again too.
     @retry(
-        retry=retry_if_exception(lambda error: isinstance(error, TimeoutError) or getattr(error, "code", None) == 503),
+        retry=retry_if_exception(
+            lambda error: (
+                isinstance(error, httpx.TimeoutException)
+                or (isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 503)
+            )
+        ),
         stop=stop_after_delay(120),
         wait=wait_fixed(0.5),
     )

@@ -55,6 +55,7 @@ def two_ranks(train: Callable[..., Training], ask: Callable[..., Any], prefect: 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+@pytest.mark.soak
 def test_a_neighbour_on_the_machine_gets_nothing_but_refusals(two_ranks: Training, home: Path) -> None:
     pids = sorted(processes_of(home))
     assert two_ranks.pid in pids
