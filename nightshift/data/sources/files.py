@@ -29,6 +29,10 @@ class File:
     hint: str
 
 
+Seen = dict[str, dict[str, File]]
+"""The files of folders in buckets, by the folder's address and by name."""
+
+
 class Files(Protocol):
     """A root with files below it. It is pickled."""
 
@@ -47,8 +51,12 @@ class Files(Protocol):
     def folders(self, prefix: str = "") -> list[str]:
         """The names of the folders directly below the root, or below `prefix`, which ends with a /."""
 
-    def find(self, names: Iterable[str]) -> dict[str, File]:
-        """Those of these names that there are: below the root, or absolute."""
+    def find(self, names: Iterable[str], seen: Seen) -> dict[str, File]:
+        """Those of these names that there are: below the root, or absolute.
+
+        Args:
+            seen: what was listed of folders for names before these; it is added to.
+        """
 
     def read(self, name: str, hint: str) -> bytes:
         """The bytes of a file that was found with this hint.
@@ -103,7 +111,7 @@ class LocalFiles:
         except OSError:  # `walk` says what is wrong
             return []
 
-    def find(self, names: Iterable[str]) -> dict[str, File]:
+    def find(self, names: Iterable[str], seen: Seen) -> dict[str, File]:
         found = {name: _local(name, self.root / name) for name in names}
         return {name: file for name, file in found.items() if file.hint}
 
@@ -156,18 +164,16 @@ class S3Files:
         bucket, root = self._root()
         return [name for name in bucket.folders(root + prefix) if not name.startswith(".")]
 
-    def find(self, names: Iterable[str]) -> dict[str, File]:
-        found: dict[str, File] = {}
-        folders: dict[str, list[tuple[str, str]]] = {}
+    def find(self, names: Iterable[str], seen: Seen) -> dict[str, File]:
+        found = {}
         for name in names:
-            url = name if name.startswith("s3://") else self.url(name)
-            folder, _, last = url.rpartition("/")
-            folders.setdefault(f"{folder}/", []).append((last, name))
-        for folder, wanted in folders.items():  # a folder is listed at once: to ask for each object takes much longer
-            bucket, prefix = self.store.at(folder)
-            there = {file.name: file for file in self._list(bucket, prefix)}
-            found |= {name: there[last] for last, name in wanted if last in there}
-        return {name: File(name, file.size, file.hint) for name, file in found.items()}
+            folder, _, last = (name if name.startswith("s3://") else self.url(name)).rpartition("/")
+            if folder not in seen:  # a folder is listed at once: to ask for each object takes much longer
+                bucket, prefix = self.store.at(f"{folder}/")
+                seen[folder] = {file.name: file for file in self._list(bucket, prefix)}
+            if file := seen[folder].get(last):
+                found[name] = File(name, file.size, file.hint)
+        return found
 
     def read(self, name: str, hint: str) -> bytes:
         bucket, key = self.store.at(name if name.startswith("s3://") else self.url(name))

@@ -8,7 +8,7 @@ themselves (`bytes` or `image.bytes`, as Hugging Face stores them); `label` has 
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -20,7 +20,8 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 from pyarrow import json as json_lines
 
-from nightshift.data.sources.files import Files, LocalFiles
+from nightshift.data.sources.buckets import Buckets
+from nightshift.data.sources.files import File, Files, LocalFiles, Seen
 from nightshift.data.sources.folder import SPLITS
 from nightshift.data.sources.listed import Listed
 from nightshift.errors import NoImagesError, SourceError, UnreadableImageError
@@ -34,10 +35,14 @@ _OURS = ("image", "label", "split", "group")
 
 @dataclass(frozen=True)
 class Table:
-    """A table `name` among `files`; the images it names are found from there. `by` is the column that groups them."""
+    """A table `name` among `files`; the images it names are found from there, or in `buckets`.
+
+    `by` is the column that groups them.
+    """
 
     files: Files
     name: str
+    buckets: Buckets
     by: str = ""
 
     @property
@@ -45,27 +50,27 @@ class Table:
         return self.files.readers
 
     def list(self) -> Iterator[Listed]:
-        start = 0
+        start, seen = 0, Seen()
         for batch in _batches(self.files.on_disk(self.name), self.files.url(self.name)):
             self._check_columns(batch.schema.names)
             rows = batch.to_pylist()
-            yield from self._listed(rows, start)
+            yield from self._listed(rows, start, seen)
             start += len(rows)
         if not start:
             raise NoImagesError(f"{self.files.url(self.name)} has no rows: write one an image")
 
     def read(self, listed: Listed) -> bytes:
         if not listed.place.startswith("row "):
-            return self.files.read(listed.place, listed.hint)
+            return self._files_of(listed.place).read(listed.place, listed.hint)
         body = self._bytes_of_row(int(listed.place.removeprefix("row ")))
         if hashlib.sha256(body).hexdigest() != listed.hint:
             raise UnreadableImageError("it changed while it was read")
         return body
 
-    def _listed(self, rows: Sequence[dict[str, Any]], start: int) -> Iterator[Listed]:
+    def _listed(self, rows: Sequence[dict[str, Any]], start: int, seen: Seen) -> Iterator[Listed]:
         names = [_image_of(row) for row in rows]
         paths = {name: self._path(name) for name in names if isinstance(name, str)}
-        found = self.files.find(path for path in paths.values() if path)
+        found = self._find({path for path in paths.values() if path}, seen)
         for number, (row, name) in enumerate(zip(rows, names, strict=True), start):
             label, reason = _label_of(row)
             split, reason = _split_of(row, reason)
@@ -99,14 +104,28 @@ class Table:
                 **more,
             )
 
+    def _files_of(self, path: str) -> Files:
+        return self.buckets.of(path) if path.startswith("s3://") else self.files
+
+    def _find(self, paths: Iterable[str], seen: Seen) -> dict[str, File]:
+        in_buckets, others = (
+            [path for path in paths if path.startswith("s3://") is is_in_bucket] for is_in_bucket in (True, False)
+        )
+        found = self.files.find(others, seen)
+        for path in in_buckets:
+            found |= self.buckets.of(path).find([path], seen)
+        return found
+
     def _path(self, name: str) -> str:
         """The name by which the image is found and known: relative to the table where it can be; '' if it may not."""
         root = self.files.url("").rstrip("/")
         if name.startswith(f"{root}/"):
             name = name.removeprefix(f"{root}/")
+        if name.startswith("s3://"):
+            return name if name.removeprefix("s3://").partition("/")[0] else ""
         if "://" in name or name.startswith("/"):
             # A table in a bucket names no file of whoever reads it.
-            return name if name.startswith("s3://") != isinstance(self.files, LocalFiles) else ""
+            return name if isinstance(self.files, LocalFiles) else ""
         path = posixpath.normpath(name)
         return "" if path.startswith("..") or "\0" in path else path
 

@@ -276,6 +276,21 @@ def test_a_table_in_a_bucket_names_no_file_of_this_machine(bucket: S3, tmp_path:
     assert "leads out" in image.refused
 
 
+def test_a_table_on_this_machine_may_name_images_in_buckets(bucket: S3, tmp_path: Path) -> None:
+    bucket.put("photos/1.png", picture(1))
+    write(tmp_path, {"2.png": picture(2)})
+    url = bucket.url("photos/1.png")
+    as_csv(
+        tmp_path / "labels.csv",
+        [{"image": name, "label": "ant"} for name in (url, "2.png", bucket.url("photos/typo.png"), "s3:///x.png")],
+    )
+    source = open_source(config(tmp_path / "labels.csv"), bucket)
+    first, second, typo, nowhere = source.list()
+    assert (first.id, source.read(first), source.read(second)) == (url, picture(1), picture(2))
+    assert typo.refused == "there is no such file"
+    assert nowhere.refused
+
+
 def test_an_empty_prefix_is_refused_with_its_address(bucket: S3) -> None:
     with pytest.raises(NoImagesError, match="photos"):
         list(open_source(config(bucket.url("photos")), bucket).list())
