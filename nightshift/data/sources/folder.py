@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from posixpath import splitext
 
 from nightshift import progress
 from nightshift.data.images import SUFFIXES
@@ -32,7 +32,7 @@ class ClassFolders:
         found = loose = 0
         for file in self.files.walk():
             parts = file.name.split("/")
-            if PurePosixPath(file.name).suffix.lower() not in SUFFIXES:
+            if splitext(file.name)[1].lower() not in SUFFIXES:
                 continue
             if len(parts) <= depth:
                 loose += 1
