@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from nightshift.local.prefect import POOL, WAITING_POOL, PrefectServer
+from nightshift.local.prefect import POOL, WAITING_POOL, PrefectServer, local_prefect
 from nightshift.records.lease import acquire
 from nightshift.workspace import Workspace
 from tests.commands import Finished
@@ -19,12 +19,20 @@ Checks = dict[str, dict[str, Any]]
 NIGHTLY = "train-cifar/nightly"
 
 
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """A Prefect server on which nothing was ever deployed."""
+    with local_prefect(tmp_path_factory.mktemp("lone")) as (server, wait):
+        wait()
+        yield server
+
+
 @pytest.fixture
-def doctor(nightshift: Callable[..., Finished], prefect_api: str) -> Callable[..., Checks]:
+def doctor(nightshift: Callable[..., Finished], lone: PrefectServer) -> Callable[..., Checks]:
     """What `doctor` finds, by the names of its checks."""
 
     def examine(**environment: str) -> Checks:
-        done = nightshift("doctor", "--json", **{"PREFECT_API_URL": prefect_api, **environment})
+        done = nightshift("doctor", "--json", **{**lone.environment, **environment})
         assert "Traceback" not in done.err
         return {check["name"]: check for check in done.json["checks"]}
 
@@ -32,8 +40,8 @@ def doctor(nightshift: Callable[..., Finished], prefect_api: str) -> Callable[..
 
 
 @pytest.fixture
-def deployed(nightshift: Callable[..., Finished], prefect_api: str) -> None:
-    done = nightshift("deploy", PREFECT_API_URL=prefect_api)
+def deployed(nightshift: Callable[..., Finished], lone: PrefectServer) -> None:
+    done = nightshift("deploy", **lone.environment)
     assert done.exit_code == 0, done.err
 
 
@@ -49,7 +57,7 @@ def test_a_server_without_deployments_makes_no_night_and_the_command_that_does_i
 
 
 def test_what_was_deployed_is_there_with_the_next_start_in_its_zone_and_what_is_switched_off_is_seen(
-    doctor: Callable[..., Checks], deployed: None, prefect_server: PrefectServer
+    doctor: Callable[..., Checks], deployed: None, lone: PrefectServer
 ) -> None:
     eventually(lambda: bool(doctor()[f"schedule of {NIGHTLY}"]["ok"]), 90)
     found = doctor()
@@ -60,7 +68,7 @@ def test_what_was_deployed_is_there_with_the_next_start_in_its_zone_and_what_is_
     assert found["last recover"]["detail"].startswith("none yet, deployed ")
     for pool in (POOL, WAITING_POOL):
         assert found[f"pool {pool}"]["detail"].endswith(f"Start one: nightshift worker --pool {pool}")
-    switch_off(prefect_server)
+    switch_off(lone)
     found = doctor()
     assert found[f"schedule of {NIGHTLY}"]["detail"].startswith("paused, so nothing starts")
     assert "train-cifar is started again" in found["automations"]["detail"]

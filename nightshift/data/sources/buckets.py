@@ -1,6 +1,7 @@
 """Which client reads an s3:// address of a data set: ours, or one with the team's own credentials."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nightshift.config.project import DatasetConfig
 from nightshift.data.sources.files import S3Files
@@ -16,6 +17,10 @@ class Buckets:
     config: DatasetConfig
     store: Store | None
     _made: dict[str, S3Files] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads what was listed here, and so needs no store but those of the buckets in it."""
+        return Buckets, (self.config, None, self._made)
 
     def of(self, url: str) -> S3Files:
         """What reads the objects of an address.
