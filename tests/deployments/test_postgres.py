@@ -69,7 +69,6 @@ def api_url(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
     server.wait()
 
 
-@pytest.mark.soak
 def test_deployments_and_flow_run_on_a_server_with_postgresql(
     api_url: str,
     postgres: PostgresServer,

@@ -179,6 +179,7 @@ def expire(run: Run, meanwhile: Callable[[], object] = lambda: None) -> None:
     store, run.store = run.store, Faulty(run.store)
     run.store.fail("put", StorageUnreachableError("no answer"), times=math.inf)
     try:
+        eventually(lambda: run._renewal_failure is not None)
         check_forever(run)
     finally:
         meanwhile()
