@@ -4,7 +4,6 @@ No method lets an error of botocore's through. The server checks bodies against 
 writes are single PutObject calls, because a conditional CompleteMultipartUpload is not atomic on every store.
 """
 
-import copy
 import io
 import secrets
 import threading
@@ -107,7 +106,8 @@ class S3:
         return f"s3://{self.bucket}/{self.prefix}{key}"
 
     def at(self, url: str) -> tuple["S3", str]:
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # copy.copy would make another client, by `__reduce__`
+        other.__dict__.update(self.__dict__)
         other.prefix = ""
         other.bucket, key = split_url(url)
         return other, key

@@ -283,3 +283,8 @@ def test_a_store_that_ignores_conditions_is_refused_unless_that_is_allowed(
         store.check_fencing()
     assert list(store.list("")) == []
     Deaf(settings.model_copy(update={"allow_unfenced": True}), credentials).check_fencing()
+
+
+def test_another_bucket_is_asked_by_the_same_client_which_takes_long_to_make(server: S3) -> None:
+    other, key = server.at("s3://elsewhere/photos/1.png")
+    assert (other.url(key), other._client is server._client) == ("s3://elsewhere/photos/1.png", True)
