@@ -22,6 +22,15 @@ def masked(text: str) -> str:
     return _UP_TO_THE_LAST_AT.sub(lambda word: _PASSWORD.sub(r"//\1:***@", word[0]), text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether it can be written in UTF-8, which the name of a file or a folder need not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def plain(text: object) -> str:
     r"""The text as one line that nothing obeys, without passwords.
 

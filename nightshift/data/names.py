@@ -17,6 +17,7 @@ from nightshift.data.specs import SPECS
 from nightshift.errors import ConfigError, SourceError
 from nightshift.explain import near_miss
 from nightshift.ids import parse_dataset_name
+from nightshift.text import is_utf8
 from nightshift.values import LARGEST_IMAGE, LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES, SMALLEST_IMAGE
 
 
@@ -184,21 +185,13 @@ def check_classes(classes: Sequence[str]) -> None:
         raise ConfigError("two classes of the data set have the same name")
     if (longest := max(map(len, classes))) > LONGEST_CLASS_NAME:
         raise ConfigError(f"the name of a class has {longest:,} characters, and {LONGEST_CLASS_NAME:,} are the most")
-    if broken := [name for name in classes if not _is_text(name)]:
+    if broken := [name for name in classes if not is_utf8(name)]:
         raise ConfigError(f"the name of a class is no text in UTF-8: {broken[0]!r}")
     if len(json.dumps(classes)) > LONGEST_CLASS_NAMES:
         raise ConfigError(
             f"the names of the {len(classes):,} classes have more than {LONGEST_CLASS_NAMES:,} bytes together: "
             "give them shorter names"
         )
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # what a folder's name that is no UTF-8 becomes
-        return False
-    return True
 
 
 def check_extras(config: TrainConfig) -> None:

@@ -45,13 +45,13 @@ from nightshift.records import snapshots
 from nightshift.records.snapshots import SPLITS, Entry, History, Manifest
 from nightshift.refs import Finding, SnapshotRef
 from nightshift.storage.store import Store
-from nightshift.text import plain
-from nightshift.values import LONGEST_CLASS_NAME
+from nightshift.text import is_utf8, plain
+from nightshift.values import LONGEST_CLASS_NAME, SMALLEST_IMAGE
 
 _LISTED_AT_ONCE = 10_000
 _FIRST = 100
 """How many images decide the size at which all are stored, where the data set does not."""
-_SMALLEST, _LARGEST_AUTO = 16, 128
+_LARGEST_AUTO = 128
 _NAMED = 5
 """How many of the images that are left out are named on the way."""
 
@@ -228,20 +228,11 @@ def _listing(source: Source) -> pa.Table:
 
 def _as_row(listed: Listed) -> tuple[Any, ...]:
     name, place, label, group, refused = listed.id, listed.place, listed.label, listed.group, listed.refused
-    if not _is_text(name + place):
+    if not is_utf8(name + place):
         name, place, refused = plain(name), "", "its name is not UTF-8: rename it"
-    if not (_is_text(label) and label.isprintable() and len(label) <= LONGEST_CLASS_NAME):
+    if not (is_utf8(label) and label.isprintable() and len(label) <= LONGEST_CLASS_NAME):
         label, refused = "", refused or "its label is too long, or has characters that cannot be shown"
     return name, place, listed.hint, listed.size, label, listed.split, plain(group), listed.extra, refused
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be written in UTF-8, which a file's name need not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _each_once(listing: pa.Table) -> pa.Table:
@@ -277,12 +268,12 @@ def _shape(config: DatasetConfig, source: Source, listing: pa.Table, newest: tup
         return Shape(config.image_size, config.resize)
     if newest:
         return Shape(newest[0].size, config.resize)
-    with Decoders(source, Shape(_SMALLEST, "stretch"), processes=1) as decoders:
+    with Decoders(source, Shape(SMALLEST_IMAGE, "stretch"), processes=1) as decoders:
         first = decoders.read(islice(listed_of(listing), _FIRST))
         sides = [min(image.width, image.height) for image in first if not image.refused]
     if not sides:
         raise NoImagesError("none of the first images can be read: look at them, or set image_size in nightshift.toml")
-    size = min(max(statistics.median_low(sides), _SMALLEST), _LARGEST_AUTO)
+    size = min(max(statistics.median_low(sides), SMALLEST_IMAGE), _LARGEST_AUTO)
     progress.current().say(
         f"images are stored as {size} x {size} pixels, as the first ones are (image_size sets another)"
     )

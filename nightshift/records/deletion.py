@@ -5,7 +5,6 @@ Then the cards go, then the record, and then what nothing names any more. Whoeve
 be deleted again, or orphans, which `gc` finds.
 """
 
-from dataclasses import dataclass
 from datetime import timedelta
 
 from nightshift import processes
@@ -16,23 +15,11 @@ from nightshift.records.lease import is_live
 from nightshift.records.rebuild import check_never_begun
 from nightshift.records.run import read_record, write_record
 from nightshift.storage import documents
-from nightshift.storage.store import Store, Stored, Upload
+from nightshift.storage.store import Contents, Store
 
 
-@dataclass(frozen=True)
-class Belongings:
+class Belongings(Contents):
     """All that the store has of a run, in the order in which it is deleted."""
-
-    objects: list[Stored]
-    uploads: list[Upload]
-
-    @property
-    def keys(self) -> list[str]:
-        return [*(item.key for item in self.objects), *(upload.key for upload in self.uploads)]
-
-    @property
-    def bytes(self) -> int:
-        return sum(item.size for item in self.objects)
 
 
 def belongings(store: Store, run_id: str) -> Belongings:

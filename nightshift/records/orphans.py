@@ -7,7 +7,6 @@ our shapes are looked at: in a bucket without a prefix, all others are other peo
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
 
@@ -18,25 +17,13 @@ from nightshift.records.history import read_copy, read_history
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, PROBES, REPORTS, Kind, is_written_under, place_of
 from nightshift.records.lease import is_live
 from nightshift.records.run import READERS, read_record
-from nightshift.storage.store import Store, Stored, Upload
+from nightshift.storage.store import Contents, Store, Stored
 
 _A_MINUTE = timedelta(minutes=1)
 
 
-@dataclass(frozen=True)
-class Orphans:
+class Orphans(Contents):
     """Objects and unfinished multipart uploads that nothing will ever ask for."""
-
-    objects: list[Stored]
-    uploads: list[Upload]
-
-    @property
-    def keys(self) -> list[str]:
-        return [*(item.key for item in self.objects), *(upload.key for upload in self.uploads)]
-
-    @property
-    def bytes(self) -> int:
-        return sum(item.size for item in self.objects)
 
 
 def find(store: Store, older_than: timedelta) -> Orphans:

@@ -30,6 +30,22 @@ class Upload:
     started: datetime
 
 
+@dataclass(frozen=True)
+class Contents:
+    """Some objects and unfinished uploads of a store."""
+
+    objects: list[Stored]
+    uploads: list[Upload]
+
+    @property
+    def keys(self) -> list[str]:
+        return [*(item.key for item in self.objects), *(upload.key for upload in self.uploads)]
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.size for item in self.objects)
+
+
 def split_url(url: str) -> tuple[str, str]:
     """The bucket and the key of an address such as `Store.url` gives.
 
