@@ -195,4 +195,6 @@ def train(ask: Callable[..., Any], home: Path, prefix: str) -> Iterator[Callable
 def worker_of(home: Path) -> tuple[int, int]:
     """The pids of the process that stands before the worker, and of the worker."""
     wrapper = int((home / "worker" / "server.pid").read_text().split()[2])
-    return wrapper, int(Path(f"/proc/{wrapper}/task/{wrapper}/children").read_text())
+    children = Path(f"/proc/{wrapper}/task/{wrapper}/children")
+    eventually(lambda: bool(children.read_text()))
+    return wrapper, int(children.read_text())

@@ -279,7 +279,7 @@ def test_a_run_that_is_interrupted_too_often_is_given_up_and_somebody_is_told(
     assert hopeless.events == ["started", "interrupted", "failed"]
     eventually(lambda: hopeless.state["type"] == "FAILED")
     assert "NIGHTSHIFT_MAX_RECOVERIES" in hopeless.state["message"]
-    eventually(lambda: any("hopeless (tutorial) has failed" in message["subject"] for message in told[1]))
+    eventually(lambda: any("hopeless (tutorial) has failed" in message["subject"] for message in told[1]), timeout=120)
 
 
 def test_a_run_goes_on_while_the_server_is_killed_and_started_again(
