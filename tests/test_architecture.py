@@ -148,3 +148,15 @@ def test_every_task_fits_on_less_than_thirty_lines() -> None:
     del lines["__init__.py"]
     assert lines
     assert {name: count for name, count in lines.items() if count >= 30} == {}
+
+
+def test_every_link_of_the_docs_to_a_file_leads_to_one() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    links = [
+        (page, target)
+        for page in pages
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())
+        if not target.startswith("http")
+    ]
+    assert len(links) > 20
+    assert [(page.name, target) for page, target in links if not (page.parent / target).exists()] == []

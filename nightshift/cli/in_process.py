@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
     """Yields what runs the flow to its end and returns the run's record.
 
-    Its arguments are the run id, the config, whether the model may go live if it is better, and the place of the
-    images if they are of no data set that has a name.
+    Its arguments are the run id, the config, whether the model may go live if it is better, the place of the images
+    if they are of no data set that has a name, and the digest of an earlier snapshot if they are not tonight's.
     """
     from nightshift import progress
     from nightshift.cli.terminal import TerminalProgress
@@ -48,7 +48,9 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
             server, wait_for_server = stack.enter_context(local_prefect(settings.home))
             os.environ.update(server.environment)
 
-        def run_flow(run_id: str, config: "TrainConfig", promote: bool, images: str | None = None) -> "RunRecord":
+        def run_flow(
+            run_id: str, config: "TrainConfig", promote: bool, images: str | None = None, snapshot: str | None = None
+        ) -> "RunRecord":
             with display.waiting("starting"):
                 # Importing torch and Prefect takes as long as the server's start, which goes on meanwhile.
                 from nightshift.training.run import check_config
@@ -65,7 +67,7 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
                 if config.data.dataset in SPECS:
                     train_cifar(recipe, overrides, run_id, promote)
                 else:
-                    retrain(recipe, overrides, run_id, promote, images)
+                    retrain(recipe, overrides, run_id, promote, images, snapshot)
             except (TerminationSignal, KeyboardInterrupt):
                 raise Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
             return _record(run_id, config.data.dataset)

@@ -41,6 +41,10 @@ def train(
         str | None,
         typer.Option("--images", metavar="PLACE", help="Train on a folder, an s3:// prefix or a table, as it is."),
     ] = None,
+    snapshot: Annotated[
+        str | None,
+        typer.Option("--snapshot", metavar="DIGEST", help="Train on an earlier snapshot; `nightshift data list`."),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -58,9 +62,13 @@ def train(
     config = checked_config(recipe, changes, project=project, images=images)
     check_extras(config)
     if config.data.dataset not in SPECS:
-        check_source(dataset_config(project, config.data.dataset, images))
+        place = dataset_config(project, config.data.dataset, images)
+        if not snapshot:  # its images may be gone by now
+            check_source(place)
+    elif snapshot:
+        raise ConfigError(f"--snapshot {snapshot}: {config.data.dataset} never changes, and so has no snapshots")
     run_id = parse_run_id(run_id) if run_id is not None else new_run_id(recipe, datetime.now(UTC))
-    _run_and_print(run_id, config, as_json, verbose, images=images)
+    _run_and_print(run_id, config, as_json, verbose, images=images, snapshot=snapshot)
 
 
 @app.command(rich_help_panel="Train")
@@ -185,9 +193,10 @@ def _run_and_print(
     verbose: bool,
     promote: bool = True,
     images: str | None = None,
+    snapshot: str | None = None,
 ) -> None:
     with flow_runner(verbose) as run_flow:
-        record = run_flow(run_id, config, promote, images)
+        record = run_flow(run_id, config, promote, images, snapshot)
     if as_json:
         print_json(record.summary())
     else:

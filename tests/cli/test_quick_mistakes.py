@@ -19,6 +19,7 @@ MISTAKES = {
     ("train", "--set", "dataset=mnist"): "The data sets are: cifar10",
     ("train", "--images", "/no/such/folder"): "there is nothing at /no/such/folder",
     ("train", "--images", "/no/such/table.csv"): "there is nothing at /no/such/table.csv",
+    ("train", "--snapshot", "0123"): "cifar10 never changes",
     ("train", "--images", ""): "an empty name is no place of images",
     ("data", "check", "parts"): "there is no data set 'parts'",
     ("data", "list", "shards"): "is not a valid name",

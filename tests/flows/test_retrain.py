@@ -1,5 +1,6 @@
 """A team's own images, as a user trains on them: a folder, a prefix or a table, night after night."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,11 +74,11 @@ def test_ten_thousand_images_are_trained_on_wherever_they_lie_and_the_bad_ones_a
     assert digests == {summary["snapshot"]}
 
 
-def test_a_night_with_nothing_new_trains_nothing_and_one_with_more_images_does(
+def test_a_night_with_nothing_new_trains_nothing_one_with_more_images_does_and_an_earlier_one_can_be_had_again(
     nightshift: Callable[..., Finished], tmp_path: Path, cifar: Dataset, prefect_api: str
 ) -> None:
-    def night() -> Finished:
-        return nightshift("train", "--images", str(tmp_path / "photos"), *FAST, PREFECT_API_URL=prefect_api)
+    def night(*options: str) -> Finished:
+        return nightshift("train", "--images", str(tmp_path / "photos"), *FAST, *options, PREFECT_API_URL=prefect_api)
 
     write(tmp_path / "photos", cifar, range(200))
     first, second = night(), night()
@@ -87,6 +88,9 @@ def test_a_night_with_nothing_new_trains_nothing_and_one_with_more_images_does(
     third = night()
     assert third.json["run_id"] != first.json["run_id"]
     assert third.json["snapshot"] != first.json["snapshot"]
+    shutil.rmtree(tmp_path / "photos")
+    again = night("--snapshot", first.json["snapshot"][:12], "--set=epochs=1")
+    assert (again.json["status"], again.json["snapshot"]) == ("finished", first.json["snapshot"])
 
 
 def test_a_run_that_was_killed_ends_with_its_own_bits_though_images_came_and_the_project_file_went(
