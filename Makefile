@@ -7,15 +7,15 @@ setup: $(STAMP)
 	@:
 
 $(STAMP): requirements.lock pyproject.toml
-	@echo "Preparing .venv (about 30 s; torch is large)"
+	@echo "Preparing .venv (about a minute; torch is large)"
 	@test -x .venv/bin/python || python3 -m venv .venv
 	@sed -n '/^uv==/,/[^\]$$/p' requirements.lock > .venv/uv.lock
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.lock
 ifdef UV_TORCH_BACKEND
 	@sed -E -f deployments/cpu-build.sed requirements.lock > .venv/requirements.lock
-	@.venv/bin/uv pip sync --quiet .venv/requirements.lock
+	@.venv/bin/uv pip sync --quiet --compile-bytecode .venv/requirements.lock
 else
-	@.venv/bin/uv pip sync --quiet --require-hashes requirements.lock
+	@.venv/bin/uv pip sync --quiet --compile-bytecode --require-hashes requirements.lock
 endif
 	@.venv/bin/uv pip install --quiet --no-deps --build-constraints requirements.lock --require-build-hashes --editable .
 	@touch $@

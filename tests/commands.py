@@ -80,7 +80,7 @@ def run_installed(arguments: tuple[str, ...], environment: Mapping[str, str], cw
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 

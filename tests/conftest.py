@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -32,16 +33,27 @@ from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.commands import Command, Finished
 
+# Whoever shares the cores may keep an example waiting for as long as it likes.
+hypothesis.settings.register_profile("shared cores", deadline=None)
+hypothesis.settings.load_profile("shared cores")
+
 LONGEST = (
-    "test_server.py",
-    "test_train_cifar.py",
-    "test_kills.py",
-    "test_launch.py",
-    "test_faults.py",
-    "test_exact_resume.py",
-    "test_local_s3.py",
-    "test_lease.py",
-    "test_checkpoints.py",
+    "server/test_server.py",
+    "server/test_retrain.py",
+    "flows/test_train_cifar.py",
+    "flows/test_retrain.py",
+    "flows/test_store_of_yesterday.py",
+    "faults/test_kills.py",
+    "faults/test_publishing_kills.py",
+    "fuzz/test_stored.py",
+    "parallel/test_launch.py",
+    "publishing/test_republish.py",
+    "cli/test_champion.py",
+    "cli/test_tonight.py",
+    "records/test_recovery.py",
+    "local/test_full_disk.py",
+    "faults/test_faults.py",
+    "training/test_exact_resume.py",
 )
 SLOW = {"deployments", "deployments/server", "faults", "flows", "fuzz", "parallel", "publishing"}
 SLOW_FIXTURES = {"prefect_server", "candidates", "start"}
@@ -55,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     train; and the manifests.
     """
     ranks = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    items.sort(key=lambda item: ranks.get(f"{item.path.parent.name}/{item.path.name}", len(ranks)))
     for item in items:
         room = item.path.parent.relative_to(Path(__file__).parent).as_posix()
         if room in SLOW or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):

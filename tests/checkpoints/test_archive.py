@@ -200,7 +200,7 @@ def test_a_directory_of_a_million_entries_is_refused() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_pickle_runs_nothing_and_says_no_more_than_plain_values(data: st.DataObject) -> None:
     weights = {"a": torch.arange(6).reshape(2, 3), "b": [1.5, None, ("x", 2)], "c": torch.tensor(1.0)}
     body = bytearray(saved(weights))

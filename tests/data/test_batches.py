@@ -78,7 +78,6 @@ SEEDS = st.integers(0, 2**31 - 1)
 
 
 @given(PLANS, SEEDS)
-@settings(deadline=None)
 def test_every_epoch_sees_each_image_once(plan: Plan, seed: int) -> None:
     for epoch in range(plan.epochs):
         first = epoch * plan.steps_per_epoch
@@ -120,7 +119,6 @@ def test_the_order_differs_from_epoch_to_epoch_from_seed_to_seed_and_from_the_st
 
 
 @given(PLANS, SEEDS, st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_a_steps_images_are_the_same_whatever_was_asked_before(plan: Plan, seed: int, chance: random.Random) -> None:
     steps = list(range(plan.total_steps))
     expected = [batch_indices(plan, seed, step).clone() for step in steps]
@@ -130,7 +128,7 @@ def test_a_steps_images_are_the_same_whatever_was_asked_before(plan: Plan, seed:
 
 
 @given(st.permutations(range(12)), SEEDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_steps_augmentation_is_the_same_whatever_was_asked_before(order: list[int], seed: int) -> None:
     dataset, config = dataset_of(noise(60)), config_of(flip="random", translate=3, seed=seed)
     expected = [batch(dataset, config, step) for step in range(12)]

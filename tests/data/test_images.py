@@ -352,7 +352,7 @@ BODIES = [
 
 
 @given(body=st.sampled_from(BODIES), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_damaged_image_is_read_or_refused_and_nothing_else(body: bytes, data: st.DataObject) -> None:
     damaged = bytearray(body)
     for _ in range(data.draw(st.integers(1, 8))):

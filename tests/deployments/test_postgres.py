@@ -29,7 +29,7 @@ from tests.commands import Finished
 from tests.conftest import eventually
 from tests.records.test_lease import spec
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")

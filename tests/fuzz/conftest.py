@@ -1,6 +1,6 @@
 """How many cases there are, and what none of them may do: hang, fill the memory, or write where it should not.
 
-`make test` tries the same hundred of each kind every time, `make soak` thousands of others (FUZZ_CASES).
+`make test` tries the same fifty of each kind every time, `make soak` thousands of others (FUZZ_CASES).
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-CASES = int(os.environ.get("FUZZ_CASES", "100"))
+CASES = int(os.environ.get("FUZZ_CASES", "50"))
 _MIB = 2**20
 _MOST_MIB = 500
 

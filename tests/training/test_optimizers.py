@@ -46,7 +46,6 @@ def test_constant_is_constant(total: int) -> None:
 
 @pytest.mark.parametrize(("schedule", "share"), [("triangular", 0.2), ("one_cycle", 0.3)])
 @given(total=st.integers(10, 500))
-@settings(deadline=None)
 def test_the_rate_rises_to_its_one_peak_and_falls_from_it(schedule: str, share: float, total: int) -> None:
     values = rates(schedule, total)
     peak = values.index(max(values))
@@ -77,7 +76,7 @@ def test_cosine_falls_from_step_to_step(total: int) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @given(order=st.permutations(range(50)), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_rate_depends_on_nothing_but_config_step_and_total(schedule: str, order: list[int], seed: int) -> None:
     expected = rates(schedule, 50)
     for step in order:

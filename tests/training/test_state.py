@@ -274,7 +274,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("key", WEIGHTS)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_one_bit_of_one_weight_changes_the_hash(key: str, data: st.DataObject) -> None:
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in WEIGHTS.items()}
     before = weights_sha256(weights)
