@@ -75,6 +75,9 @@ class Dataset:
     validation_images: Tensor | None = None
     """What sweeps choose by; none where the data set has no such split."""
     validation_labels: Tensor | None = None
+    test_content: Tensor | None = None
+    """The sha256 of each test image's file, uint8 (N, 32), by which an image is known on other nights; none where the
+    data set never changes."""
     near: tuple[Pair, ...] = ()
     """Images to train on that are nearly the same as ones to judge by, most alike first."""
 

@@ -1,8 +1,9 @@
 """A snapshot on this machine: the pixels of its shards in one file, from which they are mapped into memory.
 
 The file is a cache. It is safetensors: for each split uint8 images (N, size, size, 3) and their classes' numbers (N,),
-uint8 or, for more than 256 classes, int32. Images are in the order of their ids. Each image's pixels are compared with
-the sha256 that the snapshot's digest rests on when the file is made, and the file with its own when it is opened.
+uint8 or, for more than 256 classes, int32; and the sha256 of each test image's file, uint8 (N, 32). Images are in the
+order of their ids. When the file is made, each image's pixels are compared with the sha256 that the snapshot's digest
+rests on; when it is opened, the file with its own.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import compute
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -94,7 +94,7 @@ def _in_cache(workspace: Workspace, ref: DatasetRef) -> tuple[Path, dict[str, An
         try:
             return path, _facts(path)
         except DataCorruptError as error:
-            progress.current().warn(f"{path} is damaged ({error}): packing it again")
+            progress.current().warn(f"{path} is damaged or of an older nightshift ({error}): packing it again")
             path.unlink()
     manifest, rows = read_rows(workspace.store, ref.name, ref.digest)
     classes = sorted(manifest.classes)
@@ -131,6 +131,8 @@ def _facts(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="np") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["nightshift"])
+            if "test_content" not in facts["sha256"]:
+                raise DataCorruptError("it does not say which its test images are")
             for name, expected in facts["sha256"].items():
                 if hashlib.sha256(np.ascontiguousarray(file.get_tensor(name)).data).hexdigest() != expected:
                     raise DataCorruptError(f"{name} does not have its sha256")
@@ -143,19 +145,21 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _assembled(store: Store, rows: pa.Table, classes: list[str], size: int) -> dict[str, np.ndarray]:
     """The arrays of all splits, from the shards. A class' number is its place in `classes`."""
-    used = table.kept(rows)
     numbers = {name: number for number, name in enumerate(classes)}
     arrays: dict[str, np.ndarray] = {}
     places: dict[bytes, list[tuple[int, bytes, np.ndarray]]] = defaultdict(list)
     for split in SPLITS:
-        part = used.filter(compute.equal(used["split"], split))
+        part = table.of_split(rows, split)
         images = np.empty((len(part), size, size, 3), np.uint8)
         labels = np.empty(len(part), np.uint8 if len(classes) <= 256 else np.int32)
         for at, (label, shard, offset, pixels) in enumerate(table.iterate(part, "label", "shard", "offset", "pixels")):
             labels[at] = numbers[label]
             places[shard].append((offset, pixels, images[at]))
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
-    with progress.current().transfer(f"packing {len(used):,} images", None) as advance:
+    content = b"".join(sha256 for (sha256,) in table.iterate(table.of_split(rows, "test"), "content"))
+    arrays["test_content"] = np.frombuffer(content, np.uint8).reshape(-1, 32)
+    count = sum(len(arrays[f"{split}_labels"]) for split in SPLITS)
+    with progress.current().transfer(f"packing {count:,} images", None) as advance:
         for shard, wanted in places.items():
             body = _shard(store, shard.hex())
             for offset, pixels, into in wanted:

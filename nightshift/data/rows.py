@@ -113,6 +113,12 @@ def kept(rows: pa.Table, *columns: str) -> pa.Table:
     return (rows.select(columns) if columns else rows).filter(compute.equal(rows["refused"], ""))
 
 
+def of_split(rows: pa.Table, split: str) -> pa.Table:
+    """The rows of images that are used in a split, in the order in which they are packed and tested."""
+    used = kept(rows)
+    return used.filter(compute.equal(used["split"], split))
+
+
 def repeated(rows: pa.Table, column: str) -> pa.Table:
     """The rows whose value of a column stands in another row too."""
     counted = rows.select([column]).group_by(column).aggregate([([], "count_all")])

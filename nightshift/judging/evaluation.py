@@ -164,7 +164,7 @@ def read_metrics(store: Store, run_id: str) -> Metrics | None:
 
 
 def read_predictions(store: Store, metrics: Metrics) -> bytes:
-    """The stored predictions, as they are published under the name `gate.PREDICTIONS`.
+    """The stored predictions, as they are published under the name `answers.PREDICTIONS`.
 
     Raises:
         StorageError: it cannot be read, or is not what was stored.
@@ -175,13 +175,13 @@ def read_predictions(store: Store, metrics: Metrics) -> bytes:
     return body
 
 
-def predictions_file(answers: Answers, classes: int) -> bytes:
-    """What the model predicts of each test image, and what is right: safetensors of two uint8 (N,).
-
-    They are int32 where there are more than 256 classes.
-    """
-    dtype = torch.uint8 if classes <= 256 else torch.int32
-    return save_safetensors({"predicted": answers.predicted.to(dtype), "labels": answers.labels.to(dtype)})
+def predictions_file(answers: Answers, dataset: Dataset) -> bytes:
+    """What the model predicts of each test image, and what is right: safetensors, as `answers.PREDICTIONS` says."""
+    dtype = torch.uint8 if len(dataset.classes) <= 256 else torch.int32
+    tensors = {"predicted": answers.predicted.to(dtype), "labels": answers.labels.to(dtype)}
+    if dataset.test_content is not None:
+        tensors["content"] = dataset.test_content
+    return save_safetensors(tensors)
 
 
 def load_model(
@@ -331,7 +331,7 @@ def _evaluate(
     with failures_explained(device):
         model = load_model(config, weights, len(dataset.classes), device, dataset.image_size)
         answers = answer_test_images(model, dataset, config)
-    body = predictions_file(answers, len(dataset.classes))
+    body = predictions_file(answers, dataset)
     key = report_key(checkpoint.run_id, "predictions.safetensors")
     workspace.store.put(key, body)
     return Metrics(

@@ -113,7 +113,7 @@ def _make(workspace: Workspace, record: RunRecord) -> tuple[ModelCard, dict[str,
         with failures_explained(device):
             model = evaluation.load_model(config, weights, len(dataset.classes), device, dataset.image_size)
             answers = evaluation.answer_test_images(model, dataset, config)
-        predictions = evaluation.predictions_file(answers, len(dataset.classes))
+        predictions = evaluation.predictions_file(answers, dataset)
     return contents_of(record, weights, measured, predictions, dataset)
 
 
