@@ -60,7 +60,7 @@ def train_and_judge(
     with recovery.closed_if_it_fails(workspace.store, run_id):
         evaluation = evaluate(workspace, checkpoint, dataset)
         model = publish(workspace, checkpoint, dataset, evaluation)
-        verdict = ask_gate(workspace, model, settings.gate) if promote else None
+        verdict = ask_gate(workspace, model, settings.gate, checkpoint) if promote else None
         report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
     if not verdict:
         return Completed(message=f"{run_id}: {model.test_accuracy:.2%}, the gate was not asked", data=model)

@@ -3,12 +3,17 @@
 from prefect.events import emit_event
 
 from nightshift.errors import NotPromotedError
+from nightshift.judging.table import guards_table
 from nightshift.refs import Verdict
 from nightshift.text import plain
 
+_SHOWN = 4
+"""How many guards a message shows beside the whole."""
+
 
 def verdict_message(run_id: str, verdict: Verdict) -> str:
-    return plain(f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}")
+    """The verdict in a line, and a short table if something was compared."""
+    return "\n".join([_sentence(run_id, verdict), *guards_table(verdict, _SHOWN)])
 
 
 def handle_rejection(run_id: str, verdict: Verdict, fail_when_rejected: bool) -> None:
@@ -20,6 +25,11 @@ def handle_rejection(run_id: str, verdict: Verdict, fail_when_rejected: bool) ->
     if verdict.promoted:
         return
     resource = {"prefect.resource.id": f"nightshift.run.{run_id}", "prefect.resource.name": run_id}
-    emit_event("nightshift.rejected", resource, payload={"reason": plain(verdict.reason)})
+    payload = {"reason": plain(verdict.reason), "table": "\n".join(guards_table(verdict, _SHOWN))}
+    emit_event("nightshift.rejected", resource, payload=payload)
     if fail_when_rejected:
-        raise NotPromotedError(verdict_message(run_id, verdict))
+        raise NotPromotedError(_sentence(run_id, verdict))
+
+
+def _sentence(run_id: str, verdict: Verdict) -> str:
+    return plain(f"{run_id} {'is promoted' if verdict.promoted else 'is not promoted'}: {verdict.reason}")

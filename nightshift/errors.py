@@ -29,6 +29,7 @@
     ├── DatasetRejectedError                 tonight's images break a rule that stops the night
     ├── UnreadableImageError                 an image file is none, damaged or too large; the message is the reason
     ├── CheckpointCorruptError               a stored payload is not what its record says
+    ├── NotComparableError                   a version that can no longer be built has left too little to compare
     ├── NotPromotedError                     the gate rejected a model, and the settings make that a failure
     ├── ExportError                          an exported file is not what it should be
     ├── TrainingDivergedError                the loss is not a finite number
@@ -178,6 +179,10 @@ class UnreadableImageError(NightshiftError):
 
 class CheckpointCorruptError(NightshiftError):
     pass
+
+
+class NotComparableError(NightshiftError):
+    """A version can no longer be built here, and what it has left is too little to compare it by."""
 
 
 class NotPromotedError(NightshiftError):

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from nightshift.ids import DatasetName, RunId, Sha256
 from nightshift.values import FROZEN, MOST_CLASSES, Count, ImageSize, Line, Loss, Number, Seconds, Share, Text
 
+MOST_GUARDS = 20
+"""How many guards a verdict names beside the whole: there may be one for each of 100,000 classes."""
+
 
 class _Ref(BaseModel):
     model_config = FROZEN | ConfigDict(extra="forbid")
@@ -138,6 +141,26 @@ class ChampionRef(_Ref):
     """The version that was live before it."""
 
 
+class Guard(_Ref):
+    """A candidate and the champion on a part of tonight's test images.
+
+    `difference` is the candidate's accuracy there minus the champion's, `low` and `high` its 95 % interval.
+    """
+
+    name: Text
+    """The class, COLUMN=VALUE of a slice, or what else the part is called."""
+    kind: Literal["whole", "known", "class", "slice"]
+    """known: the images of all classes that the champion knows, where there are others too."""
+    images: Count
+    difference: Number
+    low: Number
+    high: Number
+    p_value: Share
+    """Of the whole: McNemar's. Of the others: of being worse, on one side, corrected for their number (Holm)."""
+    ok: bool
+    """False: the candidate is refused for it."""
+
+
 class Verdict(_Ref):
     """What the gate decided about a candidate, and which version is champion afterwards."""
 
@@ -146,6 +169,10 @@ class Verdict(_Ref):
     comparison: Comparison | None
     """None if there was no champion, or if the candidate was the champion already."""
     champion: ChampionRef | None
+    guards: list[Guard] = Field(default_factory=list, max_length=MOST_GUARDS + 1)
+    """The whole, then the guards that are broken or closest to it. Empty where nothing was compared, and of old."""
+    guarded: Count = 0
+    """How many guards there were beside the whole, shown or not."""
 
 
 class TrialResult(_Ref):

@@ -117,12 +117,29 @@ class GateSettings(BaseModel):
         None,
         ge=0,
         le=1,
-        description="How far it may lie below the best champion since the last change by hand; none: max_regression.",
+        description="How far it may lie below the best champion of the last thirty nights, or since the last change by "
+        "hand; none: max_regression.",
+    )
+    max_class_regression: float = Field(
+        0.05, ge=0, le=1, description="How far it may lie below the champion's on a class or slice, beyond chance."
+    )
+    min_class_images: int = Field(30, ge=1, description="A class or slice with fewer test images has no guard.")
+    slices: str = Field(
+        "", max_length=1000, description="Columns of your own table whose values are guarded, with commas between."
     )
     require_significance: bool = Field(
         False, description="Promote only what McNemar's test finds better than the champion."
     )
     fail_when_rejected: bool = Field(False, description="End the flow run Failed, not Completed, on a rejection.")
+
+    @property
+    def class_regression(self) -> float:
+        """How much a part may lose: as much as the whole may, at least."""
+        return max(self.max_class_regression, self.max_regression)
+
+    @property
+    def slice_columns(self) -> list[str]:
+        return [name for name in map(str.strip, self.slices.split(",")) if name]
 
 
 class Settings(BaseSettings):

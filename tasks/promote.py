@@ -1,13 +1,25 @@
 """Task: the champion gate."""
 
+from contextlib import nullcontext
+
 from nightshift.judging import gate
-from nightshift.refs import ModelRef, Verdict
+from nightshift.judging.tonight import Tonight
+from nightshift.records.lease import attached
+from nightshift.refs import CheckpointRef, ModelRef, Verdict
 from nightshift.settings import GateSettings
 from nightshift.workspace import Workspace
-from tasks import step
+from tasks import interruptible, step
 
 
 @step
-def promote(workspace: Workspace, candidate: ModelRef, settings: GateSettings) -> Verdict:
-    """Compare a candidate with the champion on the same images, and make it the champion if it passes."""
-    return gate.promote(workspace.store, candidate, settings)
+def promote(
+    workspace: Workspace, candidate: ModelRef, settings: GateSettings, checkpoint: CheckpointRef | None = None
+) -> Verdict:
+    """Compare a candidate with the champion on the same images, and make it the champion if it passes.
+
+    Its run goes on to be held meanwhile, if it is not finished yet: to test a champion may take longer than a lease.
+    """
+    store = workspace.store
+    held = attached(store, checkpoint, workspace.lease_seconds) if checkpoint else nullcontext()
+    with interruptible(), held:
+        return gate.promote(store, candidate, settings, Tonight(workspace, candidate.run_id).predicted)

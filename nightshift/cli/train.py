@@ -208,6 +208,7 @@ def _print_summary(record: "RunRecord") -> None:
 
     from nightshift.cli.screen import styled
     from nightshift.cli.terminal import facts_table, percent, status_text
+    from nightshift.judging.table import guards_table
 
     assert record.result is not None
     epochs = record.train_config().schedule.epochs
@@ -226,6 +227,9 @@ def _print_summary(record: "RunRecord") -> None:
     console().print(
         Panel(facts_table(facts), title=styled(f"run {record.run_id}", ""), title_align="left", expand=False)
     )
+    if record.result.verdict:
+        for line in guards_table(record.result.verdict):
+            console().print(line, soft_wrap=True)
 
 
 def _verdict_text(verdict: "Verdict | None") -> "str | Text":

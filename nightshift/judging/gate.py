@@ -1,45 +1,65 @@
-"""The champion gate: is the candidate better than what is live, on the same test images?
+"""The champion gate: is the candidate better than what is live, on tonight's test images?
 
-Two models that see the same images are compared image by image (paired). Both classify most images alike, and those
-say nothing of the difference: so half a point can be found that two separate intervals would hide.
+champion    = what is live; its answers are stored, or it is tested on tonight's images
+on the whole: not worse than max_regression allows
+guards:       not worse than chance explains on the known classes, on a class, on a slice
+slide:        not below the best champion of the last nights by more than max_slide
+all passed: the candidate is champion, if the champion is still the one it was compared with; else once more
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
-from safetensors.numpy import load as load_safetensors
 
 from nightshift import progress
-from nightshift.errors import DocumentDamagedError, DocumentNewerError, HistoryLostError, RunNotFoundError
+from nightshift.errors import (
+    DataCorruptError,
+    DocumentDamagedError,
+    DocumentNewerError,
+    HistoryLostError,
+    NotComparableError,
+    RunNotFoundError,
+    SourceError,
+)
+from nightshift.judging.answers import Answer, Pair, Predictions, not_at_hand, pair, read_predictions, slices
+from nightshift.judging.paired import SIGNIFICANCE, Division, Guarded, compare, guard, of_whole
 from nightshift.records import champions
 from nightshift.records.history import History, Transition
 from nightshift.records.rebuild import check_explained
 from nightshift.records.run import read_record
-from nightshift.records.versions import ModelCard, read_card, read_tensors
-from nightshift.refs import Comparison, ModelRef, Verdict
+from nightshift.records.versions import ModelCard, read_card
+from nightshift.refs import Comparison, Guard, ModelRef, Verdict
 from nightshift.settings import GateSettings
 from nightshift.storage.store import Store
+from nightshift.text import plain
 
-SIGNIFICANCE = 0.05
-PREDICTIONS = "predictions.safetensors"
-"""A file of each version: `predicted` and `labels` of the test images in the data set's order.
-
-Both are uint8 (N,), or int32 (N,) where there are more than 256 classes.
-"""
-_UNDECIDABLE = (DocumentDamagedError, DocumentNewerError, HistoryLostError)
+_UNDECIDABLE = (
+    DataCorruptError,
+    DocumentDamagedError,
+    DocumentNewerError,
+    HistoryLostError,
+    NotComparableError,
+    SourceError,
+)
 """What keeps the gate from deciding, however often it is asked: a person has to mend something first."""
+_NIGHTS = timedelta(days=30)
+_NAMED = 5
+"""How many classes, and how many broken guards, a reason names."""
 
 
-def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdict:
+def promote(store: Store, candidate: ModelRef, settings: GateSettings, answer: Answer = not_at_hand) -> Verdict:
     """Compare a published version with the champion, and make it the champion if it passes.
 
     The champion that is compared with is the one that is replaced: if another candidate was promoted meanwhile, the
     comparison is made again, with that one. The verdict on a finished run stands, and a run that passed before is not
-    promoted a second time. Where it cannot be decided, since the history or a published file is damaged or missing,
-    nothing is promoted, and the verdict says what to do.
+    promoted a second time; its guards are not tested again. Where it cannot be decided, since the history or a
+    published file is damaged or missing, nothing is promoted, and the verdict says what to do.
+
+    Args:
+        answer: tests a version whose stored predictions are of other images on tonight's. It may raise anything that
+            `Tonight.predicted` does.
 
     Raises:
         ModelNotFoundError: the candidate is not published.
@@ -49,12 +69,12 @@ def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdic
         return earlier
     decision = f"gate/{candidate.version}"
     card = read_card(store, candidate.name, candidate.version)
-    verdict: Verdict
+    verdict: Verdict | None = None
 
     def decide(history: History) -> Transition | None:
         nonlocal verdict
         try:
-            verdict = _held_by_pin(_judge(store, card, history, settings), card, history)
+            verdict = _held_by_pin(_judge(store, card, history, settings, answer), card, history)
         except _UNDECIDABLE as error:
             verdict = _undecided(card, error, history)
         if not verdict.promoted or (history.champion and history.champion.version == candidate.version):
@@ -74,39 +94,12 @@ def promote(store: Store, candidate: ModelRef, settings: GateSettings) -> Verdic
         return _undecided(card, error, None)
     made = history.find(decision)
     if made:  # by this call or by an earlier one
-        return Verdict(promoted=True, reason=made.reason, comparison=made.comparison, champion=history.champion)
+        guards = verdict.model_dump(include={"guards", "guarded"}) if verdict else {}
+        return Verdict(
+            promoted=True, reason=made.reason, comparison=made.comparison, champion=history.champion, **guards
+        )
+    assert verdict is not None
     return verdict
-
-
-def compare(candidate: np.ndarray, champion: np.ndarray, name: str) -> Comparison:
-    """Compare two classifiers on the same images.
-
-    The test is McNemar's (1947) in its exact form, a binomial test on the images that only one of them has right. The
-    interval is that of Bonett and Price (2012) for the difference of paired proportions, which also holds where the
-    two hardly differ.
-
-    Args:
-        candidate, champion: bool (N,), whether each image was classified correctly.
-        name: the champion's version.
-    """
-    from scipy.stats import binomtest, norm  # here, because it costs every start half a second
-
-    images = len(candidate)
-    gained, lost = int((candidate & ~champion).sum()), int((champion & ~candidate).sum())
-    p_value = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    share_gained, share_lost = (gained + 1) / (images + 2), (lost + 1) / (images + 2)
-    middle = share_gained - share_lost
-    half = norm.ppf(1 - SIGNIFICANCE / 2) * math.sqrt((share_gained + share_lost - middle**2) / (images + 2))
-    return Comparison(
-        champion=name,
-        images=images,
-        only_candidate=gained,
-        only_champion=lost,
-        difference=(gained - lost) / images,
-        low=float(middle - half),
-        high=float(middle + half),
-        p_value=float(p_value),
-    )
 
 
 def _recorded_verdict(store: Store, run_id: str) -> Verdict | None:
@@ -139,24 +132,36 @@ def _held_by_pin(verdict: Verdict, card: ModelCard, history: History) -> Verdict
     return verdict.model_copy(update={"promoted": False, "reason": held})
 
 
-def _judge(store: Store, card: ModelCard, history: History, settings: GateSettings) -> Verdict:
+def _judge(store: Store, card: ModelCard, history: History, settings: GateSettings, answer: Answer) -> Verdict:
     champion = history.champion
     if champion and champion.version == card.version:
         return Verdict(promoted=True, reason="it is the champion already", comparison=None, champion=champion)
     if not champion:
         check_explained(store, card.name, card.version)
     theirs = champions.read_card_of(store, history, champion.version) if champion else None
-    comparison = None
     reason = _reason_to_refuse(store, card, theirs, history, settings)
     if reason or not theirs:
-        promoted, reason = not reason, reason or f"{card.test_accuracy:.2%}, and there was no champion"
-    else:
-        ours = _read_answers(store, card)
-        comparison = compare(*_correct(store, ours, theirs), theirs.version)
-        promoted, reason = _weigh(comparison, settings)
-        if promoted and (slide := _slide(store, ours, theirs, history, settings)):
-            promoted, reason = False, f"{reason}: {slide}"
-    return Verdict(promoted=promoted, reason=reason, comparison=comparison, champion=champion)
+        reason, promoted = reason or f"{card.test_accuracy:.2%}, and there was no champion", not reason
+        return Verdict(promoted=promoted, reason=reason, comparison=None, champion=champion)
+    ours = read_predictions(store, card)
+    found = pair(store, ours, theirs, answer)
+    comparison = compare(found.candidate, found.other, theirs.version)
+    guarded = _guarded(store, ours, theirs, found, settings)
+    on_the_whole, on_parts = _objection(comparison, settings), _objection_of_guards(guarded, settings)
+    objections = [text for text in (on_the_whole, on_parts) if text]
+    if not objections and (slide := _slide(store, ours, theirs, history, settings, answer)):
+        objections = [slide]
+    said = [f"{_points(comparison)} against champion {theirs.version} {_certainty(comparison)}"]
+    said += [found.note] if found.note else []
+    said += _changed_classes(ours, theirs, found)
+    return Verdict(
+        promoted=not objections,
+        reason=": ".join(["; ".join(said), *(["; ".join(objections)] if objections else [])]),
+        comparison=comparison,
+        champion=champion,
+        guards=[of_whole(comparison, is_ok=not on_the_whole), *guarded.worst],
+        guarded=guarded.parts,
+    )
 
 
 def _reason_to_refuse(
@@ -173,11 +178,6 @@ def _reason_to_refuse(
             )
     if card.test_accuracy < settings.min_accuracy:
         return f"{card.test_accuracy:.2%} is below min_accuracy ({settings.min_accuracy:.2%})"
-    if champion and champion.dataset_digest != card.dataset_digest:
-        return (
-            f"champion {champion.version} was tested on other images, so the two cannot be compared. "
-            f"To promote it all the same: nightshift promote {card.version}"
-        )
     return None
 
 
@@ -194,80 +194,91 @@ def _past_left_out(version: str) -> Iterator[None]:
     """What is left of a former champion, or what has become of it, does not keep the next one from going live."""
     try:
         yield
-    except DocumentDamagedError as error:
+    except (DocumentDamagedError, NotComparableError) as error:
         progress.current().warn(f"nothing is compared with {version}, which was champion: {error}")
 
 
 def _slide(
-    store: Store, candidate: "_Answers", champion: ModelCard, history: History, settings: GateSettings
+    store: Store, candidate: Predictions, champion: ModelCard, history: History, settings: GateSettings, answer: Answer
 ) -> str | None:
-    """How the candidate lies too far below the best champion since the last change by hand; None if it does not.
+    """How the candidate lies too far below the best champion of the last nights; None if it does not.
 
-    Each night may be a little worse than the one before: without this, small steps down add up.
+    Each night may be a little worse than the one before: without this, small steps down add up. The best is the one
+    that was best on the test images of its own night.
     """
-    newest = history.since_last_change_by_hand
-    best = max(newest, key=lambda entry: entry.test_accuracy, default=None)
+    recent = history.live_since(store.now() - _NIGHTS)
+    best = max(recent, key=lambda entry: entry.test_accuracy, default=None)
     if not best or best.version == champion.version:
         return None
     with _past_left_out(best.version):
         theirs = champions.read_card_of(store, history, best.version)
-        if theirs.dataset_digest == candidate.card.dataset_digest:
-            allowed = settings.max_regression if settings.max_slide is None else settings.max_slide
-            ours, best_of_all = _correct(store, candidate, theirs)
-            lost, images = int(best_of_all.sum()) - int(ours.sum()), len(ours)
-            if lost > allowed * images + 1e-6:
-                below = f"{100 * lost / images:.2f} points below {best.version}"
-                return f"{below}, the best champion since {best.at:%Y-%m-%d}; max_slide allows {100 * allowed:.2f}"
+        allowed = settings.max_regression if settings.max_slide is None else settings.max_slide
+        found = pair(store, candidate, theirs, answer)
+        lost, images = int(found.other.sum()) - int(found.candidate.sum()), len(found.images)
+        if lost > allowed * images + 1e-6:
+            below = f"{100 * lost / images:.2f} points below {best.version}"
+            return f"{below}, the best champion since {best.at:%Y-%m-%d}; max_slide allows {100 * allowed:.2f}"
     return None
 
 
-def _weigh(found: Comparison, settings: GateSettings) -> tuple[bool, str]:
-    reason = (
-        f"{100 * found.difference:+.2f} points against champion {found.champion} (95 % interval {100 * found.low:+.2f} "
-        f"to {100 * found.high:+.2f}, p = {found.p_value:.2g})"
-    )
+def _objection(found: Comparison, settings: GateSettings) -> str | None:
     # Counted in images: -0.005 and (120 - 170) / 10000 need not be the same floating-point number.
     if found.only_champion - found.only_candidate > settings.max_regression * found.images + 1e-6:
-        return False, f"{reason}: worse than max_regression ({100 * settings.max_regression:.2f} points) allows"
+        return f"worse than max_regression ({100 * settings.max_regression:.2f} points) allows"
     if settings.require_significance and not (found.difference > 0 and found.p_value < SIGNIFICANCE):
-        return False, f"{reason}: not significantly better, which require_significance asks for"
-    return True, reason
+        return "not significantly better, which require_significance asks for"
+    return None
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What a version said of each test image, and what is right: uint8 or int32 (N,)."""
-
-    card: ModelCard
-    predicted: np.ndarray
-    labels: np.ndarray
-
-
-def _correct(store: Store, ours: _Answers, champion: ModelCard) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the candidate, and a version that is or was champion, classified each test image correctly, bool (N,).
-
-    Raises:
-        DocumentDamagedError: predictions are not what was published, or the two are not of the same images.
-        StorageError: they cannot be read.
-    """
-    theirs = _read_answers(store, champion)
-    if not np.array_equal(ours.labels, theirs.labels):
-        raise DocumentDamagedError(
-            f"the predictions of {ours.card.version} and {champion.version} are of other images, though both name the "
-            "same data set. Promote by hand, or train and publish under another run id"
-        )
-    return ours.predicted == ours.labels, theirs.predicted == theirs.labels
+def _guarded(store: Store, ours: Predictions, theirs: ModelCard, found: Pair, settings: GateSettings) -> Guarded:
+    divisions = [Division("class", ours.card.classes, np.where(found.known, found.labels, -1))]
+    if not found.known.all():
+        divisions.append(Division("known", [f"classes {theirs.version} knows"], np.where(found.known, 0, -1)))
+    for division in slices(store, ours, settings.slice_columns):
+        divisions.append(Division("slice", division.names, division.numbers[found.images]))
+    return guard(found.candidate, found.other, divisions, settings.min_class_images, settings.class_regression)
 
 
-def _read_answers(store: Store, card: ModelCard) -> _Answers:
-    return _Answers(card, *read_tensors(store, card, PREDICTIONS, _predictions))
+def _objection_of_guards(guarded: Guarded, settings: GateSettings) -> str | None:
+    if not guarded.broken:
+        return None
+    broken = [
+        f"{plain(part.name)} ({_points(part)} on {part.images:,} images, p = {part.p_value:.2g}, corrected for the "
+        f"number of guards, {guarded.parts:,})"
+        for part in guarded.worst[:_NAMED]
+        if not part.ok
+    ]
+    return f"worse than max_class_regression ({100 * settings.class_regression:.2f} points) allows on " + _several(
+        broken, guarded.broken
+    )
 
 
-def _predictions(body: bytes) -> tuple[np.ndarray, np.ndarray]:
-    stored = load_safetensors(body)
-    predicted, labels = stored["predicted"], stored["labels"]
-    if predicted.dtype not in (np.uint8, np.int32) or predicted.dtype != labels.dtype:
-        raise ValueError("predicted and labels are not both uint8 or both int32")
-    if not predicted.shape == labels.shape == (labels.size or 1,):
-        raise ValueError("predicted and labels are not of one length")
-    return predicted, labels
+def _changed_classes(ours: Predictions, theirs: ModelCard, found: Pair) -> list[str]:
+    """What has come and what has gone since the champion was trained, and how the two compare without it."""
+    tonight, before = set(ours.card.classes), set(theirs.classes)
+    tested = np.bincount(ours.labels, minlength=len(ours.card.classes))
+    new = [name for name, images in zip(ours.card.classes, tested, strict=True) if images and name not in before]
+    gone = [name for name in theirs.classes if name not in tonight]
+    said = []
+    if new:
+        text = f"new since then, and so wrong for it: {_several(list(map(plain, new[:_NAMED])), len(new))}"
+        if 0 < (known := int(found.known.sum())) < len(found.known):
+            without = compare(found.candidate[found.known], found.other[found.known], theirs.version)
+            text += f"; on the other {known:,} images {_points(without)} {_certainty(without)}"
+        said.append(text)
+    if gone:
+        said.append(f"gone since then: {_several(list(map(plain, gone[:_NAMED])), len(gone))}")
+    return said
+
+
+def _several(named: list[str], count: int) -> str:
+    """Some of several, and how many there are beside them."""
+    return ", ".join(named) + (f" and {count - len(named):,} more" if count > len(named) else "")
+
+
+def _points(found: Comparison | Guard) -> str:
+    return f"{100 * found.difference:+.2f} points"
+
+
+def _certainty(found: Comparison) -> str:
+    return f"(95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}, p = {found.p_value:.2g})"

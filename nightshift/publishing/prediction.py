@@ -13,7 +13,6 @@ from typing import IO, Literal
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from nightshift.data import batches
@@ -28,9 +27,10 @@ from nightshift.errors import (
 )
 from nightshift.hardware import find_device
 from nightshift.judging import evaluation
+from nightshift.judging.published import load_version
 from nightshift.records import champions
 from nightshift.records.history import read_history
-from nightshift.records.versions import read_card, read_tensors
+from nightshift.records.versions import read_card
 from nightshift.refs import PredictionsRef
 from nightshift.storage.store import Store, Stored
 from nightshift.text import as_json, csv_cell
@@ -84,12 +84,9 @@ class Classifier:
             card = champions.read_card_of(store, history, champions.champion_of(store, history).version)
         else:
             card = read_card(store, name, version)
-        config = card.train_config()
-        weights = read_tensors(store, card, "weights.safetensors", load_safetensors)
-        self.version, self.classes, self._tta = card.version, card.classes, config.evaluation.tta
+        self.version, self.classes, self._tta = card.version, card.classes, card.train_config().evaluation.tta
         self.image_size, self.resize = card.image_size, card.resize
-        device = find_device()
-        self._model: nn.Module = evaluation.load_model(config, weights, len(self.classes), device, self.image_size)
+        self._model: nn.Module = load_version(store, card, find_device())
         self._scale, self._shift = batches.scale_and_shift(card.mean, card.std)
 
     def probabilities(self, images: Tensor) -> Tensor:

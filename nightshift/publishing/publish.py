@@ -20,7 +20,8 @@ from nightshift.errors import (
     StorageError,
     StorageUnreachableError,
 )
-from nightshift.judging import evaluation, gate
+from nightshift.judging import evaluation
+from nightshift.judging.answers import PREDICTIONS
 from nightshift.publishing.export import export
 from nightshift.records.lease import attached
 from nightshift.records.run import RunRecord
@@ -127,7 +128,7 @@ def contents_of(
     config = record.train_config()
     exported = _exporter(weights, config, dataset)
     files = {file_name: exported(kind) for file_name, kind in PUBLISHED.items()}
-    files[gate.PREDICTIONS] = predictions
+    files[PREDICTIONS] = predictions
     mean, std = batches.pixel_statistics(dataset, config.data.normalization)
     card = ModelCard(
         name=dataset.name,

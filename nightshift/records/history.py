@@ -4,6 +4,7 @@ It lies in `models/<name>/champion.json`, and only grows. After each change a co
 deleted or damaged is made again from that (`rebuild`).
 """
 
+from datetime import datetime
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -115,11 +116,15 @@ class History(Document):
                 rejected = [version for version in rejected if version != entry.version]
         return rejected
 
-    @property
-    def since_last_change_by_hand(self) -> list[Transition]:
-        """The newest transitions: the last one that a person has made, and all after it."""
+    def live_since(self, moment: datetime) -> list[Transition]:
+        """The transitions by which those went live that were live at a moment or later, oldest first.
+
+        None is older than the last one that a person has made.
+        """
         by_hand = [number for number, entry in enumerate(self.transitions) if entry.what != "promoted"]
-        return self.transitions[by_hand[-1] if by_hand else 0 :]
+        newest = self.transitions[by_hand[-1] if by_hand else 0 :]
+        replaced_by = [*newest[1:], None]
+        return [entry for entry, then in zip(newest, replaced_by, strict=False) if not then or then.at > moment]
 
     def next(self, card: ModelCard, **fields: Any) -> Transition:
         """The transition that makes the version with this card the champion; `fields`: the others of Transition."""

@@ -111,7 +111,8 @@ class Result(Part):
 class RunRecord(Document):
     """Everything the store knows of a run. `sequence` makes every write differ, and with it every ETag.
 
-    Records of format 2 do not say how many classes the data set has, and how large its images are.
+    Records of format 3 have no guards in their verdict. Those of format 2 do not say how many classes the data set has,
+    and how large its images are.
     """
 
     title: ClassVar[str] = "run record"
@@ -121,7 +122,7 @@ class RunRecord(Document):
     )
     max_bytes: ClassVar[int] = 8 * documents.MIB
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     run_id: RunId
     sequence: Count = 0
     status: Status = "running"

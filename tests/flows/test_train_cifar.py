@@ -18,6 +18,7 @@ import safetensors.torch
 from PIL import Image
 from safetensors import safe_open
 
+from flows.verdicts import verdict_message
 from nightshift.checkpoints.payload import read_weights, weights_sha256
 from nightshift.local.prefect import PrefectServer, ask
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, REPORTS, place_of
@@ -228,7 +229,7 @@ def test_a_rejection_is_a_result_and_by_setting_a_failure(
     assert verdict.champion
     assert verdict.champion.run_id == "whole"
     state = newest_flow_run(prefect_server, "worse")["state"]
-    assert (state["type"], state["message"]) == ("COMPLETED", f"worse is not promoted: {verdict.reason}")
+    assert (state["type"], state["message"]) == ("COMPLETED", verdict_message("worse", verdict))
     failed = run(*WORSE, NIGHTSHIFT_GATE__FAIL_WHEN_REJECTED="true")
     assert failed.exit_code == 1
     assert "worse is not promoted" in failed.err

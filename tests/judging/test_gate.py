@@ -11,10 +11,12 @@ import pytest
 from safetensors.numpy import save
 
 from nightshift.judging import gate
+from nightshift.judging.answers import PREDICTIONS
+from nightshift.judging.paired import compare
 from nightshift.records import champions
 from nightshift.records.history import History
 from nightshift.records.run import Result
-from nightshift.records.versions import publish_version
+from nightshift.records.versions import ModelCard, publish_version
 from nightshift.refs import ModelRef, Verdict
 from nightshift.settings import GateSettings
 from nightshift.storage import documents
@@ -34,7 +36,7 @@ def published(store: Store, accuracy: float, version: str, **changed: Any) -> Mo
     labels = np.zeros(IMAGES, np.uint8)
     predicted = (np.arange(IMAGES) >= round(accuracy * IMAGES)).astype(np.uint8)
     card = card_of(version, **{"test_accuracy": accuracy, "weights_sha256": sha256(version), **changed})
-    publish_version(store, card, {gate.PREDICTIONS: save({"predicted": predicted, "labels": labels})})
+    publish_version(store, card, {PREDICTIONS: save({"predicted": predicted, "labels": labels})})
     return card.ref()
 
 
@@ -111,7 +113,8 @@ def test_below_the_lowest_accuracy_nothing_is_promoted_not_even_the_first(store:
 def test_a_run_that_is_repeated_is_not_promoted_twice(store: Store) -> None:
     promote(store, published(store, 0.30, "first"))
     verdict = promote(store, published(store, 0.45, "second"))
-    assert promote(store, published(store, 0.45, "second")) == verdict
+    repeated = promote(store, published(store, 0.45, "second"))
+    assert repeated == verdict.model_copy(update={"guards": [], "guarded": 0})
     promote(store, published(store, 0.50, "third"))
     again = promote(store, published(store, 0.45, "second"))
     assert (again.promoted, again.reason, again.comparison) == (True, verdict.reason, verdict.comparison)
@@ -151,11 +154,67 @@ def test_two_promotions_raced_a_hundred_times_leave_the_pointer_right_every_time
     assert len(orders) == 2, "the two never met"
 
 
-def test_versions_tested_on_different_images_are_not_compared(store: Store) -> None:
+def test_of_the_same_images_no_model_is_loaded(store: Store) -> None:
+    """So a night on CIFAR-10 costs no more than it did."""
+
+    def never(card: ModelCard) -> np.ndarray:
+        raise AssertionError(f"{card.version} was loaded")
+
+    for version, accuracy in (("first", 0.50), ("second", 0.60), ("third", 0.60)):
+        verdict = gate.promote(store, published(store, accuracy, version), GateSettings(), never)
+        assert verdict.promoted
+
+
+def test_if_another_was_promoted_meanwhile_the_candidate_is_compared_with_that_one(store: Store) -> None:
     promote(store, published(store, 0.30, "old", dataset_digest="0" * 64))
-    verdict = promote(store, published(store, 0.50, "new"))
+    published(store, 0.40, "meanwhile", dataset_digest="2" * 64)
+    asked = []
+
+    def answer(card: ModelCard) -> np.ndarray:
+        asked.append(card.version)
+        if card.version == "old":
+            champions.promote_by_hand(store, "cifar10", "meanwhile")
+        return (np.arange(IMAGES) >= round(card.test_accuracy * IMAGES)).astype(np.int64)
+
+    verdict = gate.promote(store, published(store, 0.50, "new"), GateSettings(), answer)
+    assert verdict.promoted
+    assert verdict.comparison
+    assert (asked, verdict.comparison.champion) == (["old", "meanwhile"], "meanwhile")
+    assert verdict.comparison.difference == pytest.approx(0.1)
+    assert [version for _, version, _ in transitions(store)] == ["old", "meanwhile", "new"]
+
+
+def seen(store: Store, version: str, images: range, right: int, **changed: Any) -> ModelRef:
+    """A version with predictions of these images, of which it has the first ones right."""
+    labels = np.zeros(len(images), np.uint8)
+    predicted = (np.arange(len(images)) >= right).astype(np.uint8)
+    content = np.array([list(hashlib.sha256(str(number).encode()).digest()) for number in images], np.uint8)
+    card = card_of(version, **{"weights_sha256": sha256(version), **changed})
+    body = save({"predicted": predicted, "labels": labels, "content": content})
+    publish_version(store, card, {PREDICTIONS: body})
+    return card.ref()
+
+
+def test_a_champion_that_cannot_be_built_is_compared_on_the_images_that_both_have_seen(store: Store) -> None:
+    old = {"dataset_digest": "0" * 64, "classes": ["dog", "cat"]}  # 0 is a dog there, and here a cat
+    promote(store, seen(store, "old", range(200), right=0, **old))
+    verdict = promote(store, seen(store, "new", range(50, 300), right=120))
     assert not verdict.promoted
-    assert "nightshift promote new" in verdict.reason
+    assert verdict.comparison
+    # It has said "cat" of all images, which they are, and the candidate of the first 120.
+    assert (verdict.comparison.images, verdict.comparison.only_champion) == (150, 30)
+    assert "150 of tonight's 250 test images" in verdict.reason
+
+
+@pytest.mark.parametrize("shared", [0, 99])
+def test_with_too_few_images_in_common_it_is_not_compared_and_the_verdict_says_what_to_do(
+    store: Store, shared: int
+) -> None:
+    promote(store, seen(store, "old", range(200), right=0, dataset_digest="0" * 64))
+    verdict = promote(store, seen(store, "new", range(200 - shared, 400), right=200))
+    assert not verdict.promoted
+    for part in (f"predictions of {shared} of tonight's", "old can no longer be built here", "nightshift promote new"):
+        assert part in verdict.reason
 
 
 LABELS = np.zeros(IMAGES, np.uint8)
@@ -173,6 +232,9 @@ LABELS = np.zeros(IMAGES, np.uint8)
         (save({"predicted": LABELS[None], "labels": LABELS[None]}), "of one length"),
         (save({"predicted": LABELS[:7], "labels": LABELS[:7]}), "of other images"),
         (save({"predicted": LABELS, "labels": LABELS + 1}), "of other images"),
+        (save({"predicted": LABELS, "labels": LABELS + 2}), "a class that the card does not have"),
+        (save({"predicted": LABELS.astype(np.int32) - 1, "labels": LABELS.astype(np.int32)}), "the card does not have"),
+        (save({"predicted": LABELS, "labels": LABELS, "content": np.zeros((7, 32), np.uint8)}), "no sha256 of each"),
     ],
 )
 def test_predictions_that_are_none_are_one_sentence_with_the_versions_name(body: bytes, reason: str) -> None:
@@ -180,7 +242,7 @@ def test_predictions_that_are_none_are_one_sentence_with_the_versions_name(body:
     store = MemoryStore()
     promote(store, published(store, 0.45, "first"))
     card = card_of("strange", test_accuracy=0.5, weights_sha256=sha256("strange"))
-    publish_version(store, card, {gate.PREDICTIONS: body})
+    publish_version(store, card, {PREDICTIONS: body})
     refused = promote(store, card.ref())
     assert not refused.promoted
     assert reason in refused.reason
@@ -231,7 +293,7 @@ def test_predictions_that_are_none_do_not_go_live_though_a_card_vouches_for_them
 ) -> None:
     promote(store, published(store, 0.50, "first"))
     card = card_of("second", test_accuracy=0.6, weights_sha256=sha256("second"))
-    publish_version(store, card, {gate.PREDICTIONS: predictions})
+    publish_version(store, card, {PREDICTIONS: predictions})
     verdict = promote(store, card.ref())
     assert not verdict.promoted
     assert re.search(r"/predictions\.safetensors is damaged|of other images", verdict.reason)
@@ -241,8 +303,8 @@ def test_classes_beyond_a_byte_are_told_apart(store: Store) -> None:
     """256 more is another class."""
     labels = np.arange(1000, dtype=np.int32)
     for version, predicted in (("right", labels), ("wrong", labels ^ 256)):
-        card = card_of(version, weights_sha256=sha256(version))
-        publish_version(store, card, {gate.PREDICTIONS: save({"predicted": predicted, "labels": labels})})
+        card = card_of(version, weights_sha256=sha256(version), classes=[f"class {number}" for number in range(1024)])
+        publish_version(store, card, {PREDICTIONS: save({"predicted": predicted, "labels": labels})})
         verdict = promote(store, card.ref())
     assert not verdict.promoted
     assert verdict.comparison
@@ -252,7 +314,7 @@ def test_classes_beyond_a_byte_are_told_apart(store: Store) -> None:
 def test_mcnemars_test_and_its_interval_are_the_published_ones() -> None:
     candidate = np.array([True] * 10 + [False] * 2 + [True] * 70 + [False] * 18)
     champion = np.array([False] * 10 + [True] * 2 + [True] * 70 + [False] * 18)
-    found = gate.compare(candidate, champion, "champion")
+    found = compare(candidate, champion, "champion")
     assert (found.only_candidate, found.only_champion, found.difference) == (10, 2, 0.08)
     # Twice the chance of at most 2 heads in 12 throws.
     assert found.p_value == pytest.approx(2 * (1 + 12 + 66) / 2**12)
@@ -262,7 +324,7 @@ def test_mcnemars_test_and_its_interval_are_the_published_ones() -> None:
 
 def test_two_that_do_not_differ_are_not_certain_to_be_equal() -> None:
     same = np.array([True, False] * 50)
-    found = gate.compare(same, same, "champion")
+    found = compare(same, same, "champion")
     assert (found.difference, found.p_value) == (0, 1)
     assert found.low == -found.high < 0
 

@@ -21,7 +21,7 @@ from nightshift.records import orphans
 from nightshift.records.lease import RunSpec
 from nightshift.records.lease import hold as hold_run
 from nightshift.records.run import Origin, Result, read_record
-from nightshift.refs import DatasetRef, ModelRef, Verdict
+from nightshift.refs import MOST_GUARDS, DatasetRef, Guard, ModelRef, Verdict
 from nightshift.settings import GateSettings
 from nightshift.storage.memory import MemoryStore
 from nightshift.training.run import train_alone
@@ -129,7 +129,9 @@ def hostile_page(home: Path) -> Report:
         mistakes=[],
     )
     store.put("reports/run/evaluation.json", metrics.model_dump_json().encode())
-    verdict = Verdict(promoted=False, reason=" ".join(texts), comparison=None, champion=None)
+    measured = {"images": 9, "difference": -0.5, "low": -0.7, "high": -0.3, "p_value": 0.01, "ok": False}
+    guards = [Guard(name=text, kind="class", **measured) for text in texts[: MOST_GUARDS + 1]]
+    verdict = Verdict(promoted=False, reason=" ".join(texts), comparison=None, champion=None, guards=guards, guarded=99)
     return build_report(Workspace(store, home, 60, 5), record, verdict, None)
 
 
@@ -149,7 +151,7 @@ def test_no_text_becomes_markup_in_markdown_or_a_further_cell_of_a_table(hostile
     assert set(re.findall(r"<(\w+)", html)) == {"h1", "h2", "p", "strong"} | tables
     assert html.count("<strong>") == 1  # our own "Not promoted"
     blocks = re.findall(r"(?:^\|.*\n)+", hostile_page.markdown, re.MULTILINE)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines()}) == 1
 

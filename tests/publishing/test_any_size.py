@@ -13,6 +13,7 @@ from safetensors.torch import load as load_safetensors
 from nightshift.data.datasets import Dataset, open_dataset
 from nightshift.data.images import fit
 from nightshift.judging import evaluation, gate
+from nightshift.judging.answers import PREDICTIONS
 from nightshift.judging.report import Report, publish_report
 from nightshift.publishing.export import FORMATS
 from nightshift.publishing.prediction import Classifier, Prediction
@@ -73,7 +74,7 @@ def test_the_card_says_what_the_network_takes_and_names_its_classes(night: Night
 def test_a_test_image_is_predicted_as_the_evaluation_did(night: Night, tmp_path: Path) -> None:
     for number, image in enumerate(night.dataset.test_images.numpy()):
         Image.fromarray(image).save(tmp_path / f"{number:03}.png")
-    answers = load_safetensors(read_file(night.workspace.store, night.card, gate.PREDICTIONS))
+    answers = load_safetensors(read_file(night.workspace.store, night.card, PREDICTIONS))
     assert answers["predicted"].dtype == answers["labels"].dtype == night.dataset.test_labels.dtype
     assert torch.equal(answers["labels"], night.dataset.test_labels)
     expected = [night.dataset.classes[number] for number in answers["predicted"].tolist()]

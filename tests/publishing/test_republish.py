@@ -12,6 +12,7 @@ import pytest
 from nightshift.errors import CheckpointCorruptError, ConfigError, ExportError, ModelNotFoundError
 from nightshift.judging import gate
 from nightshift.judging.evaluation import evaluate
+from nightshift.judging.paired import compare
 from nightshift.judging.report import build_report, publish_report
 from nightshift.local.s3 import embedded_s3
 from nightshift.publishing.export import FORMATS
@@ -149,7 +150,7 @@ def test_a_run_that_is_not_finished_has_no_version_to_make_again(home: Path) -> 
 
 def test_a_report_needs_no_card_of_the_champion_that_its_run_was_compared_with(workspace: Workspace) -> None:
     store, record = workspace.store, record_of(workspace)
-    compared = gate.compare(np.array([True, False]), np.array([False, True]), RUN)
+    compared = compare(np.array([True, False]), np.array([False, True]), RUN)
     verdict = Verdict(promoted=False, reason="no better", comparison=compared, champion=None)
     whole = build_report(workspace, record, verdict, None).html
     store.put(FOLDER + "card.json", b"{")

@@ -1,0 +1,47 @@
+"""Published versions, loaded from their verified weights, and what they predict of images of another night."""
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from nightshift.data import batches
+from nightshift.data.images import fit
+from nightshift.judging import evaluation
+from nightshift.records.versions import ModelCard, read_tensors
+from nightshift.storage.store import Store
+
+
+def load_version(store: Store, card: ModelCard, device: torch.device) -> nn.Module:
+    """The network of a published version with its weights, whose sha256 was found right; ready to predict.
+
+    Raises:
+        ConfigError: there is no such network here, it takes no images of this size, or its config cannot be read.
+        CheckpointCorruptError: the weights are none of this network's.
+        DocumentDamagedError: they are not what was published.
+        StorageError: they cannot be read.
+    """
+    config = card.train_config()
+    weights = read_tensors(store, card, "weights.safetensors", load_safetensors)
+    return evaluation.load_model(config, weights, len(card.classes), device, card.image_size)
+
+
+def predicted_by(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
+    """What a version predicts of images that were stored for another: the numbers of its own classes, int64 (N,).
+
+    Args:
+        model: the version's, from `load_version`.
+        images: uint8 (N, side, side, 3). Those of another size than the version's are made to have it.
+    """
+    scale, shift = batches.scale_and_shift(card.mean, card.std)
+    size, tta = evaluation.images_at_a_time(card.image_size, len(card.classes)), card.train_config().evaluation.tta
+    parts = (batches.to_input(_fitted(part, card), scale, shift) for part in torch.split(images, size))
+    return torch.cat([evaluation.predict(model, part, tta).argmax(1) for part in parts])
+
+
+def _fitted(images: Tensor, card: ModelCard) -> Tensor:
+    if images.shape[1] == card.image_size:
+        return images
+    squares = [fit(Image.fromarray(image), card.image_size, card.resize) for image in images.numpy()]
+    return torch.from_numpy(np.stack(squares))
