@@ -128,7 +128,10 @@ def _follow(submitted: "Submitted", watch: bool, as_json: bool) -> tuple[str, bo
         try:
             for reached in submission.watch(submitted):
                 state, is_good = reached.name or reached.type.value, reached.is_completed()
-                screen.print(f"  {reached.timestamp:%H:%M:%S}  {state}  {reached.message or ''}")
+                message, *table = (reached.message or "").split("\n")
+                screen.print(f"  {reached.timestamp:%H:%M:%S}  {state}  {message}")
+                for line in table:
+                    screen.print(f"    {line}", soft_wrap=True)
         except KeyboardInterrupt:
             raise Interrupted("no longer watched; the run goes on") from None
     return state, is_good

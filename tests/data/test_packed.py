@@ -1,11 +1,15 @@
 """A snapshot on a machine: its pixels are those that the source had, or it is not trained on."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from nightshift.data.datasets import open_dataset
 from nightshift.data.packed import pack_snapshot
@@ -67,6 +71,26 @@ def test_a_damaged_copy_on_this_machine_is_packed_again(workspace: Workspace, ro
     path.write_bytes(body)
     assert open_dataset(workspace, ref).train_images.equal(before)
     assert "packing it again" in told.warnings[0]
+
+
+def test_a_copy_that_an_older_nightshift_has_packed_is_packed_again(
+    workspace: Workspace, root: Path, told: Told
+) -> None:
+    """It did not say which its test images are."""
+    write(root, album(range(60)))
+    workspace = replace(workspace, home=root / "home")
+    ref = pack_snapshot(workspace, made(workspace.store, root))
+    (path,) = (workspace.home / "datasets").iterdir()
+    with safe_open(path, framework="np") as file:
+        arrays, facts = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["nightshift"])  # noqa: SIM118
+    del arrays["test_content"], facts["sha256"]["test_content"]
+    save_file(arrays, path, metadata={"nightshift": json.dumps(facts)})
+    content = open_dataset(workspace, ref).test_content
+    assert "packing it again" in told.warnings[0]
+    of = splits(workspace.store, stored_snapshot(workspace.store, "photos", ref.digest))
+    tested = [root / name for name, split in sorted(of.items()) if split == "test"]
+    assert content is not None
+    assert [row.numpy().tobytes() for row in content] == [hashlib.sha256(path.read_bytes()).digest() for path in tested]
 
 
 def test_more_than_256_classes_have_numbers_of_their_own(workspace: Workspace, root: Path) -> None:

@@ -88,6 +88,14 @@ def test_a_night_with_nothing_new_trains_nothing_one_with_more_images_does_and_a
     third = night()
     assert third.json["run_id"] != first.json["run_id"]
     assert third.json["snapshot"] != first.json["snapshot"]
+    compared, (whole, *_) = third.json["verdict"]["comparison"], third.json["verdict"]["guards"]
+    assert compared["champion"] == first.json["run_id"]
+    assert (whole["kind"], whole["images"], whole["difference"]) == (
+        "whole",
+        compared["images"],
+        compared["difference"],
+    )
+    assert f"testing {first.json['run_id']} on tonight's images" in third.err
     shutil.rmtree(tmp_path / "photos")
     again = night("--snapshot", first.json["snapshot"][:12], "--set=epochs=1")
     assert (again.json["status"], again.json["snapshot"]) == ("finished", first.json["snapshot"])

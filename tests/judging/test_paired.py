@@ -3,12 +3,30 @@
 import numpy as np
 import pytest
 
-from nightshift.judging.paired import Division, guard, holm
+from nightshift.judging.paired import Division, compare, guard, holm
 from nightshift.refs import MOST_GUARDS
 
 
 def classes_of(labels: np.ndarray) -> Division:
     return Division("class", [f"class {number}" for number in range(labels.max() + 1)], labels)
+
+
+def test_mcnemars_test_and_its_interval_are_the_published_ones() -> None:
+    candidate = np.array([True] * 10 + [False] * 2 + [True] * 70 + [False] * 18)
+    champion = np.array([False] * 10 + [True] * 2 + [True] * 70 + [False] * 18)
+    found = compare(candidate, champion, "champion")
+    assert (found.only_candidate, found.only_champion, found.difference) == (10, 2, 0.08)
+    # Twice the chance of at most 2 heads in 12 throws.
+    assert found.p_value == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    # Bonett and Price (2012): (11 - 3) / 102, and 1.96 standard errors around it.
+    assert (found.low, found.high) == pytest.approx((0.0081638, 0.1486990), abs=1e-6)
+
+
+def test_two_that_do_not_differ_are_not_certain_to_be_equal() -> None:
+    same = np.array([True, False] * 50)
+    found = compare(same, same, "champion")
+    assert (found.difference, found.p_value) == (0, 1)
+    assert found.low == -found.high < 0
 
 
 def test_p_values_are_corrected_as_holm_has_published() -> None:
