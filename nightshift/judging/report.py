@@ -21,6 +21,7 @@ from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.records.run import Result, RunRecord, newest_records
 from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
+from nightshift.storage.store import Store
 from nightshift.text import markdown, plain
 from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
 from nightshift.workspace import Workspace
@@ -125,9 +126,7 @@ def build_report(
     store = workspace.store
     url = store.url(report_key(record.run_id, "report.html"))
     found, lines = evaluation.read_metrics(store, record.run_id), read_lines(store, record.run_id)
-    comparison = verdict.comparison if verdict else None
-    # A version is named after its run; its card may be gone by now.
-    champion = evaluation.read_metrics(store, comparison.champion) if comparison else None
+    champion = _metrics_of_champion(store, verdict, found)
     nights = _nights(workspace, record, verdict, found)
     plots = _plots(workspace, record, found, lines, nights)
     config = record.train_config()
@@ -156,6 +155,15 @@ def build_report(
         plots=plots,
         url=url,
     )
+
+
+def _metrics_of_champion(store: Store, verdict: Verdict | None, found: Metrics | None) -> Metrics | None:
+    """What was measured of the champion, if it was on the same images: else the two columns would not compare."""
+    if not verdict or not verdict.comparison:
+        return None
+    # A version is named after its run; its card may be gone by now.
+    champion = evaluation.read_metrics(store, verdict.comparison.champion)
+    return champion if champion and found and champion.dataset_digest == found.dataset_digest else None
 
 
 def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, found: Metrics | None) -> list[Night]:

@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from nightshift.errors import TrainingInterrupted
 from nightshift.judging import evaluation, gate, plots, report
 from nightshift.judging.evaluation import ClassMetrics, Metrics, Mistake
+from nightshift.judging.paired import compare
 from nightshift.judging.report import Report, build_report, publish_report
 from nightshift.records import orphans
 from nightshift.records.lease import RunSpec
@@ -28,6 +29,7 @@ from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.hostile import HOSTILE, is_harmless
+from tests.judging.test_evaluation import answers_of, metrics_of
 from tests.records.test_lease import DATASET
 
 Candidates = tuple[Workspace, dict[int, ModelRef]]
@@ -154,6 +156,16 @@ def test_no_text_becomes_markup_in_markdown_or_a_further_cell_of_a_table(hostile
     assert len(blocks) == 8
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_figures_of_a_champion_that_was_measured_on_other_images_do_not_stand_beside_tonights() -> None:
+    store, found = MemoryStore(), metrics_of(answers_of([0, 1], [0, 0]), ("cat", "dog"))
+    compared = compare(np.array([True, False]), np.array([False, True]), "champion")
+    verdict = Verdict(promoted=True, reason="", comparison=compared, champion=None)
+    for digest, is_shown in (("0" * 64, True), ("1" * 64, False)):
+        champion = found.model_copy(update={"dataset_digest": digest})
+        store.put("reports/champion/evaluation.json", champion.model_dump_json().encode())
+        assert bool(report._metrics_of_champion(store, verdict, found)) == is_shown
 
 
 @pytest.fixture(scope="module")
