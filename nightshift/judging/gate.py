@@ -243,8 +243,8 @@ def _objection_of_guards(guarded: Guarded, settings: GateSettings) -> str | None
     if not guarded.broken:
         return None
     broken = [
-        f"{plain(part.name)} ({_points(part)} on {part.images:,} images, p = {part.p_value:.2g}, corrected for the "
-        f"number of guards, {guarded.parts:,})"
+        f"{plain(part.name)} ({_points(part)} on {part.images:,} images, p = {part.p_value:.2g} by Holm for "
+        f"{guarded.parts:,} guard{'s' if guarded.parts > 1 else ''})"
         for part in guarded.worst[:_NAMED]
         if not part.ok
     ]
