@@ -6,6 +6,7 @@ images. If it can no longer be built, the images count of which both have stored
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from nightshift.errors import (
     DataCorruptError,
     DocumentDamagedError,
     NotComparableError,
+    ObjectNotFoundError,
+    SourceError,
 )
 from nightshift.judging.paired import Division
 from nightshift.records.versions import ModelCard, read_tensors
@@ -78,7 +81,8 @@ def pair(store: Store, ours: Predictions, card: ModelCard, answer: Answer) -> Pa
 
     Raises:
         DocumentDamagedError: predictions are not what was published, or the two are not of the same images.
-        NotComparableError: the version cannot be built, and too few images have predictions of both.
+        NotComparableError: the version cannot be built, and too few images have predictions of both; or it was
+            trained on all of them.
         StorageError: something cannot be read.
     """
     everything = np.arange(len(ours.labels))
@@ -93,7 +97,12 @@ def pair(store: Store, ours: Predictions, card: ModelCard, answer: Answer) -> Pa
         return _shared(store, ours, card, str(error))
     if len(predicted) != len(everything):
         raise _of_other_images(ours.card, card)
-    return _paired(ours, card, predicted, everything)
+    fair = np.flatnonzero(~_trained_on(store, ours, card))
+    if not len(fair):
+        raise NotComparableError(f"{card.version} was trained on all of tonight's test images: the splits were changed")
+    left_out = len(everything) - len(fair)
+    note = f"without {left_out:,} test images that it was trained on, as the splits were changed" if left_out else ""
+    return _paired(ours, card, predicted[fair], fair, note)
 
 
 def read_predictions(store: Store, card: ModelCard) -> Predictions:
@@ -164,6 +173,20 @@ def _shared(store: Store, ours: Predictions, card: ModelCard, why: str) -> Pair:
     images, at = np.array(found).T
     note = f"{cannot}, so these are the {len(found):,} of tonight's {len(ours.labels):,} test images it had seen"
     return _paired(ours, card, theirs.predicted[at], images, note)
+
+
+def _trained_on(store: Store, ours: Predictions, card: ModelCard) -> np.ndarray:
+    """Which of tonight's test images another version was trained on, bool (N,).
+
+    An image stays in its split, so it is none, unless somebody has changed what divides them. Nor is any known where
+    the version's snapshot is gone.
+    """
+    trained = set()
+    with suppress(SourceError, DataCorruptError, DocumentDamagedError, ObjectNotFoundError):
+        if ours.content is not None:
+            rows = table.of_split(read_rows(store, card.name, card.dataset_digest)[1], "train")
+            trained = {content for (content,) in table.iterate(rows, "content")}
+    return np.array([content in trained for content in _contents(ours)] or [False] * len(ours.labels), bool)
 
 
 def _contents(predictions: Predictions) -> list[bytes]:

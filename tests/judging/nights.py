@@ -29,13 +29,18 @@ HALVES = {"test": 0.5, "validation": 0.1, "by": "image"}
 
 
 def images(
-    workspace: Workspace, root: Path, classes: Mapping[str, range], table: str = "", size: int = 32
+    workspace: Workspace,
+    root: Path,
+    classes: Mapping[str, range],
+    table: str = "",
+    size: int = 32,
+    split: Mapping[str, object] = HALVES,
 ) -> DatasetRef:
     """Tonight's images: a picture for each number of each class. With a `table` they are listed there."""
     write(root, {f"{name}/{number:05}.png": picture(number) for name, of in classes.items() for number in of})
     if table:
         (root / "labels.csv").write_text(table)
-    source = config(root / "labels.csv" if table else root, image_size=size, split=HALVES)
+    source = config(root / "labels.csv" if table else root, image_size=size, split=dict(split))
     return pack_snapshot(workspace, make_snapshot(workspace.store, NAME, source))
 
 

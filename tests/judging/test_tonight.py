@@ -26,6 +26,13 @@ from nightshift.workspace import Workspace
 from tests.judging.nights import NAME, images, publish
 from tests.made_up import in_memory
 
+
+def contents(workspace: Workspace, ref: DatasetRef, split: str) -> set[bytes]:
+    """The sha256 of the images in a split."""
+    _, rows = read_rows(workspace.store, NAME, ref.digest)
+    return {content for (content,) in table.iterate(table.of_split(rows, split), "content")}
+
+
 BEES, COWS, ANTS = range(120), range(200, 300), range(300, 400)
 
 
@@ -161,6 +168,19 @@ def test_a_champion_that_takes_images_of_another_size_predicts_what_it_predicts_
     expected = [item.label for item in Classifier(workspace.store, NAME, "large").predict(workspace.store, files)]
     assert [card.classes[number] for number in predicted] == expected
     assert len(set(expected)) == 2, "a network that says one class of all images shows nothing"
+
+
+def test_images_that_the_champion_was_trained_on_do_not_count_for_it_after_the_splits_were_changed(
+    nights: Nights, tmp_path: Path
+) -> None:
+    nights.champion("first", says="bee")
+    more = {"test": 0.8, "validation": 0.1, "by": "image"}
+    tonight = images(nights.workspace, tmp_path, {"bee": BEES, "cow": COWS}, split=more)
+    verdict = nights.judge(publish(nights.workspace, tonight, "second", says="bee"))
+    trained, tested = contents(nights.workspace, nights.monday, "train"), contents(nights.workspace, tonight, "test")
+    assert verdict.comparison
+    assert verdict.comparison.images == len(tested - trained) < len(tested)
+    assert f"without {len(tested & trained)} test images that it was trained on" in verdict.reason
 
 
 def test_a_network_that_is_unknown_here_is_a_mistake_in_a_sentence(nights: Nights) -> None:
