@@ -41,6 +41,14 @@ def is_full(directory: Path) -> bool:
     return room(directory) < Room.ENOUGH
 
 
+def explains_failure(directory: Path) -> bool:
+    """Whether what failed there just now may have failed for lack of room.
+
+    What the server saw may be a minute old, and a tenth more room has been made since.
+    """
+    return room(directory, margin=1.1) < Room.ENOUGH
+
+
 def disk_is_full(directory: Path) -> str:
     """The sentence: how much is free, where, and what to do."""
     found = os.statvfs(directory)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nightshift import processes
-from nightshift.disk import Room, disk_is_full, is_full, room
+from nightshift.disk import Room, disk_is_full, explains_failure, room
 from nightshift.errors import DISK_IS_FULL, DiskError, LocalServiceError
 from nightshift.local.child import FAILING, Child
 from nightshift.local.logs import SERVER_LOG, SUPERVISOR_LOG, keep_short, tail
@@ -139,7 +139,7 @@ def wait_until(ready: Callable[[], bool], directory: Path, timeout: float) -> No
     began = time.monotonic()
     while not ready():
         waited = time.monotonic() - began
-        if waited > (_STALLED_SECONDS if _is_running(directory) else _STOPPED_SECONDS) and is_full(directory):
+        if waited > (_STALLED_SECONDS if _is_running(directory) else _STOPPED_SECONDS) and explains_failure(directory):
             raise DiskError(f"the local {directory.name} server does not answer: {disk_is_full(directory)}")
         if waited > timeout or not _supervised(directory) or (directory / FAILING).exists():
             raise LocalServiceError(

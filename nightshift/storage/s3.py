@@ -24,7 +24,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 from urllib3.exceptions import HTTPError as BrokenAnswer
 
-from nightshift.disk import disk_is_full, is_full
+from nightshift.disk import disk_is_full, explains_failure
 from nightshift.errors import (
     BucketNotFoundError,
     ObjectNotFoundError,
@@ -240,7 +240,7 @@ class S3:
         except StorageError as error:
             # What a server says whose disk is full is anything: an internal error, or nothing at all.
             may_be_full = type(error) in (StorageError, StorageUnreachableError)
-            if not (may_be_full and self._directory and is_full(self._directory)):
+            if not (may_be_full and self._directory and explains_failure(self._directory)):
                 raise
             raise StorageFullError(f"{what}: {disk_is_full(self._directory)}") from error
 
