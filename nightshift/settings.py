@@ -143,7 +143,7 @@ class GateSettings(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Where things are on this machine. Only `flows/` and the command line construct it."""
+    """Where things are on this machine. Only `flows/`, the command line and `plugins` construct it."""
 
     model_config = SettingsConfigDict(
         env_prefix=_PREFIX, env_nested_delimiter="__", env_file=".env", extra="ignore", frozen=True, allow_inf_nan=False

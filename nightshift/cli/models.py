@@ -1,4 +1,4 @@
-"""The commands for what was trained: `export`, `republish`, `predict`, `report`."""
+"""The commands for networks and what was trained with them: `models`, `export`, `republish`, `predict`, `report`."""
 
 import io
 import json
@@ -19,6 +19,41 @@ from nightshift.cli.common import (
     error_console,
     print_json,
 )
+
+
+@app.command(rich_help_panel="Models")
+def models(as_json: AsJson = False) -> None:
+    """List every network that a config can name here, and the sizes of images it takes."""
+    from importlib.util import find_spec
+
+    from models.names import MODELS, TORCHVISION, shown_sizes, sizes_of
+    from nightshift.plugins import is_own, own_networks
+
+    names = [
+        *((name, "nightshift") for name in MODELS),
+        *((f"torchvision:{name}", "torchvision") for name in TORCHVISION),
+    ]
+    names += [(name, "plugins") for name in own_networks()]
+    if find_spec("timm"):
+        from models import from_timm
+
+        names += [(f"timm:{name}", "timm") for name in from_timm.names()]
+    rows = [(name, source, None if is_own(name) else sizes_of(name)) for name, source in names]
+    if as_json:
+        listed = [
+            {"name": name, "source": source, "sizes": sizes and {"from": sizes[0], "to": sizes[-1], "step": sizes.step}}
+            for name, source, sizes in rows
+        ]
+        print_json({"models": listed})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for column in ("model", "from", "sides of images"):
+        table.add_column(column)
+    for name, source, sizes in rows:
+        table.add_row(name, source, shown_sizes(sizes) if sizes else "found out when it is made")
+    console().print(table)
 
 
 @app.command(rich_help_panel="Models")

@@ -5,7 +5,7 @@ It lies in the working directory of whoever deploys, starts runs or works; the s
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -14,6 +14,8 @@ from nightshift.explain import problem_of
 from nightshift.ids import parse_dataset_name
 from nightshift.values import ImageSize, Resize
 
+PackageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+"""What stands behind `import`, up to the first dot."""
 Effect = Literal["off", "warn", "stop"]
 """What becomes of a night whose images break a rule: nothing, a finding in the report, or no training."""
 
@@ -114,6 +116,9 @@ class RecipeConfig(BaseModel):
 class Project(Table):
     """All of `nightshift.toml`."""
 
+    plugins: tuple[PackageName, ...] = Field(
+        (), description="The only packages, of the team's own, in which a config may name code."
+    )
     datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
     recipes: dict[str, RecipeConfig] = Field(default_factory=dict)
     deployments: dict[str, DeploymentConfig] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from models.names import check_image_size, check_model_name
+from models.names import check_image_size
 from nightshift.config.project import DatasetConfig, Project
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
@@ -17,6 +17,7 @@ from nightshift.data.specs import SPECS
 from nightshift.errors import ConfigError, SourceError
 from nightshift.explain import near_miss
 from nightshift.ids import parse_dataset_name
+from nightshift.plugins import check_network_name, is_own
 from nightshift.text import is_utf8
 from nightshift.values import LARGEST_IMAGE, LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES, SMALLEST_IMAGE
 
@@ -147,15 +148,13 @@ def _whole(place: str) -> str:
 def check_names(config: TrainConfig) -> None:
     """Raise ConfigError if the network does not exist or does not fit the data set, or if the data set's name is none.
 
-    The message lists the networks that exist, or that fit. What a team's own data set is like, its snapshot says.
+    Also if the network is code that the project file of this machine does not admit. The message lists the networks
+    that exist, or that fit. What a team's own data set is like, its snapshot says.
     """
     name = config.data.dataset
     if name not in SPECS:
         parse_dataset_name(name)
-    try:
-        check_model_name(config.model.name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check_network_name(config.model.name)
     if name in SPECS:
         check_fits(config, SPECS[name].image_size)
 
@@ -166,10 +165,11 @@ def check_fits(config: TrainConfig, image_size: int) -> None:
         raise ConfigError(
             f"image_size={image_size} is not valid: images have a side of {SMALLEST_IMAGE} to {LARGEST_IMAGE} pixels"
         )
-    try:
-        check_image_size(config.model.name, image_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    if not is_own(config.model.name):
+        try:
+            check_image_size(config.model.name, image_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if config.augment.translate >= image_size:
         raise ConfigError(
             f"augment.translate={config.augment.translate} shifts images of {image_size} by {image_size} pixels out of "

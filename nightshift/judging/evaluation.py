@@ -10,14 +10,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import build_model
 from nightshift.checkpoints.payload import check_weights, read_weights, weights_sha256
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, open_dataset
-from nightshift.errors import ConfigError, ObjectNotFoundError, ObjectTooLargeError, StorageError
+from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError, StorageError
 from nightshift.hardware import failures_explained, find_device
 from nightshift.ids import Sha256
+from nightshift.networks import build_network
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation
@@ -194,13 +194,10 @@ def load_model(
     """The trained network, ready to predict: batch norm uses what it has learned, dropout drops nothing.
 
     Raises:
-        ConfigError: there is no such network here, or it takes no images of this size.
+        ConfigError: as `build_network`.
         CheckpointCorruptError: the weights are none of this network's.
     """
-    try:
-        model = build_model(config.model.name, classes, image_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    model = build_network(config.model.name, classes, image_size)
     check_weights(weights, model)
     model.load_state_dict(weights)
     return model.to(device or torch.device("cpu"), memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]

@@ -20,6 +20,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from nightshift.errors import ConfigError, ExportError
+from nightshift.networks import exported_program
 
 _TOLERANCE = 1e-5
 """How much probabilities may differ where other kernels do the arithmetic."""
@@ -81,7 +82,8 @@ def _run_network(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor)
 
 
 def _plain(model: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    # Copies, because safetensors refuses two names for one tensor, as networks with tied weights have.
+    return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in model.state_dict().items()}
 
 
 def _write_state_dict(model: nn.Module, inputs: Tensor) -> bytes:
@@ -92,8 +94,7 @@ def _write_state_dict(model: nn.Module, inputs: Tensor) -> bytes:
 
 def _write_pt2(model: nn.Module, inputs: Tensor) -> bytes:
     buffer = io.BytesIO()
-    program = torch.export.export(model, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, buffer)
+    torch.export.save(exported_program(model, inputs), buffer)
     return buffer.getvalue()
 
 

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from models import build_model
 from nightshift import progress
 from nightshift.checkpoints.payload import read_weights, weights_sha256
 from nightshift.config.train import TrainConfig
@@ -22,6 +21,7 @@ from nightshift.errors import (
 )
 from nightshift.judging import evaluation
 from nightshift.judging.answers import PREDICTIONS
+from nightshift.networks import build_network
 from nightshift.publishing.export import export
 from nightshift.records.lease import attached
 from nightshift.records.run import RunRecord
@@ -168,7 +168,7 @@ def _exporter(weights: dict[str, Tensor], config: TrainConfig, dataset: Dataset)
     """`export` for these weights. Files are compared on the first test images."""
     classes, size = len(dataset.classes), dataset.image_size
     model = evaluation.load_model(config, weights, classes, image_size=size)
-    fresh = build_model(config.model.name, classes, size).to(memory_format=torch.channels_last)
+    fresh = build_network(config.model.name, classes, size).to(memory_format=torch.channels_last)
     count = max(2, min(_IMAGES, evaluation.images_at_a_time(size, classes)))
     images = dataset.test_images[:count]
     if len(images) == 1:

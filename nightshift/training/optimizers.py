@@ -4,10 +4,13 @@ The schedule keeps no state, so there is none to save and none that could disagr
 """
 
 import math
+from typing import Any
 
 from torch import nn, optim
 
+from models.protocols import Grouped
 from nightshift.config.train import OptimizerConfig, TrainConfig
+from nightshift.errors import ConfigError
 from nightshift.training.muon import Muon
 
 # Share of all steps in which the learning rate rises.
@@ -18,11 +21,15 @@ _ONE_CYCLE_START = 1 / 25
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
-    """The optimizer a config names, over all parameters of `model`."""
+    """The optimizer a config names, over all parameters of `model`, in the groups that the model makes, if it does.
+
+    Raises:
+        ConfigError: the model's groups do not have each of its trained parameters once.
+    """
     if config.name == "muon":
         return Muon(model, config.lr, config.momentum, config.weight_decay)
-    parameters = list(model.parameters())
-    fused = parameters[0].is_cuda  # one kernel per step; on a CPU it is no faster
+    parameters = _groups(model) if isinstance(model, Grouped) else list(model.parameters())
+    fused = next(model.parameters()).is_cuda  # one kernel per step; on a CPU it is no faster
     if config.name == "sgd":
         return optim.SGD(
             parameters,
@@ -34,6 +41,26 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimize
         )
     kind = optim.Adam if config.name == "adam" else optim.AdamW
     return kind(parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay, fused=fused)
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    assert isinstance(model, Grouped)
+    groups: list[dict[str, Any]] = [{**group, "params": [*group["params"]]} for group in model.parameter_groups()]
+    known = {"params", "scale", "weight_decay"}
+    if strange := sorted({key for group in groups for key in group} - known):
+        raise ConfigError(
+            f"parameter_groups of the model: a group has {', '.join(sorted(known))}, and no {strange[0]!r}"
+        )
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for number in (*trained, *grouped):
+        if grouped.count(number) != 1 or number not in names:
+            raise ConfigError(
+                f"parameter_groups of the model: {names.get(number, 'a tensor')} stands in {grouped.count(number)} "
+                "groups, and each parameter that is trained has to stand in one"
+            )
+    return groups
 
 
 def state_names(optimizer: optim.Optimizer) -> set[str]:

@@ -6,19 +6,22 @@ from dataclasses import replace
 
 from pydantic import BaseModel
 
-from nightshift import progress
+from nightshift import plugins, progress
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
-from nightshift.data.datasets import open_dataset
+from nightshift.data.batches import Plan
+from nightshift.data.datasets import Dataset, open_dataset
 from nightshift.data.names import check_extras, check_fits, check_names
 from nightshift.errors import RunNotFoundError
 from nightshift.hardware import Hardware, failures_explained, find_device, ranks_here
 from nightshift.ids import RunId
+from nightshift.networks import check_network, network_factory
 from nightshift.records.lease import RunSpec, check_matches, hold
 from nightshift.records.run import Origin, read_record
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.signals import StopSignals
 from nightshift.training.loop import Loop, RankOrders
+from nightshift.training.optimizers import build_optimizer
 from nightshift.training.ranks import ALONE, Ranks
 from nightshift.training.recorder import Recorder, RunRecorder
 from nightshift.workspace import Workspace
@@ -53,7 +56,7 @@ def train_alone(
             says that it could not be.
         LeaseLostError: another trainer has taken the run over.
         LeaseHeldError, ResumeMismatchError: as `hold`.
-        ConfigError: the model or the device does not exist, or the model takes no images of this size.
+        ConfigError: the model or the device does not exist, or the model cannot be trained on these images.
         TrainingDivergedError: the loss is not finite; the last good checkpoint remains.
     """
     job = Job(run_id=run_id, config=config, dataset=dataset, origin=origin or Origin())
@@ -80,14 +83,15 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
             dataset = open_dataset(workspace, job.dataset).resident_on(device)
         plan = batches.make_plan(config, dataset)
         ranks.check_batches(plan.smallest_batch)
+        if ranks.leads:
+            _check_network(config, dataset, plan)
         hardware = Hardware.resolve(config.hardware, plan.total_steps)
         with hardware.numerics():
             if not ranks.leads:
                 with failures_explained(device):
                     return Loop(config, dataset, plan, hardware, ranks, Recorder()).run(orders)
-            spec = RunSpec(
-                job.run_id, config, job.dataset, hardware.describe(ranks.world_size), plan.total_steps, job.origin
-            )
+            environment = {**hardware.describe(ranks.world_size), **_network_described(config)}
+            spec = RunSpec(job.run_id, config, job.dataset, environment, plan.total_steps, job.origin)
             if orders.process:
                 spec = replace(spec, process=orders.process)
             # A rank 0 that was lost with its machine leaves a lease behind, which must expire first.
@@ -119,8 +123,26 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
     return None
 
 
+def _check_network(config: TrainConfig, dataset: Dataset, plan: Plan) -> None:
+    check_network(
+        config.model.name,
+        len(dataset.classes),
+        dataset.image_size,
+        plan.smallest_batch,
+        averaged=bool(config.optimizer.ema_decay),
+        build_optimizer=lambda network: build_optimizer(network, config.optimizer),
+    )
+
+
+def _network_described(config: TrainConfig) -> dict[str, str]:
+    """For the run record: which code the network is, if it is not nightshift's own. When it changes, a resume warns."""
+    found = plugins.described(config.model.name)
+    return {"network": found} if found else {}
+
+
 def check_config(config: TrainConfig) -> None:
     """Raise ConfigError if something that a config names does not exist here: network, data set, package or device."""
     check_names(config)
     check_extras(config)
+    network_factory(config.model.name)
     ranks_here(config.hardware)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models import build_model
+from models.protocols import InitializedFromImages
 from nightshift.checkpoints.payload import Payload, check_weights, described
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset
 from nightshift.errors import CheckpointCorruptError
+from nightshift.networks import build_network
 from nightshift.records.run import CurvePoint
 from nightshift.training.optimizers import build_optimizer, state_names
 from nightshift.training.ranks import Ranks
@@ -194,7 +195,7 @@ def build_state(
             ranks it returns None, and they receive rank 0's state.
     """
     seed_everything(config.seed)
-    model = build_model(config.model.name, len(dataset.classes), dataset.image_size)
+    model = build_network(config.model.name, len(dataset.classes), dataset.image_size)
     model = ranks.synchronized(model, device).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(model, build_optimizer(model, config.optimizer), device, config.optimizer.ema_decay)
     stored = read(state.check)
@@ -210,16 +211,16 @@ def payload_check(config: TrainConfig, classes: int, image_size: int = 32) -> Ca
     """`TrainState.check` of a run with this config, for whoever only wants to look at its payloads.
 
     Raises:
-        ValueError: there is no such network here, or it takes no images of this size.
+        ConfigError: as `build_network`.
     """
-    model = build_model(config.model.name, classes, image_size)
+    model = build_network(config.model.name, classes, image_size)
     optimizer = build_optimizer(model, config.optimizer)
     return TrainState(model, optimizer, torch.device("cpu"), config.optimizer.ema_decay).check
 
 
 def show_first_images(model: nn.Module, config: TrainConfig, dataset: Dataset) -> None:
     """Show a network training images, if it sets its first weights from them (`initialize_from`)."""
-    if hasattr(model, "initialize_from"):
+    if isinstance(model, InitializedFromImages):
         count = min(_INITIAL_IMAGES, max(1, _INITIAL_IMAGES * 32**2 // dataset.image_size**2))
         images = dataset.train_images[:count].cpu()  # so that every device begins with the same weights
-        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.data.normalization)))  # type: ignore[operator]
+        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.data.normalization)))

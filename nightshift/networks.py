@@ -1,0 +1,182 @@
+"""The network that a config names: made here and nowhere else, and tried before the first step of a run."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn import functional as F
+
+from models import build_model, from_timm
+from models.names import MODELS, check_image_size
+from models.protocols import NetworkFactory
+from nightshift import plugins
+from nightshift.errors import ConfigError
+from nightshift.explain import near_miss
+
+_PAGE = "docs/networks.md says what a network has to be"
+
+
+def build_network(name: str, classes: int, image_size: int) -> nn.Module:
+    """A freshly initialized network for float32 images (batch, 3, image_size, image_size): logits (batch, classes).
+
+    A seed decides its weights, as they come from torch's global generator.
+
+    Raises:
+        ConfigError: there is no such network here, the project file does not admit its code, it takes no images of
+            this size, or it cannot be made.
+    """
+    make = network_factory(name)
+    if name in MODELS:
+        return make(classes, image_size)
+    return _attempt(name, classes, image_size).make(make)
+
+
+def network_factory(name: str) -> NetworkFactory:
+    """What makes the network of this name, after it was imported.
+
+    Raises:
+        ConfigError: there is no such network here, or the project file does not admit its code.
+    """
+    plugins.check_network_name(name)
+    if plugins.is_own(name):
+        return plugins.load(name)
+    if plugins.library_of(name) == "timm":
+        known, wanted = from_timm.names(), name.partition(":")[2]
+        if wanted not in known:
+            raise ConfigError(
+                f"timm has no network {wanted!r}.{near_miss(wanted, known)} `nightshift models` lists those it has"
+            )
+    return partial(_ready_made, name)
+
+
+def _ready_made(name: str, classes: int, image_size: int) -> nn.Module:
+    try:
+        check_image_size(name, image_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return build_model(name, classes, image_size)
+
+
+def check_network(
+    name: str,
+    classes: int,
+    image_size: int,
+    smallest_batch: int,
+    averaged: bool,
+    build_optimizer: Callable[[nn.Module], object],
+) -> None:
+    """Find out, on made-up images, whether a network can be trained, stored and published. Nightshift's own always can.
+
+    Args:
+        smallest_batch: how many images the smallest batch of an epoch has.
+        averaged: whether a moving average of its weights is kept.
+        build_optimizer: makes the run's optimizer for it; raises ConfigError if it cannot.
+
+    Raises:
+        ConfigError: it cannot. The message names the first thing that is wrong.
+    """
+    if name not in MODELS:
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(name, classes, image_size)
+            # Those of the libraries are exported in our tests, which takes seconds.
+            _attempt(name, classes, image_size).check(network, smallest_batch, averaged, plugins.is_own(name))
+            build_optimizer(network)
+
+
+def exported_program(network: nn.Module, images: Tensor) -> ExportedProgram:
+    """A network in inference mode, as `torch.export` has it, for batches of any size of such images."""
+    return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """To make somebody's network and to do with it what a run does: whatever goes wrong becomes a sentence."""
+
+    name: str
+    package: str
+    """Whose files are named if something goes wrong in them."""
+    classes: int
+    image_size: int
+
+    def make(self, factory: Callable[[int, int], Any]) -> nn.Module:
+        """The network; raises ConfigError if there comes none."""
+        what = f"cannot be made for {self.classes} classes and images of {self.image_size} pixels"
+        network = self._tried(what, lambda: factory(self.classes, self.image_size))
+        if not isinstance(network, nn.Module):
+            raise self._wrong(f"is made as {_kind(network)}, which is no torch.nn.Module")
+        return network
+
+    def check(self, network: nn.Module, smallest_batch: int, averaged: bool, exported: bool) -> None:
+        """Raise ConfigError unless it can be trained, stored and published. It is of no use afterwards.
+
+        Args:
+            smallest_batch, averaged: as of `check_network`.
+            exported: whether to see if `torch.export` can write it, which takes seconds.
+        """
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise self._wrong("has no parameters that are trained")
+        for key, value in self._tried("has no state_dict", network.state_dict).items():
+            if not isinstance(value, Tensor):
+                raise self._wrong(f"keeps {_kind(value)} as {key} in its state_dict, where only tensors are stored")
+        if averaged:
+            self._tried("cannot be copied, as optimizer.ema_decay needs it", lambda: copy.deepcopy(network))
+        network.to(memory_format=torch.channels_last)
+        network.train()
+        self._step(network, 2, f"cannot be trained on images of {self.image_size} pixels")
+        if smallest_batch == 1:
+            what = "cannot be trained on one image, which is all that an epoch's last batch has (set drop_last=true)"
+            self._step(network, 1, what)
+        if not any(parameter.grad is not None for parameter in network.parameters()):
+            raise self._wrong("returns logits that depend on none of its parameters")
+        network.eval()
+        images = self._images(2)
+        with torch.inference_mode():
+            self._check_logits(self._tried("cannot predict", lambda: network(images)), 2)
+        if exported:
+            what = "cannot be exported by torch.export, so what it learns could never be published"
+            self._tried(what, lambda: exported_program(network, images))
+
+    def _step(self, network: nn.Module, count: int, what: str) -> None:
+        images, labels = self._images(count), torch.arange(count) % self.classes
+        logits = self._tried(what, lambda: network(images))
+        self._check_logits(logits, count)
+        if logits.requires_grad:
+            loss = F.cross_entropy(logits, labels)
+            self._tried(what, lambda: loss.backward())  # type: ignore[no-untyped-call]
+
+    def _check_logits(self, logits: object, count: int) -> None:
+        expected = (count, self.classes)
+        if not isinstance(logits, Tensor):
+            raise self._wrong(f"returns {_kind(logits)}, not one tensor of logits {expected}")
+        if logits.shape != expected or not logits.is_floating_point():
+            raise self._wrong(
+                f"returns {logits.dtype} {tuple(logits.shape)} for {count} images, not float logits {expected}"
+            )
+
+    def _images(self, count: int) -> Tensor:
+        return torch.randn(count, 3, self.image_size, self.image_size).to(memory_format=torch.channels_last)
+
+    def _tried(self, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except ConfigError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever somebody's code does
+            raise self._wrong(f"{what}: {plugins.explained(error, self.package)}") from error
+
+    def _wrong(self, what: str) -> ConfigError:
+        return ConfigError(f"model {self.name!r} {what}. {_PAGE}")
+
+
+def _attempt(name: str, classes: int, image_size: int) -> Attempt:
+    package = plugins.library_of(name) or plugins.place_of(name).package
+    return Attempt(name, package, classes, image_size)
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"

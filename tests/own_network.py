@@ -1,0 +1,72 @@
+"""A network of a team's own, as one file beside its project file, or as an installed package."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import invalidate_caches
+from pathlib import Path
+
+import pytest
+
+NETWORK = '''
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Path(__file__).with_name("it-was-run").touch()
+
+
+class PartsNet(nn.Module):
+    """Looks at training images first, drops features at random, and trains its head at a rate of its own."""
+
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.register_buffer("brightness", torch.zeros(()))
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
+        self.head = nn.Linear(8, num_classes)
+
+    def initialize_from(self, images: Tensor) -> None:
+        self.brightness.copy_(images.mean())
+
+    def parameter_groups(self):
+        return [{"params": self.features.parameters(), "scale": 0.5}, {"params": self.head.parameters()}]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images - self.brightness).mean((2, 3)))
+'''
+
+
+@contextmanager
+def forgotten(*packages: str) -> Iterator[None]:
+    """Afterwards, this process has neither imported these packages nor knows where they are."""
+    path = list(sys.path)
+    invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+            del sys.modules[name]
+
+
+def write_project(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, plugins: tuple[str, ...] = ("ournets",), text: str = ""
+) -> None:
+    """A project file that admits these packages, and this process in its folder."""
+    admitted = ", ".join(f'"{package}"' for package in plugins)
+    (folder / "nightshift.toml").write_text(f"plugins = [{admitted}]\n{text}")
+    monkeypatch.chdir(folder)
+
+
+def install(folder: Path, package: str, source: str, version: str, entry_points: str = "") -> None:
+    """Put a package of one module, `nets`, where `folder` on sys.path makes it an installed one."""
+    (folder / package).mkdir(parents=True, exist_ok=True)
+    (folder / package / "__init__.py").touch()
+    (folder / package / "nets.py").write_text(source)
+    about = folder / f"{package}-{version}.dist-info"
+    about.mkdir(exist_ok=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    (about / "RECORD").write_text(f"{package}/__init__.py,,\n{package}/nets.py,,\n")
+    (about / "entry_points.txt").write_text(entry_points)
+    invalidate_caches()
