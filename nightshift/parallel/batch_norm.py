@@ -1,23 +1,49 @@
-"""Batch norm over the batches of all ranks, on CPUs."""
+"""Batch norm over the batches of all ranks."""
+
+import sys
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce  # the one that gradients flow through
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # what torch's three kinds have in common
+
+from nightshift.errors import ConfigError
 
 
-class _BatchNorm(nn.BatchNorm2d):
+def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network with each batch norm replaced by one over all ranks, with the same parameters and buffers.
+
+    Raises:
+        ConfigError: it has a batch norm of somebody's own, of which nobody knows how to do that.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm) and not (_is_plain(module) or _is_timms(module)):
+            raise ConfigError(
+                f"{name} of the network is a {type(module).__name__}, whose statistics several processes cannot share: "
+                "set nproc_per_node=1, or let it be one of torch's own batch norms"
+            )
+    if device.type == "cpu":
+        return _synchronized_on_cpu(model)
+    if any(map(_is_timms, model.modules())):
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _BatchNorm(BatchNorm):
     """Batch norm over the batches of all ranks; torch's own SyncBatchNorm works on GPUs only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) → the same shape and dtype."""
+        """(batch, channels, ...) → the same shape and dtype."""
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         x_float = x.float()  # converted once, so that its gradient is summed before it is rounded
-        variances, means = torch.var_mean(x_float, (0, 2, 3), correction=0)
+        variances, means = torch.var_mean(x_float, (0, *range(2, x.ndim)), correction=0)
         count = means.new_tensor([x.numel() / x.shape[1]])
         # Each rank fills one row of zeros. The sum over ranks has all rows, and gradients flow back to each rank.
         rows = torch.zeros(dist.get_world_size(), 2 * len(means) + 1)
@@ -35,16 +61,40 @@ class _BatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(variance * total / (total - 1), weight)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        return torch.addcmul(shift[:, None, None], x_float, scale[:, None, None]).to(x.dtype)
+        shape = (-1, *[1] * (x.ndim - 2))
+        return torch.addcmul(shift.view(shape), x_float, scale.view(shape)).to(x.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Of any number: it stands for each of torch's three kinds."""
 
 
-def synchronized_on_cpu(module: nn.Module) -> nn.Module:
-    """The module with each batch norm replaced by one over all ranks, with the same parameters and buffers."""
-    if isinstance(module, nn.BatchNorm2d):
-        norm = _BatchNorm(module.num_features, module.eps, module.momentum)
+class _BatchNormAct(_BatchNorm):
+    """timm's BatchNormAct2d, which also drops values and has an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return, operator]
+
+
+def _synchronized_on_cpu(module: nn.Module) -> nn.Module:
+    if isinstance(module, BatchNorm):
+        norm = (_BatchNormAct if _is_timms(module) else _BatchNorm)(module.num_features, module.eps, module.momentum)
         norm.weight, norm.bias = module.weight, module.bias
         norm._buffers = module._buffers
+        norm._modules = module._modules
         return norm
     for name, child in module.named_children():
-        setattr(module, name, synchronized_on_cpu(child))
+        setattr(module, name, _synchronized_on_cpu(child))
     return module
+
+
+def _is_plain(module: BatchNorm) -> bool:
+    """Whether it does what torch's own does, and has all that it can have."""
+    return type(module).forward is BatchNorm.forward and module.affine and module.track_running_stats
+
+
+def _is_timms(module: nn.Module) -> bool:
+    if "timm" not in sys.modules or not isinstance(module, BatchNorm):
+        return False
+    from timm.layers import BatchNormAct2d
+
+    return type(module) is BatchNormAct2d and module.affine and module.track_running_stats

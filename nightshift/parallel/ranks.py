@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nightshift.checkpoints.payload import Payload
 from nightshift.errors import RankLostError
-from nightshift.parallel.batch_norm import synchronized_on_cpu
+from nightshift.parallel.batch_norm import synchronized
 from nightshift.training.ranks import Ranks
 from nightshift.training.snapshot import mapped
 
@@ -71,11 +71,7 @@ class JoinedRanks(Ranks):
             self.any()
 
     def synchronized(self, model: nn.Module, device: torch.device) -> nn.Module:
-        if self.world_size == 1:
-            return model
-        if device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
-        return synchronized_on_cpu(model)
+        return model if self.world_size == 1 else synchronized(model, device)
 
     def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
         if self.world_size == 1:

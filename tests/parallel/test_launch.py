@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import build_model
@@ -18,6 +19,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import open_dataset
 from nightshift.errors import ConfigError, RankFailedError, TrainingInterrupted
+from nightshift.parallel.batch_norm import synchronized
 from nightshift.parallel.launch import train_run
 from nightshift.progress import LogProgress, StepReport
 from nightshift.records.lease import is_live
@@ -26,6 +28,7 @@ from nightshift.refs import DatasetRef
 from nightshift.settings import NodesSettings
 from nightshift.storage.s3 import S3
 from nightshift.training.optimizers import build_optimizer
+from nightshift.training.ranks import ALONE
 from nightshift.workspace import Workspace
 from tests.commands import Command, Finished
 from tests.conftest import eventually, small_config
@@ -105,6 +108,31 @@ def test_the_first_50_losses_of_two_ranks_are_those_of_one(workspace: Workspace,
         return [point.loss for point in record_of(workspace, run_id).curve]  # an epoch is a step here
 
     assert losses("two", 2) == pytest.approx(losses("one", 1), abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "torchvision:shufflenet_v2_x0_5"])
+def test_two_ranks_share_the_statistics_of_batch_norm_in_networks_of_others_too(
+    workspace: Workspace, cifar10: DatasetRef, name: str
+) -> None:
+    """timm's batch norm also has an activation, and must keep it. After more steps, rounding shows."""
+    config = small_config(model=name, optimizer="sgd", lr=0.01, batch_size=64, max_train_images=64)
+
+    def losses(run_id: str, ranks: int) -> list[float]:
+        train(workspace, cifar10, run_id, config.override({"nproc_per_node": ranks}))
+        return [point.loss for point in record_of(workspace, run_id).curve]
+
+    assert losses("two", 2) == pytest.approx(losses("one", 1), abs=1e-4, rel=0)
+
+
+def test_a_batch_norm_of_somebodys_own_is_refused_where_several_processes_would_have_to_share_it() -> None:
+    class Own(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4))
+    with pytest.raises(ConfigError, match=r"1 of the network is a Own, .* set nproc_per_node=1"):
+        synchronized(network, torch.device("cpu"))
+    assert ALONE.synchronized(network, torch.device("cpu")) is network
 
 
 def test_two_ranks_take_bit_for_bit_the_steps_of_one_process_that_adds_the_gradients_of_both_halves(
