@@ -210,6 +210,21 @@ def test_a_resume_warns_if_the_network_has_changed_since(
     assert f"network {before} → {after}" in warning
 
 
+def test_a_prediction_warns_if_the_network_is_not_the_one_that_was_trained(
+    folder: Path, workspace: Workspace, dataset: DatasetRef
+) -> None:
+    checkpoint = train_alone(workspace, "run", config(), dataset)
+    publish_model(workspace, checkpoint, dataset, evaluation.evaluate(workspace, checkpoint, dataset))
+    heard = Heard()
+    with progress.shown_by(heard):
+        Classifier(workspace.store, NAME, "run")
+        assert heard.warnings == []
+        (folder / "ournets.py").write_text(f"{NETWORK}# another line")
+        Classifier(workspace.store, NAME, "run")
+    (warning,) = heard.warnings
+    assert warning.startswith("run was trained with the network of ournets, sha256 ")
+
+
 def test_a_run_whose_network_is_gone_from_this_machine_is_left_as_it_is(
     folder: Path, workspace: Workspace, dataset: DatasetRef
 ) -> None:

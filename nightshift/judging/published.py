@@ -6,6 +6,7 @@ from PIL import Image
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from nightshift import plugins, progress
 from nightshift.data import batches
 from nightshift.data.images import fit
 from nightshift.judging import evaluation
@@ -16,6 +17,8 @@ from nightshift.storage.store import Store
 def load_version(store: Store, card: ModelCard, device: torch.device) -> nn.Module:
     """The network of a published version with its weights, whose sha256 was found right; ready to predict.
 
+    A warning says so if the network's code is another than it was trained with.
+
     Raises:
         ConfigError: there is no such network here, it takes no images of this size, or its config cannot be read.
         CheckpointCorruptError: the weights are none of this network's.
@@ -24,6 +27,9 @@ def load_version(store: Store, card: ModelCard, device: torch.device) -> nn.Modu
     """
     config = card.train_config()
     weights = read_tensors(store, card, "weights.safetensors", load_safetensors)
+    then, now = card.environment.get("network"), plugins.described(config.model.name)
+    if then != now:
+        progress.current().warn(f"{card.version} was trained with the network of {then}, and here is that of {now}")
     return evaluation.load_model(config, weights, len(card.classes), device, card.image_size)
 
 
