@@ -44,11 +44,20 @@ def failures_explained(device: torch.device) -> Iterator[None]:
 
     Raises:
         DeviceError: for torch's OutOfMemoryError and AcceleratorError.
+        ConfigError: a network does what the device can only do with another result each time.
     """
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         raise DeviceError(f"{device} has failed: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        what, refused, _ = str(error).partition(" does not have a deterministic implementation")
+        if not refused:
+            raise
+        raise ConfigError(
+            f"{what} of the network has no deterministic implementation on {device}: choose another network, or set "
+            "hardware.deterministic=false, with which no two trainings have the same bits"
+        ) from error
 
 
 def ranks_here(config: HardwareConfig) -> int:

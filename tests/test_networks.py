@@ -237,6 +237,25 @@ def test_a_run_whose_network_is_gone_from_this_machine_is_left_as_it_is(
     assert read_record(workspace.store, "parts")[0] == before
 
 
+def test_an_operation_whose_result_varies_is_told_with_the_field_that_allows_it(
+    folder: Path, workspace: Workspace, dataset: DatasetRef
+) -> None:
+    scattered = NETWORK.replace("self.features(images - self.brightness)", "scattered(self.features(images))")
+    (folder / "ournets.py").write_text(
+        scattered
+        + """
+
+def scattered(x):
+    if not torch.compiler.is_exporting():
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
+    return x
+"""
+    )
+    with pytest.raises(ConfigError, match=r"put_ of the network has no .* hardware.deterministic=false"):
+        train_alone(workspace, "run", config(), dataset)
+    train_alone(workspace, "another", config(deterministic=False), dataset)
+
+
 def test_a_network_is_tried_without_a_draw_from_the_generator_of_the_run(folder: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
