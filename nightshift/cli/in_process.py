@@ -56,6 +56,7 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
                 from nightshift.training.run import check_config
 
                 check_config(config)
+                from deployments.client import errors_explained
                 from flows.retrain import retrain
                 from flows.train_cifar import TerminationSignal, train_cifar
 
@@ -64,10 +65,11 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
             display.say(f"run {run_id}, recipe {config.recipe}")
             recipe, overrides = named(config, load_project(settings.project))
             try:
-                if config.data.dataset in SPECS:
-                    train_cifar(recipe, overrides, run_id, promote)
-                else:
-                    retrain(recipe, overrides, run_id, promote, images, snapshot)
+                with errors_explained():
+                    if config.data.dataset in SPECS:
+                        train_cifar(recipe, overrides, run_id, promote)
+                    else:
+                        retrain(recipe, overrides, run_id, promote, images, snapshot)
             except (TerminationSignal, KeyboardInterrupt):
                 raise Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
             return _record(run_id, config.data.dataset)

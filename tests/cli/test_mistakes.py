@@ -6,8 +6,10 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,46 @@ def test_a_home_that_cannot_be_written_is_told_with_the_variable_to_set(
     done = nightshift("runs", NIGHTSHIFT_HOME=str(tmp_path / "file" / "home"))
     assert done.exit_code == 1
     assert "NIGHTSHIFT_HOME" in done.err
+    assert "Traceback" not in done.err
+
+
+class Broken(BaseHTTPRequestHandler):
+    """A Prefect server whose database has no room: it knows its version, and no more."""
+
+    version = b'"3.8.8"'
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        is_well = self.version and self.path.endswith("/version")
+        body = self.version if is_well else b'{"exception_message": "Internal Server Error"}'
+        self.send_response(200 if is_well else 500)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Speechless(Broken):
+    version = b""
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Broken, "/api answers 500"), (Speechless, "Failed to reach API at")])
+def test_a_prefect_server_that_fails_in_mid_flow_is_one_sentence(
+    nightshift: Callable[..., Finished], kind: type[Broken], said: str
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        done = nightshift("train", "--recipe=tutorial", "--run-id=unlucky", PREFECT_API_URL=url)
+        server.shutdown()
+    assert done.exit_code == 1
+    assert said in done.err
+    assert url in done.err
     assert "Traceback" not in done.err
 
 
