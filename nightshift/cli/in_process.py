@@ -56,6 +56,8 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
                 from nightshift.training.run import check_config
 
                 check_config(config)
+                from prefect.exceptions import Abort
+
                 from deployments.client import errors_explained
                 from flows.retrain import retrain
                 from flows.train_cifar import TerminationSignal, train_cifar
@@ -72,6 +74,10 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
                         retrain(recipe, overrides, run_id, promote, images, snapshot)
             except (TerminationSignal, KeyboardInterrupt):
                 raise Interrupted(f"stopped. To go on: nightshift resume {run_id}") from None
+            except Abort as error:  # an automation took it for lost, since its heartbeats did not arrive
+                raise Interrupted(
+                    f"the Prefect server has ended this flow run ({error}). To go on: nightshift resume {run_id}"
+                ) from error
             return _record(run_id, config.data.dataset)
 
         yield run_flow

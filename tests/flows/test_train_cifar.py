@@ -295,6 +295,16 @@ def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
     crashed = newest_flow_run(prefect_server, "stopped")["state"]
     assert (crashed["type"], crashed["message"]) == ("CRASHED", stopped.json["error"])
 
+    taken_for_lost = start("resume", "stopped", "--json")
+    taken_for_lost.wait_for_line("training simple_cnn")
+    flow_run = newest_flow_run(prefect_server, "stopped")["id"]
+    ask(prefect_server, f"flow_runs/{flow_run}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+    taken_for_lost.send(signal.SIGTERM)
+    ended = taken_for_lost.finish()
+    assert (ended.exit_code, "Traceback" in ended.err) == (3, False), ended.err
+    assert "nightshift resume stopped" in ended.json["error"]
+    record = read_record(workspace.store, "stopped")[0]
+
     resumed = run("resume", "stopped", "--json")
     assert resumed.exit_code == 0, resumed.err
     assert resumed.json["resumed_from_step"] == record.step
