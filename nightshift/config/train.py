@@ -10,11 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from nightshift.config.formats import of_newest_format
 from nightshift.errors import ConfigError
 from nightshift.explain import near_miss, problem_of
-
-FORMAT = 2
-"""Format 1 had all fields on one level, and no number."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ class TrainConfig(Section):
             ConfigError: naming each bad field, its value and what is allowed.
         """
         try:
-            return cls.model_validate(_of_newest_format(values))
+            return cls.model_validate(of_newest_format(values))
         except ValidationError as error:
             known = dict(fields(cls))
             raise ConfigError("\n".join(_problem(detail, known) for detail in error.errors())) from None
@@ -278,43 +276,6 @@ def is_decisive(field: FieldInfo) -> bool:
     """Whether a field decides which bits a run ends with."""
     (effect,) = (mark for mark in field.metadata if isinstance(mark, _Effect))
     return effect.on_bits
-
-
-_SECTIONS_OF_FORMAT_1 = {
-    "": ("recipe", "seed"),
-    "data": ("dataset", "max_train_images", "batch_size", "drop_last", "normalization"),
-    "optimizer": ("lr", "momentum", "weight_decay", "ema_decay"),
-    "schedule": ("epochs",),
-    "augment": ("flip", "translate"),
-    "loss": ("label_smoothing",),
-    "evaluation": ("tta",),
-    "saving": ("checkpoint_every_steps", "checkpoint_every_seconds", "keep_last", "keep_best", "keep_every_epochs"),
-    "hardware": ("device", "nproc_per_node", "precision", "compile", "deterministic"),
-    "tracking": ("tensorboard",),
-}
-_NAMES_OF_FORMAT_1 = ("model", "optimizer", "schedule")
-
-
-def _of_newest_format(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config as today's format has it, whatever format it was written in."""
-    number = values.get("format", FORMAT if isinstance(values.get("model"), Mapping | Section) else 1)
-    if isinstance(number, int) and number > FORMAT:
-        raise ConfigError(
-            f"the config was written by a newer nightshift (format {number}; this one reads up to {FORMAT}): "
-            "update nightshift"
-        )
-    if number != 1:
-        return values
-    nested: dict[str, Any] = {}
-    flat = dict(values)
-    flat.pop("format", None)
-    for section, names in _SECTIONS_OF_FORMAT_1.items():
-        place = nested.setdefault(section, {}) if section else nested
-        place.update({name: flat.pop(name) for name in names if name in flat})
-    for name in _NAMES_OF_FORMAT_1:
-        if name in flat:
-            nested.setdefault(name, {})["name"] = flat.pop(name)
-    return nested | flat  # what is left is no field, and is named in the error
 
 
 def _flattened(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
