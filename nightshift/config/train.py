@@ -90,6 +90,38 @@ class AugmentConfig(Section):
         "off", description="Mirror training images: each with probability one half, or every second epoch."
     )
     translate: Decisive[int] = Field(0, ge=0, le=16, description="Shift by up to so many pixels, edges reflected.")
+    crop: Decisive[float] = Field(
+        1.0, gt=0, le=1, description="Enlarge a random part, of at least this share of the area; 1: off."
+    )
+    randaugment: Decisive[int] = Field(
+        0, ge=0, le=30, description="Two random operations of RandAugment, of this magnitude; 0: off."
+    )
+    trivialaugment: Decisive[bool] = Field(
+        False, description="One random operation of TrivialAugment, of a random magnitude."
+    )
+    jitter: Decisive[float] = Field(
+        0.0, ge=0, le=1, description="Change brightness, contrast and saturation by a factor of up to 1 ± this."
+    )
+    hue: Decisive[float] = Field(0.0, ge=0, le=0.5, description="Turn the hue by up to this share of the circle.")
+    erasing: Decisive[float] = Field(
+        0.0, ge=0, le=1, description="Cover a random rectangle with the mean colour, with this probability."
+    )
+    mixup: Decisive[float] = Field(
+        0.0, ge=0, le=10, description="Blend images and their labels; alpha of the Beta distribution; 0: off."
+    )
+    cutmix: Decisive[float] = Field(
+        0.0, ge=0, le=10, description="Put a part of one image into another; alpha, as mixup. With both: one a batch."
+    )
+
+    @property
+    def per_image(self) -> bool:
+        """Whether torchvision's transforms change each image, besides flips and shifts."""
+        return bool(self.crop < 1 or self.randaugment or self.trivialaugment or self.jitter or self.hue or self.erasing)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a training image is one of two, and its target two classes."""
+        return bool(self.mixup or self.cutmix)
 
 
 class LossConfig(Section):
@@ -168,13 +200,16 @@ class TrainConfig(Section):
         """Validate values of any origin, a stored config of any format up to the newest among them.
 
         Raises:
-            ConfigError: naming each bad field, its value and what is allowed.
+            ConfigError: naming each bad field, its value and what is allowed; or fields that contradict each other.
         """
         try:
-            return cls.model_validate(of_newest_format(values))
+            config = cls.model_validate(of_newest_format(values))
         except ValidationError as error:
             known = dict(fields(cls))
             raise ConfigError("\n".join(_problem(detail, known) for detail in error.errors())) from None
+        if problems := list(_contradictions(config)):
+            raise ConfigError("\n".join(problems))
+        return config
 
     def override(self, overrides: Mapping[str, Any]) -> Self:
         """This config with some fields replaced; text is parsed as the field's type.
@@ -270,6 +305,15 @@ def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fiel
             yield from fields(field.annotation, f"{prefix}{name}.")
         elif name != "format":
             yield prefix + name, field
+
+
+def _contradictions(config: TrainConfig) -> Iterator[str]:
+    """What makes no sense together, though each value is valid; a sentence each."""
+    data, augment = config.data, config.augment
+    if augment.randaugment and augment.trivialaugment:
+        yield "augment.randaugment and augment.trivialaugment are two ways to do the same: set one of them"
+    if augment.mixes and data.batch_size == 1:
+        yield "augment.mixup and augment.cutmix mix the images of a batch, and data.batch_size=1 has only one"
 
 
 def is_decisive(field: FieldInfo) -> bool:

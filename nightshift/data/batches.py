@@ -4,7 +4,6 @@ A resumed run asks for step k and gets what an uninterrupted run got at step k. 
 that step, and no generator has to be saved.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from nightshift.config.train import TrainConfig
+from nightshift.data import transforms
+from nightshift.data.chance import generator_of
 from nightshift.data.datasets import Dataset
 from nightshift.data.names import check_classes, check_fits
 
@@ -70,17 +71,34 @@ def batch_indices(plan: Plan, seed: int, step: int) -> Tensor:
 def training_batch(
     dataset: Dataset, config: TrainConfig, plan: Plan, step: int, share: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """The images and labels of one step, augmented but not yet normalized.
+    """The images and targets of one step, augmented but not yet normalized.
 
     Args:
         share: which images of the batch to return, where several ranks share it; by default all.
 
     Returns:
-        uint8 images (share, side, side, 3) and int64 labels (share,), on the device of the data set.
+        uint8 images (share, side, side, 3) and int64 labels (share,), on the device of the data set. If the config
+        mixes images, float32 targets (share, classes) in place of the labels.
     """
     indices = batch_indices(plan, config.seed, step)
-    images = _gather(dataset.train_images, indices, config, plan, step, share)
-    return images, dataset.train_labels[indices[share].to(dataset.train_labels.device)].long()
+    wanted = _with_the_one_before(len(indices), share) if config.augment.mixes else share
+    images = _gather(dataset.train_images, indices, config, plan, step, wanted)
+    labels = dataset.train_labels[indices[wanted].to(dataset.train_labels.device)].long()
+    if config.augment.per_image:
+        epoch, within = plan.position(step)
+        places = (within * plan.batch_size + torch.arange(len(indices))[wanted]).tolist()
+        images = transforms.transformed(images, config.augment, config.seed, epoch, places, dataset.mean)
+    if config.augment.mixes:
+        return transforms.mixed(images, labels, config.augment, len(dataset.classes), config.seed, step)
+    return images, labels
+
+
+def resident(dataset: Dataset, config: TrainConfig, device: torch.device) -> Dataset:
+    """The data set, with its training images where `training_batch` augments them: on the device, if that can be.
+
+    torchvision's transforms change one image at a time, for which a GPU is too slow.
+    """
+    return dataset if config.augment.per_image else dataset.resident_on(device)
 
 
 def pixel_statistics(dataset: Dataset, normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -110,31 +128,33 @@ def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, pixels, scale, out=pixels)  # fresh memory would cost several times the arithmetic
 
 
+def _with_the_one_before(batch: int, share: slice) -> Tensor:
+    """The places in a batch of a share's images, and before them that of the image before the first."""
+    places = torch.arange(batch)
+    return torch.cat([places.roll(1)[share][:1], places[share]])
+
+
 @lru_cache(maxsize=2)
 def _epoch_order(images: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(images, generator=_generator(seed, "order", epoch))
+    return torch.randperm(images, generator=generator_of(seed, "order", epoch))
 
 
 @lru_cache(maxsize=2)
 def _first_flips(images: int, seed: int) -> Tensor:
     """Which images are mirrored in the first epoch, and in every second one after it."""
-    return torch.rand(images, generator=_generator(seed, "flip", 0)) < 0.5
+    return torch.rand(images, generator=generator_of(seed, "flip", 0)) < 0.5
 
 
-def _generator(seed: int, purpose: str, number: int) -> Generator:
-    """The seed is hashed, because generators seeded with neighbouring numbers would not be independent."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-def _gather(images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: slice) -> Tensor:
+def _gather(
+    images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: slice | Tensor
+) -> Tensor:
     """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from.
 
     Random numbers are drawn on the CPU and for the whole batch, so that they are the same on every device and for any
     number of ranks. They are few.
     """
     whole, batch, size, device = len(indices), len(indices[share]), images.shape[1], images.device
-    generator = _generator(config.seed, "augment", step)
+    generator = generator_of(config.seed, "augment", step)
     rows = cols = torch.arange(size, device=device).expand(batch, size)
     if config.augment.flip != "off":
         mirrored = _mirrored(indices, config, plan, step, generator)[share].to(device)

@@ -94,8 +94,13 @@ class Loop:
             return None
         return recorder.finish(state, parts)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        """Forward, backward, update, on this rank's images, uint8 (share, side, side, 3), and int64 labels (share,)."""
+    def _train_step(self, images: Tensor, targets: Tensor) -> None:
+        """Forward, backward, update, on this rank's images and targets, as `training_batch` returns them.
+
+        An image counts as classified correctly by its label; a mixed one by that of its two classes which it shows more
+        of. So the training accuracy of mixed images is low, even if that of the model is not.
+        """
+        images, targets = images.to(self._hardware.device), targets.to(self._hardware.device)
         state, plan, batch = self._state, self._plan, self._plan.batch_of(self._state.step)
         epoch, within = plan.position(state.step)
         if within == 0:
@@ -104,14 +109,15 @@ class Loop:
         apply_schedule(state.optimizer, self._config, state.step, plan.total_steps)
         with self._hardware.autocast():
             logits = self._forward(batches.to_input(images, self._scale, self._shift))
-            loss = self._loss(logits, labels)
+            loss = self._loss(logits, targets)
         state.optimizer.zero_grad()
         # The ranks' gradients are averaged. The result must be the gradient of the mean loss over the whole batch.
-        weight = len(labels) * self._ranks.world_size / batch
+        weight = len(images) * self._ranks.world_size / batch
         (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
         state.advance()
         state.epoch_images += batch
-        state.epoch_loss += loss.detach().double() * len(labels)
+        state.epoch_loss += loss.detach().double() * len(images)
+        labels = targets.argmax(1) if targets.ndim == 2 else targets
         state.epoch_correct += (logits.detach().argmax(1) == labels).sum()
         if within == plan.steps_per_epoch - 1:
             means = self._epoch_means()

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from nightshift.config.train import LossConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Logits, float32 or bfloat16 (batch, classes), and labels, int64 (batch,) → the mean loss, a scalar."""
+"""Logits, float32 or bfloat16 (batch, classes), and targets → the mean loss, a scalar.
+
+Targets are labels, int64 (batch,), or the share of each class, float32 (batch, classes), if images are mixed."""
 
 
 def build_loss(config: LossConfig) -> Loss:

@@ -80,7 +80,7 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
     config, device = job.config, find_device(job.config.hardware.device)
     with ranks.loss_explained():
         with ranks.first_on_each_machine():
-            dataset = open_dataset(workspace, job.dataset).resident_on(device)
+            dataset = batches.resident(open_dataset(workspace, job.dataset), config, device)
         plan = batches.make_plan(config, dataset)
         ranks.check_batches(plan.smallest_batch)
         if ranks.leads:

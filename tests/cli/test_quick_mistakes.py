@@ -21,6 +21,7 @@ MISTAKES = {
     ("train", "--set", "model=strangers.nets:Net"): "names code of the package strangers, which `plugins`",
     ("submit", "--set", "model=strangers.nets:Net"): "names code of the package strangers, which `plugins`",
     ("sweep", "--over", "model=quick_cnn,strangers:Net"): "names code of the package strangers, which `plugins`",
+    ("train", "--set", "crop=2"): "augment.crop='2' is not valid",
     ("train", "--set", "dataset=mnist"): "The data sets are: cifar10",
     ("train", "--images", "/no/such/folder"): "there is nothing at /no/such/folder",
     ("train", "--images", "/no/such/table.csv"): "there is nothing at /no/such/table.csv",

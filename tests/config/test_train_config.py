@@ -32,6 +32,14 @@ OTHER: dict[str, Any] = {
     "schedule.epochs": 7,
     "augment.flip": "off",
     "augment.translate": 3,
+    "augment.crop": 0.5,
+    "augment.randaugment": 9,
+    "augment.trivialaugment": True,
+    "augment.jitter": 0.4,
+    "augment.hue": 0.1,
+    "augment.erasing": 0.25,
+    "augment.mixup": 0.2,
+    "augment.cutmix": 1.0,
     "loss.label_smoothing": 0.2,
     "evaluation.tta": "flip",
     "saving.checkpoint_every_steps": 5,
@@ -47,6 +55,8 @@ OTHER: dict[str, Any] = {
     "tracking.tensorboard": True,
 }
 FIELDS = dict(fields(TrainConfig))
+# What makes no sense beside another of these.
+CONTRADICTING = {"augment.trivialaugment"}
 
 # What 312a4ed stored of the recipe quick, with two fields replaced.
 FORMAT_1 = {
@@ -113,6 +123,12 @@ def refusal_of(overrides: dict[str, Any]) -> str:
         ("schedule", "steps", "'constant', 'triangular', 'one_cycle', 'cosine' or 'linear'"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("precision", "float16", "'float32', 'bfloat16' or 'auto'"),
+        ("crop", 0, "greater than 0"),
+        ("crop", 1.5, "less than or equal to 1"),
+        ("randaugment", 31, "less than or equal to 30"),
+        ("erasing", 2, "less than or equal to 1"),
+        ("hue", 0.6, "less than or equal to 0.5"),
+        ("mixup", -1, "greater than or equal to 0"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_field_the_value_and_what_is_allowed(
@@ -129,6 +145,19 @@ def test_an_unknown_field_is_refused_with_the_nearest_and_a_list_of_all(wrong: s
     assert repr(wrong) in message
     assert f"Did you mean {right}?" in message
     assert all(path in message for path in FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"randaugment": 9, "trivialaugment": True}, "are two ways to do the same"),
+        ({"mixup": 0.2, "batch_size": 1}, "data.batch_size=1 has only one"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_in_one_sentence(overrides: dict[str, Any], told: str) -> None:
+    message = refusal_of(overrides)
+    assert told in message
+    assert "\n" not in message
 
 
 def test_several_mistakes_are_all_named_at_once() -> None:
@@ -236,12 +265,25 @@ def test_a_name_that_several_fields_have_is_refused_with_all_of_them() -> None:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_a_config_is_its_recipe_and_what_differs_from_it(recipe: str) -> None:
-    config = make_config(recipe, {path: value for path, value in OTHER.items() if path != "recipe"})
+    config = make_config(recipe, {path: OTHER[path] for path in OTHER.keys() - CONTRADICTING - {"recipe"}})
     assert make_config(*named(config)) == config
 
 
 def test_a_config_of_format_1_is_read_as_one_of_today() -> None:
     assert TrainConfig.parse(FORMAT_1) == make_config("quick", {"max_train_images": 1280, "epochs": 3})
+
+
+def test_a_stored_config_of_before_augmentation_is_read_as_one_without_them() -> None:
+    config = make_config("quick")
+    stored = config.model_dump()
+    since = {
+        "augment": ("crop", "randaugment", "trivialaugment", "jitter", "hue", "erasing", "mixup", "cutmix"),
+    }
+    for section, names in since.items():
+        for name in names:
+            del stored[section][name]
+    assert TrainConfig.parse(stored) == config
+    assert (config.augment.per_image, config.augment.mixes) == (False, False)
 
 
 def test_a_config_of_a_newer_format_is_refused_with_what_to_do() -> None:
