@@ -53,6 +53,9 @@ class DataConfig(Section):
     max_train_images: Decisive[int | None] = Field(None, ge=1, description="Train on the first so many images only.")
     batch_size: Decisive[int] = Field(ge=1, le=65_536, description="Images a step, over all ranks together.")
     drop_last: Decisive[bool] = Field(False, description="Leave out an epoch's last, smaller batch.")
+    sampling: Decisive[Literal["shuffled", "balanced"]] = Field(
+        "shuffled", description="An epoch shows each image once; balanced: as many images, of each class equally many."
+    )
     normalization: Decisive[Literal["dataset", "half"]] = Field(
         "dataset", description="By the data set's own mean and deviation, or by 0.5 and 0.5."
     )
@@ -71,6 +74,12 @@ class OptimizerConfig(Section):
     )
     ema_decay: Decisive[float] = Field(
         0.0, ge=0, lt=1, description="Test and publish a moving average of the weights, which keeps this share a step."
+    )
+    clip_norm: Decisive[float | None] = Field(
+        None, gt=0, description="Scale all gradients down together where their norm is greater."
+    )
+    accumulate: Decisive[int] = Field(
+        1, ge=1, le=1024, description="Compute a batch in so many parts, which takes less memory."
     )
 
 
@@ -125,10 +134,22 @@ class AugmentConfig(Section):
 
 
 class LossConfig(Section):
-    """What training makes small: the cross-entropy."""
+    """What training makes small."""
 
+    name: Decisive[Literal["cross_entropy", "focal", "binary"]] = Field(
+        "cross_entropy", description="focal: hard images count more; binary: sigmoid, for two classes."
+    )
     label_smoothing: Decisive[float] = Field(
         0.0, ge=0, lt=1, description="Share of the target spread over all classes."
+    )
+    class_weights: Decisive[Literal["off", "balanced"]] = Field(
+        "off", description="balanced: an image counts as its class is rare among the training images."
+    )
+    gamma: Decisive[float] = Field(
+        2.0,
+        ge=0,
+        le=10,
+        description="How little focal counts images that are already classified well; 0: as any other.",
     )
 
 
@@ -309,11 +330,25 @@ def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 def _contradictions(config: TrainConfig) -> Iterator[str]:
     """What makes no sense together, though each value is valid; a sentence each."""
-    data, augment = config.data, config.augment
+    data, augment, loss = config.data, config.augment, config.loss
     if augment.randaugment and augment.trivialaugment:
         yield "augment.randaugment and augment.trivialaugment are two ways to do the same: set one of them"
     if augment.mixes and data.batch_size == 1:
         yield "augment.mixup and augment.cutmix mix the images of a batch, and data.batch_size=1 has only one"
+    if config.optimizer.accumulate > data.batch_size:
+        yield (
+            f"optimizer.accumulate={config.optimizer.accumulate} divides a batch into more parts than "
+            f"data.batch_size={data.batch_size} has images"
+        )
+    if loss.class_weights == "balanced" and data.sampling == "balanced":
+        yield "loss.class_weights=balanced and data.sampling=balanced both make up for rare classes: set one of them"
+    if loss.name == "binary" and loss.class_weights == "balanced" and augment.mixes:
+        yield (
+            "loss.name=binary with loss.class_weights=balanced weighs an image by its class, and one that "
+            "augment.mixup or augment.cutmix has mixed is of two: set data.sampling=balanced instead of the weights"
+        )
+    if loss.name != "focal" and loss.gamma != LossConfig().gamma:
+        yield f"loss.gamma={loss.gamma} is of the loss focal, and loss.name={loss.name}: set loss.name=focal"
 
 
 def is_decisive(field: FieldInfo) -> bool:

@@ -7,6 +7,7 @@ that step, and no generator has to be saved.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Generator, Tensor
@@ -15,7 +16,21 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import transforms
 from nightshift.data.chance import generator_of
 from nightshift.data.datasets import Dataset
-from nightshift.data.names import check_classes, check_fits
+from nightshift.data.names import check_classes, check_fits, check_loss
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Which training images each class has, for an order in which all classes come equally often."""
+
+    of_class: tuple[Tensor, ...]
+    """int64 numbers of the images of each class that has any."""
+
+    @classmethod
+    def by(cls, labels: Tensor) -> Self:
+        """Those with these labels (N,)."""
+        counts = labels.long().bincount().tolist()
+        return cls(tuple(part for part in torch.split(labels.argsort(stable=True), counts) if len(part)))
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,8 @@ class Plan:
     batch_size: int
     epochs: int
     drop_last: bool
+    members: Members | None = None
+    """Of balanced sampling; without it an epoch sees each image once."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,18 +71,22 @@ def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
     """How the steps of a run divide into epochs.
 
     Raises:
-        ConfigError: as `check_fits`, and if a data set has too few or too many classes.
+        ConfigError: as `check_fits` and `check_loss`, and if a data set has too few or too many classes.
     """
     check_fits(config, dataset.image_size)
     check_classes(dataset.classes)
+    check_loss(config, len(dataset.classes))
     images = min(len(dataset.train_images), config.data.max_train_images or len(dataset.train_images))
-    return Plan(images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last)
+    members = Members.by(dataset.train_labels[:images].cpu()) if config.data.sampling == "balanced" else None
+    return Plan(images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last, members)
 
 
 def batch_indices(plan: Plan, seed: int, step: int) -> Tensor:
     """Which training images step `step` sees: int64, shape (batch,)."""
     epoch, within = plan.position(step)
-    return _epoch_order(plan.images, seed, epoch)[within * plan.batch_size : (within + 1) * plan.batch_size]
+    return _epoch_order(plan.images, plan.members, seed, epoch)[
+        within * plan.batch_size : (within + 1) * plan.batch_size
+    ]
 
 
 def training_batch(
@@ -135,8 +156,24 @@ def _with_the_one_before(batch: int, share: slice) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(images: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(images, generator=generator_of(seed, "order", epoch))
+def _epoch_order(images: int, members: Members | None, seed: int, epoch: int) -> Tensor:
+    generator = generator_of(seed, "order", epoch)
+    order = torch.arange(images) if members is None else _balanced(images, members, generator)
+    return order[torch.randperm(images, generator=generator)]
+
+
+def _balanced(images: int, members: Members, generator: Generator) -> Tensor:
+    """So many images, of each class equally many: all of its images as often as they fit in, and some once more.
+
+    Where they cannot be equally many, chance decides which classes have one more.
+    """
+    each, rest = divmod(images, len(members.of_class))
+    one_more = torch.randperm(len(members.of_class), generator=generator) < rest
+    chosen = []
+    for numbers, more in zip(members.of_class, one_more.tolist(), strict=True):
+        whole, some = divmod(each + more, len(numbers))
+        chosen += [numbers.repeat(whole), numbers[torch.randperm(len(numbers), generator=generator)[:some]]]
+    return torch.cat(chosen)
 
 
 @lru_cache(maxsize=2)

@@ -146,7 +146,7 @@ def _whole(place: str) -> str:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raise ConfigError if the network does not exist or does not fit the data set, or if the data set's name is none.
+    """Raise ConfigError if network or loss do not exist or do not fit the data set, or if the data set's name is none.
 
     Also if the network is code that the project file of this machine does not admit. The message lists the networks
     that exist, or that fit. What a team's own data set is like, its snapshot says.
@@ -157,6 +157,7 @@ def check_names(config: TrainConfig) -> None:
     check_network_name(config.model.name)
     if name in SPECS:
         check_fits(config, SPECS[name].image_size)
+        check_loss(config, len(SPECS[name].classes))
 
 
 def check_fits(config: TrainConfig, image_size: int) -> None:
@@ -174,6 +175,15 @@ def check_fits(config: TrainConfig, image_size: int) -> None:
         raise ConfigError(
             f"augment.translate={config.augment.translate} shifts images of {image_size} by {image_size} pixels out of "
             f"sight: {image_size - 1} is the most here"
+        )
+
+
+def check_loss(config: TrainConfig, classes: int) -> None:
+    """Raise ConfigError unless the loss of a config is one for so many classes."""
+    if config.loss.name == "binary" and classes != 2:
+        raise ConfigError(
+            f"loss.name=binary is for two classes, and {config.data.dataset} has {classes:,}: set "
+            "loss.name=cross_entropy"
         )
 
 

@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -85,6 +85,12 @@ class JoinedRanks(Ranks):
             # more ranks would end with other bits.
             find_unused_parameters=True,
         )
+
+    def unaveraged(self, module: nn.Module) -> AbstractContextManager[None]:
+        if self.world_size == 1:
+            return nullcontext()
+        assert isinstance(module, DistributedDataParallel)
+        return module.no_sync()
 
     @contextmanager
     def loss_explained(self) -> Iterator[None]:

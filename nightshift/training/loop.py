@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
@@ -52,7 +53,8 @@ class Loop:
         model = self._state.model
         compiled = torch.compile(model) if hardware.compiled else model
         self._forward = ranks.parallel(compiled, hardware.device)  # type: ignore[arg-type]
-        self._loss = build_loss(config.loss)
+        labels = dataset.train_labels[: plan.images]
+        self._loss = build_loss(config.loss, labels, len(dataset.classes), hardware.device)
         scale, shift = batches.normalizer(dataset, config.data.normalization)
         self._scale, self._shift = scale.to(hardware.device), shift.to(hardware.device)
 
@@ -95,33 +97,45 @@ class Loop:
         return recorder.finish(state, parts)
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
-        """Forward, backward, update, on this rank's images and targets, as `training_batch` returns them.
-
-        An image counts as classified correctly by its label; a mixed one by that of its two classes which it shows more
-        of. So the training accuracy of mixed images is low, even if that of the model is not.
-        """
-        images, targets = images.to(self._hardware.device), targets.to(self._hardware.device)
+        """Forward, backward, update, on this rank's images and targets, as `training_batch` returns them."""
         state, plan, batch = self._state, self._plan, self._plan.batch_of(self._state.step)
         epoch, within = plan.position(state.step)
         if within == 0:
             state.begin_epoch()
         seed_step(self._config.seed, state.step)
         apply_schedule(state.optimizer, self._config, state.step, plan.total_steps)
-        with self._hardware.autocast():
-            logits = self._forward(batches.to_input(images, self._scale, self._shift))
-            loss = self._loss(logits, targets)
         state.optimizer.zero_grad()
-        # The ranks' gradients are averaged. The result must be the gradient of the mean loss over the whole batch.
-        weight = len(images) * self._ranks.world_size / batch
-        (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+        # As many parts on every rank, none of them empty: shares differ by an image.
+        parts = min(self._config.optimizer.accumulate, batch // self._ranks.world_size)
+        for number, part in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)):
+            is_last = number == parts - 1
+            with nullcontext() if is_last else self._ranks.unaveraged(self._forward):
+                self._add_gradients(*part, batch)
+        if self._config.optimizer.clip_norm:
+            nn.utils.clip_grad_norm_(state.model.parameters(), self._config.optimizer.clip_norm)
         state.advance()
         state.epoch_images += batch
-        state.epoch_loss += loss.detach().double() * len(images)
-        labels = targets.argmax(1) if targets.ndim == 2 else targets
-        state.epoch_correct += (logits.detach().argmax(1) == labels).sum()
         if within == plan.steps_per_epoch - 1:
             means = self._epoch_means()
             state.curve.append(CurvePoint(epoch=epoch + 1, step=state.step, loss=means.loss, accuracy=means.accuracy))
+
+    def _add_gradients(self, images: Tensor, targets: Tensor, batch: int) -> None:
+        """Forward and backward on some of the images of a batch, and their part of the epoch's sums.
+
+        An image counts as classified correctly by its label; a mixed one by that of its two classes which it shows more
+        of. So the training accuracy of mixed images is low, even if that of the model is not.
+        """
+        state, device = self._state, self._hardware.device
+        images, targets = images.to(device), targets.to(device)
+        with self._hardware.autocast():
+            logits = self._forward(batches.to_input(images, self._scale, self._shift))
+            loss = self._loss(logits, targets)
+        # The ranks' gradients are averaged. The result must be the gradient of the mean loss over the whole batch.
+        weight = len(images) * self._ranks.world_size / batch
+        (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+        labels = targets.argmax(1) if targets.ndim == 2 else targets
+        state.epoch_loss += loss.detach().double() * len(images)
+        state.epoch_correct += (logits.detach().argmax(1) == labels).sum()
 
     def _epoch_means(self) -> Means:
         """Means over the epoch so far and over all ranks. On a GPU this waits until the step is done.

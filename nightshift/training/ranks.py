@@ -1,7 +1,7 @@
 """What the training loop needs from the ranks of a run. A process that trains alone, the usual case, needs little."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,11 @@ class Ranks:
     def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The module to call for the forward pass, so that the backward pass averages gradients over all ranks."""
         return model
+
+    def unaveraged(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Within, a backward pass through what `parallel` returned keeps its gradients; the next one after it averages
+        them too."""
+        return nullcontext()
 
     @contextmanager
     def loss_explained(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.batches import Plan
 from nightshift.data.datasets import Dataset, open_dataset
-from nightshift.data.names import check_extras, check_fits, check_names
+from nightshift.data.names import check_extras, check_fits, check_loss, check_names
 from nightshift.errors import RunNotFoundError
 from nightshift.hardware import Hardware, failures_explained, find_device, ranks_here
 from nightshift.ids import RunId
@@ -113,6 +113,7 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
     """
     check_config(job.config)
     check_fits(job.config, job.dataset.image_size)
+    check_loss(job.config, job.dataset.classes)
     with suppress(RunNotFoundError):
         record, _ = read_record(workspace.store, job.run_id)
         if record.status == "finished" and record.checkpoints:

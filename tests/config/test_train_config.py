@@ -23,11 +23,14 @@ OTHER: dict[str, Any] = {
     "data.batch_size": 64,
     "data.drop_last": False,
     "data.normalization": "half",
+    "data.sampling": "balanced",
     "optimizer.name": "adamw",
     "optimizer.lr": 0.2,
     "optimizer.momentum": 0.8,
     "optimizer.weight_decay": 0.1,
     "optimizer.ema_decay": 0.5,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.accumulate": 2,
     "schedule.name": "cosine",
     "schedule.epochs": 7,
     "augment.flip": "off",
@@ -40,6 +43,9 @@ OTHER: dict[str, Any] = {
     "augment.erasing": 0.25,
     "augment.mixup": 0.2,
     "augment.cutmix": 1.0,
+    "loss.name": "focal",
+    "loss.class_weights": "balanced",
+    "loss.gamma": 1.0,
     "loss.label_smoothing": 0.2,
     "evaluation.tta": "flip",
     "saving.checkpoint_every_steps": 5,
@@ -55,8 +61,9 @@ OTHER: dict[str, Any] = {
     "tracking.tensorboard": True,
 }
 FIELDS = dict(fields(TrainConfig))
-# What makes no sense beside another of these.
-CONTRADICTING = {"augment.trivialaugment"}
+# What a value above makes sense beside only, and what makes none beside another.
+NEEDED: dict[str, dict[str, Any]] = {"loss.gamma": {"loss.name": "focal"}}
+CONTRADICTING = {"augment.trivialaugment", "loss.class_weights"}
 
 # What 312a4ed stored of the recipe quick, with two fields replaced.
 FORMAT_1 = {
@@ -129,6 +136,9 @@ def refusal_of(overrides: dict[str, Any]) -> str:
         ("erasing", 2, "less than or equal to 1"),
         ("hue", 0.6, "less than or equal to 0.5"),
         ("mixup", -1, "greater than or equal to 0"),
+        ("clip_norm", 0, "greater than 0"),
+        ("accumulate", 0, "greater than or equal to 1"),
+        ("loss", "hinge", "'cross_entropy', 'focal' or 'binary'"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_field_the_value_and_what_is_allowed(
@@ -152,6 +162,10 @@ def test_an_unknown_field_is_refused_with_the_nearest_and_a_list_of_all(wrong: s
     [
         ({"randaugment": 9, "trivialaugment": True}, "are two ways to do the same"),
         ({"mixup": 0.2, "batch_size": 1}, "data.batch_size=1 has only one"),
+        ({"accumulate": 512}, "optimizer.accumulate=512 divides a batch into more parts than data.batch_size=256 has"),
+        ({"class_weights": "balanced", "sampling": "balanced"}, "both make up for rare classes: set one"),
+        ({"loss": "binary", "class_weights": "balanced", "cutmix": 1}, "is of two: set data.sampling=balanced instead"),
+        ({"gamma": 3}, "loss.gamma=3.0 is of the loss focal, and loss.name=cross_entropy: set loss.name=focal"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused_in_one_sentence(overrides: dict[str, Any], told: str) -> None:
@@ -226,7 +240,7 @@ def test_every_field_of_yesterday_is_named_as_it_was() -> None:
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_the_digest_changes_with_a_field_if_and_only_if_the_field_decides_bits(path: str) -> None:
-    config = make_config("quick")
+    config = make_config("quick", NEEDED.get(path))
     changed = config.override({path: OTHER[path]})
     assert changed != config
     assert (changed.digest == config.digest) == (not is_decisive(FIELDS[path]))
@@ -273,11 +287,14 @@ def test_a_config_of_format_1_is_read_as_one_of_today() -> None:
     assert TrainConfig.parse(FORMAT_1) == make_config("quick", {"max_train_images": 1280, "epochs": 3})
 
 
-def test_a_stored_config_of_before_augmentation_is_read_as_one_without_them() -> None:
+def test_a_stored_config_of_before_augmentation_losses_and_sampling_is_read_as_one_without_them() -> None:
     config = make_config("quick")
     stored = config.model_dump()
     since = {
+        "data": ("sampling",),
+        "optimizer": ("clip_norm", "accumulate"),
         "augment": ("crop", "randaugment", "trivialaugment", "jitter", "hue", "erasing", "mixup", "cutmix"),
+        "loss": ("name", "class_weights", "gamma"),
     }
     for section, names in since.items():
         for name in names:

@@ -104,6 +104,54 @@ def test_the_shares_of_any_number_of_ranks_are_the_batch_of_one(world_size: int)
         assert max(len(share) for share, _ in shares) - min(len(share) for share, _ in shares) <= 1
 
 
+def balanced(labels: list[int], epochs: int = 3, **overrides: Any) -> tuple[list[Tensor], Tensor]:
+    """The order of each epoch, in numbers of images, and the images' labels."""
+    data = dataset_of(noise(len(labels)), torch.tensor(labels, dtype=torch.uint8))
+    config = config_of(sampling="balanced", epochs=epochs, **overrides)
+    plan = make_plan(config, data)
+    steps = [batch_indices(plan, config.seed, step) for step in range(plan.total_steps)]
+    each = plan.steps_per_epoch
+    return [torch.cat(steps[each * epoch : each * (epoch + 1)]) for epoch in range(epochs)], data.train_labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [([0] * 70 + [3] * 20 + [9] * 9, [33] * 3), ([1] * 95 + [2] * 5, [50] * 2), ([0] * 5 + [1, 2, 3], [2] * 4)],
+)
+def test_balanced_sampling_shows_as_many_images_an_epoch_and_each_class_equally_often(
+    labels: list[int], classes: list[int]
+) -> None:
+    orders, labels_of = balanced(labels)
+    for order in orders:
+        assert len(order) == len(labels)
+        assert [count for count in torch.bincount(labels_of[order]).tolist() if count] == classes
+        for label in set(labels):  # and within a class each image as often as any other, or once more
+            shown = torch.bincount(order, minlength=len(labels))[labels_of == label]
+            assert shown.max() - shown.min() <= 1
+    assert len({tuple(order.tolist()) for order in orders}) == len(orders)
+    assert [order.tolist() for order in balanced(labels)[0]] == [order.tolist() for order in orders]
+
+
+def test_where_classes_cannot_come_equally_often_they_differ_by_one_and_not_always_the_same_ones_gain() -> None:
+    orders, labels = balanced([0] * 15 + [1] * 3 + [2] * 2, epochs=9)
+    counts = [tuple(torch.bincount(labels[order]).tolist()) for order in orders]
+    assert {tuple(sorted(count)) for count in counts} == {(6, 7, 7)}
+    assert len(set(counts)) > 1
+
+
+def test_balanced_sampling_of_the_first_images_shows_no_others() -> None:
+    (order, *_), labels = balanced([0, 0, 0, 1, 1, 2, 2, 2], max_train_images=5)
+    assert set(order.tolist()) <= set(range(5))
+    assert sorted(torch.bincount(labels[order]).tolist()) == [2, 3]
+
+
+def test_an_image_that_balanced_sampling_shows_again_looks_different_each_time() -> None:
+    data = dataset_of(noise(20), torch.tensor([0] * 19 + [1], dtype=torch.uint8))
+    config = config_of(sampling="balanced", batch_size=20, crop=0.3)
+    images, labels = batch(data, config, 0)
+    assert len({image.numpy().tobytes() for image in images[labels == 1]}) == 10
+
+
 def test_drop_last_leaves_out_only_the_smaller_batch() -> None:
     whole, dropped = Plan(100, 32, 1, drop_last=False), Plan(100, 32, 1, drop_last=True)
     assert [len(batch_indices(whole, 0, step)) for step in range(whole.total_steps)] == [32, 32, 32, 4]

@@ -113,7 +113,7 @@ def test_a_config_with_a_decisive_field_more_still_resumes_and_another_value_of_
     store: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class LossOfTomorrow(LossConfig):
-        gamma: Decisive[float] = Field(0.0, description="A field that nobody has today.")
+        sharpness: Decisive[float] = Field(0.0, description="A field that nobody has today.")
 
     class ConfigOfTomorrow(TrainConfig):
         loss: LossOfTomorrow = LossOfTomorrow()
@@ -121,10 +121,10 @@ def test_a_config_with_a_decisive_field_more_still_resumes_and_another_value_of_
     monkeypatch.setattr("nightshift.records.run.TrainConfig", ConfigOfTomorrow)
     record, _ = read_record(store, "stopped")
     config = ConfigOfTomorrow.parse(record.config)
-    assert config.decisive()["loss.gamma"] == 0.0
+    assert config.decisive()["loss.sharpness"] == 0.0
     check_matches(record, config, record.dataset)
-    with pytest.raises(ResumeMismatchError, match=r"loss.gamma: stored 0.0, now 2.0"):
-        check_matches(record, config.override({"gamma": 2.0}), record.dataset)
+    with pytest.raises(ResumeMismatchError, match=r"loss.sharpness: stored 0.0, now 2.0"):
+        check_matches(record, config.override({"sharpness": 2.0}), record.dataset)
 
 
 def test_its_champion_predicts_after_a_rollback_to_the_first(
