@@ -134,7 +134,7 @@ def bare_loop(home: Path, config: TrainConfig) -> float:
 def training_batches(task: Task, dataset: Dataset) -> Iterator[Batch]:
     """What nightshift's loop trains on."""
     plan, device = batches.make_plan(task.config, dataset), task.device
-    scale, shift = (part.to(device) for part in batches.normalizer(dataset, task.config.data.normalization))
+    scale, shift = (part.to(device) for part in batches.normalizer(dataset, task.config))
     for step in range(plan.total_steps):
         images, labels = batches.training_batch(dataset, task.config, plan, step)
         yield batches.to_input(images.to(device), scale, shift), labels.to(device)

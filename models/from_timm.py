@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def build(name: str, num_classes: int, image_size: int) -> nn.Module:
@@ -20,6 +20,22 @@ def build(name: str, num_classes: int, image_size: int) -> nn.Module:
     more: dict[str, Any] = {"img_size": image_size} if known and known.fixed_input_size else {}
     network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **more)
     return network
+
+
+def pretrained(name: str) -> dict[str, Tensor]:
+    """The weights that timm publishes for a network, by tensor; downloaded, unless its cache has them."""
+    import timm
+
+    weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    return weights
+
+
+def statistics(name: str) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel, on the scale 0 to 1, by which the images were normalized for those."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    return list(config.mean), list(config.std)
 
 
 def names() -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def build(name: str, num_classes: int, image_size: int) -> nn.Module:
@@ -11,6 +11,22 @@ def build(name: str, num_classes: int, image_size: int) -> nn.Module:
 
     network: nn.Module = get_model(name, weights=None, num_classes=num_classes, **_more(name, image_size))
     return network
+
+
+def pretrained(name: str) -> dict[str, Tensor]:
+    """The weights that torchvision publishes for a network, by tensor; downloaded, unless its cache has them."""
+    from torchvision.models import get_model_weights
+
+    weights: dict[str, Tensor] = get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+    return weights
+
+
+def statistics(name: str) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel, on the scale 0 to 1, by which the images were normalized for those."""
+    from torchvision.models import get_model_weights
+
+    transforms = get_model_weights(name).DEFAULT.transforms()
+    return list(transforms.mean), list(transforms.std)
 
 
 def _more(name: str, image_size: int) -> dict[str, Any]:

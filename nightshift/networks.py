@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from models import build_model, from_timm
 from models.names import MODELS, check_image_size
 from models.protocols import NetworkFactory
 from nightshift import plugins
-from nightshift.errors import ConfigError
+from nightshift.errors import ConfigError, DataUnavailableError
 from nightshift.explain import near_miss
 
 _PAGE = "docs/networks.md says what a network has to be"
@@ -60,6 +61,56 @@ def _ready_made(name: str, classes: int, image_size: int) -> nn.Module:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return build_model(name, classes, image_size)
+
+
+def statistics_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, on the scale 0 to 255, by which a library's network was trained.
+
+    Raises:
+        ConfigError: it is no library's, or there is no such network.
+    """
+    network_factory(name)
+    if not (library := plugins.library_of(name)):
+        raise ConfigError(f"model {name!r} has no mean and deviation of its own: set data.normalization to another")
+    mean, deviation = import_module(f"models.from_{library}").statistics(name.partition(":")[2])
+    return tuple(255 * value for value in mean), tuple(255 * value for value in deviation)
+
+
+def pretrained_weights(name: str) -> dict[str, Tensor]:
+    """The weights that a library publishes for one of its networks, from the library's own cache or the network.
+
+    Raises:
+        DataUnavailableError: they cannot be downloaded, or there are none.
+    """
+    library, _, of_library = name.partition(":")
+    try:
+        return dict(import_module(f"models.from_{library}").pretrained(of_library))
+    except Exception as error:  # whatever a library and its ways through the network raise
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise DataUnavailableError(
+            f"{library} cannot give its weights of {of_library}: {reason:.200}. Where there is no network, set "
+            "start.weights to a file that has them"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def head_of(name: str, classes: int, image_size: int) -> dict[str, int]:
+    """The tensors of a network whose size is the number of classes, by name, and in which dimension it is.
+
+    They are its last layer. They are found by making the network for one class more, which needs no rule for names.
+
+    Raises:
+        ConfigError: as `build_network`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        ours, more = (build_network(name, count, image_size).state_dict() for count in (classes, classes + 1))
+    sizes = {key: zip(ours[key].shape, more[key].shape, strict=False) for key in ours if key in more}
+    differing = {
+        key: [(at, *pair) for at, pair in enumerate(pairs) if pair[0] != pair[1]] for key, pairs in sizes.items()
+    }
+    return {
+        key: found[0][0] for key, found in differing.items() if [pair[1:] for pair in found] == [(classes, classes + 1)]
+    }
 
 
 def check_network(

@@ -15,6 +15,7 @@ from nightshift.config.train import (
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
+    StartConfig,
     TrainConfig,
 )
 from nightshift.errors import ConfigError
@@ -65,6 +66,20 @@ _RECIPES = {
             hardware=HardwareConfig(precision="auto"),
         ),
         "torchvision's ResNet-18 with a stem for 32x32 images. For a GPU.",
+    ),
+    "finetune": Recipe(
+        TrainConfig(
+            recipe="finetune",
+            model=ModelConfig(name="torchvision:resnet18"),
+            start=StartConfig(name="pretrained", weights="hub"),
+            data=DataConfig(batch_size=32, normalization="network", drop_last=True),
+            optimizer=OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.01, layer_decay=0.1),
+            schedule=ScheduleConfig(name="cosine", epochs=8, warmup=0.1, frozen_epochs=1),
+            augment=AugmentConfig(flip="random", translate=4),
+            loss=LossConfig(label_smoothing=0.1),
+            hardware=HardwareConfig(precision="auto"),
+        ),
+        "A network that has seen millions of other images learns yours: for few images.",
     ),
     "speedrun": Recipe(
         TrainConfig(

@@ -56,8 +56,30 @@ class DataConfig(Section):
     sampling: Decisive[Literal["shuffled", "balanced"]] = Field(
         "shuffled", description="An epoch shows each image once; balanced: as many images, of each class equally many."
     )
-    normalization: Decisive[Literal["dataset", "half"]] = Field(
-        "dataset", description="By the data set's own mean and deviation, or by 0.5 and 0.5."
+    normalization: Decisive[Literal["dataset", "half", "network"]] = Field(
+        "dataset", description="By the data set's mean and deviation, by 0.5 and 0.5, or as the network's author did."
+    )
+
+
+class StartConfig(Section):
+    """The weights that a run begins with."""
+
+    name: Decisive[Literal["scratch", "pretrained", "champion", "shrink"]] = Field(
+        "scratch", description="Random ones, those of a file, the champion's, or the champion's shrunk and perturbed."
+    )
+    weights: Decisive[str | None] = Field(
+        None, min_length=1, description="Of pretrained: a file, s3://BUCKET/KEY, or hub, where the library has them."
+    )
+    names: Decisive[str] = Field(
+        "same",
+        pattern=r"^(same|order|[^=,]*=[^=,]*(,[^=,]*=[^=,]*)*)$",
+        description="How tensors in the file are called: same, order (as they follow each other), or OLD=NEW,… for "
+        "what names begin with.",
+    )
+    shrink: Decisive[float] = Field(0.6, gt=0, le=1, description="Of shrink: what the champion's weights are times.")
+    perturb: Decisive[float] = Field(0.01, ge=0, le=1, description="Of shrink: the share of random weights added.")
+    scratch_every: Decisive[int | None] = Field(
+        None, ge=2, description="Every so many nights of a data set, one begins from scratch, to compare with."
     )
 
 
@@ -81,6 +103,9 @@ class OptimizerConfig(Section):
     accumulate: Decisive[int] = Field(
         1, ge=1, le=1024, description="Compute a batch in so many parts, which takes less memory."
     )
+    layer_decay: Decisive[float] = Field(
+        1.0, gt=0, le=1, description="The first layer's rate as a share of the last one's. Those between lie between."
+    )
 
 
 class ScheduleConfig(Section):
@@ -90,6 +115,8 @@ class ScheduleConfig(Section):
         "constant", description="The learning rate as a function of the step."
     )
     epochs: Decisive[int] = Field(ge=1, le=10_000, description="Passes over the training images.")
+    warmup: Decisive[float] = Field(0.0, ge=0, lt=1, description="The rate rises from 0 over this share of the steps.")
+    frozen_epochs: Decisive[int] = Field(0, ge=0, description="In the first so many epochs only the head is trained.")
 
 
 class AugmentConfig(Section):
@@ -206,6 +233,7 @@ class TrainConfig(Section):
         0, ge=0, lt=2**31, description="Of the initial weights, the order and the augmentation."
     )
     model: ModelConfig
+    start: StartConfig = StartConfig()
     data: DataConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -215,6 +243,21 @@ class TrainConfig(Section):
     saving: SavingConfig = SavingConfig()
     hardware: HardwareConfig = HardwareConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.start.name == "pretrained" and not self.start.weights:
+            raise ValueError("start=pretrained needs start.weights: a file, s3://BUCKET/KEY, or hub")
+        if self.schedule.frozen_epochs >= self.schedule.epochs:
+            raise ValueError("schedule.frozen_epochs leaves no epoch in which all is trained: it must be below epochs")
+        if self.optimizer.name == "muon" and (self.schedule.frozen_epochs or self.optimizer.layer_decay < 1):
+            raise ValueError("muon makes groups of its own: frozen_epochs and layer_decay need another optimizer")
+        return self
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the head is trained otherwise than the rest."""
+        return bool(self.schedule.frozen_epochs) or self.optimizer.layer_decay < 1
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
@@ -380,4 +423,6 @@ def _problem(detail: ErrorDetails, known: Mapping[str, FieldInfo]) -> str:
         return f"there is no field {path!r}.{near_miss(path, known)} The fields are: {', '.join(known)}"
     if detail["type"] == "missing":
         return f"{path} is missing"
+    if not parts:
+        return problem_of(detail)
     return f"{path.removesuffix('.name')}={detail['input']!r} is not valid: {problem_of(detail)}"

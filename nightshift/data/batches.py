@@ -17,6 +17,7 @@ from nightshift.data import transforms
 from nightshift.data.chance import generator_of
 from nightshift.data.datasets import Dataset
 from nightshift.data.names import check_classes, check_fits, check_loss
+from nightshift.networks import statistics_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,19 +123,21 @@ def resident(dataset: Dataset, config: TrainConfig, device: torch.device) -> Dat
     return dataset if config.augment.per_image else dataset.resident_on(device)
 
 
-def pixel_statistics(dataset: Dataset, normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def pixel_statistics(dataset: Dataset, config: TrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel to normalize by, on the scale 0 to 255.
 
     The deviation of a channel in which all pixels are the same is taken for 1.
     """
-    if normalization == "half":
+    if config.data.normalization == "half":
         return (127.5,) * 3, (127.5,) * 3
+    if config.data.normalization == "network":
+        return statistics_of(config.model.name)
     return dataset.mean, tuple(deviation or 1.0 for deviation in dataset.std)
 
 
-def normalizer(dataset: Dataset, normalization: str) -> tuple[Tensor, Tensor]:
+def normalizer(dataset: Dataset, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Scale and shift, float32 (3, 1, 1), such that pixels * scale + shift is what the network sees."""
-    return scale_and_shift(*pixel_statistics(dataset, normalization))
+    return scale_and_shift(*pixel_statistics(dataset, config))
 
 
 def scale_and_shift(means: Sequence[float], deviations: Sequence[float]) -> tuple[Tensor, Tensor]:

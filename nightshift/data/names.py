@@ -17,7 +17,7 @@ from nightshift.data.specs import SPECS
 from nightshift.errors import ConfigError, SourceError
 from nightshift.explain import near_miss
 from nightshift.ids import parse_dataset_name
-from nightshift.plugins import check_network_name, is_own
+from nightshift.plugins import check_network_name, is_own, library_of
 from nightshift.text import is_utf8
 from nightshift.values import LARGEST_IMAGE, LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES, SMALLEST_IMAGE
 
@@ -155,6 +155,13 @@ def check_names(config: TrainConfig) -> None:
     if name not in SPECS:
         parse_dataset_name(name)
     check_network_name(config.model.name)
+    libraries_only = {"data.normalization=network": config.data.normalization == "network"}
+    libraries_only["start.weights=hub"] = (config.start.name, config.start.weights) == ("pretrained", "hub")
+    for what, is_asked in libraries_only.items():
+        if is_asked and not library_of(config.model.name):
+            raise ConfigError(
+                f"{what} is for networks of torchvision and timm, and model {config.model.name!r} is none"
+            )
     if name in SPECS:
         check_fits(config, SPECS[name].image_size)
         check_loss(config, len(SPECS[name].classes))

@@ -350,7 +350,7 @@ def images_at_a_time(image_size: int, classes: int) -> int:
 
 def answer_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) -> Answers:
     """What a model says of all test images, predicted as the config says."""
-    scale, shift = batches.normalizer(dataset, config.data.normalization)
+    scale, shift = batches.normalizer(dataset, config)
     size = images_at_a_time(dataset.image_size, len(dataset.classes))
     parts = [
         answers_to(predict(model, batches.to_input(images, scale, shift), config.evaluation.tta), labels.long())

@@ -129,7 +129,7 @@ def contents_of(
     exported = _exporter(weights, config, dataset)
     files = {file_name: exported(kind) for file_name, kind in PUBLISHED.items()}
     files[PREDICTIONS] = predictions
-    mean, std = batches.pixel_statistics(dataset, config.data.normalization)
+    mean, std = batches.pixel_statistics(dataset, config)
     card = ModelCard(
         name=dataset.name,
         version=record.run_id,
@@ -151,6 +151,7 @@ def contents_of(
         dataset_digest=dataset.digest,
         environment=record.environment,
         trained_at=record.checkpoints[-1].written_at,
+        parent=record.parent,
     )
     return card, files
 
@@ -173,5 +174,5 @@ def _exporter(weights: dict[str, Tensor], config: TrainConfig, dataset: Dataset)
     images = dataset.test_images[:count]
     if len(images) == 1:
         images = torch.cat([images, images])  # an exporter takes a batch of one for a batch that is always one
-    inputs = batches.to_input(images, *batches.normalizer(dataset, config.data.normalization))
+    inputs = batches.to_input(images, *batches.normalizer(dataset, config))
     return lambda name: export(model, fresh, inputs, name)

@@ -11,6 +11,7 @@ PAYLOADS = "checkpoints/"
 REPORTS = "reports/"
 MODELS = "models/"
 DATASETS = "datasets/"
+WEIGHTS = "weights/"
 PROBES = "probe/"
 
 _RUN = rf"(?P<run_id>{RUN_ID})"
@@ -26,9 +27,22 @@ _SHAPES = {
     "snapshot": rf"{DATASETS}{DATASET}/(history\.json|snapshots/[0-9a-f]{{64}}\.(json|parquet))",
     "part": rf"{DATASETS}{DATASET}/parts/[0-9a-f]{{64}}\.parquet",
     "shard": rf"{DATASETS}shards/[0-9a-f]{{64}}",
+    "weights": rf"{WEIGHTS}[0-9a-f]{{64}}",
     "probe": rf"{PROBES}[0-9a-f]{{16}}",
 }
-Kind = Literal["record", "payload", "report", "version", "champion", "dataset", "snapshot", "part", "shard", "probe"]
+Kind = Literal[
+    "record",
+    "payload",
+    "report",
+    "version",
+    "champion",
+    "dataset",
+    "snapshot",
+    "part",
+    "shard",
+    "weights",
+    "probe",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,11 @@ def payload_key(run_id: str, step: int, token: int) -> str:
 
 def report_key(run_id: str, file_name: str) -> str:
     return f"{REPORTS}{run_id}/{file_name}"
+
+
+def weights_key(sha256: str) -> str:
+    """The key of weights that came from outside, by the sha256 of their file."""
+    return f"{WEIGHTS}{sha256}"
 
 
 def is_written_under(key: str, token: int) -> bool:

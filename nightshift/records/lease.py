@@ -34,6 +34,7 @@ from nightshift.errors import (
     StorageError,
 )
 from nightshift.records.keys import record_key
+from nightshift.records.parents import Parent
 from nightshift.records.run import Lease, Origin, Result, RunRecord, Status, read_record, write_record
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.storage import documents
@@ -59,6 +60,8 @@ class RunSpec:
     environment: dict[str, str]
     total_steps: int
     origin: Origin = field(default_factory=Origin)
+    parent: Parent | None = None
+    """What a new run's first weights come from; a stored one keeps its own."""
     process: str = field(default_factory=lambda: processes.identity(os.getpid()))
     """The process that answers for the training: this one, or the one that has started it as one of several."""
 
@@ -324,11 +327,12 @@ def _new_record(spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
         dataset=spec.dataset,
         environment=spec.environment,
         origin=spec.origin,
+        parent=spec.parent,
         lease=lease,
         total_steps=spec.total_steps,
         created_at=now,
         updated_at=now,
-    ).with_event("started", now)
+    ).with_event("started", now, f"from {spec.parent}" if spec.parent else "")
 
 
 def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:

@@ -7,16 +7,31 @@ our shapes are looked at: in a bucket without a prefix, all others are other peo
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from itertools import groupby
 
 from nightshift import progress
-from nightshift.errors import RunNotFoundError, StorageError
+from nightshift.errors import ModelNotFoundError, RunNotFoundError, StorageError
 from nightshift.records import snapshots
 from nightshift.records.history import read_copy, read_history
-from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, PROBES, REPORTS, Kind, is_written_under, place_of
+from nightshift.records.keys import (
+    DATASETS,
+    MODELS,
+    PAYLOADS,
+    PROBES,
+    RECORDS,
+    REPORTS,
+    WEIGHTS,
+    Kind,
+    is_written_under,
+    place_of,
+    weights_key,
+)
 from nightshift.records.lease import is_live
-from nightshift.records.run import READERS, read_record
+from nightshift.records.parents import Parent
+from nightshift.records.run import READERS, listed_records, read_record
+from nightshift.records.versions import read_card
 from nightshift.storage.store import Contents, Store, Stored
 
 _A_MINUTE = timedelta(minutes=1)
@@ -30,8 +45,8 @@ def find(store: Store, older_than: timedelta) -> Orphans:
     """All orphans that are at least as old as `older_than`.
 
     The objects are payloads that no record names, reports of runs without a record, versions without a card that
-    neither a run may still finish nor a champion's history names, probes of the store, and what interrupted snapshots
-    have left. CIFAR-10 is a cache and stays.
+    neither a run may still finish nor a champion's history names, weights that neither a run nor a version began with,
+    probes of the store, and what interrupted snapshots have left. CIFAR-10 is a cache and stays.
 
     Raises:
         StorageError: the store cannot be listed.
@@ -43,7 +58,7 @@ def find(store: Store, older_than: timedelta) -> Orphans:
 
     uploads = [
         upload
-        for prefix in (PAYLOADS, MODELS, DATASETS)
+        for prefix in (PAYLOADS, MODELS, DATASETS, WEIGHTS)
         for upload in store.list_uploads(prefix)
         if now - upload.started >= older_than and place_of(upload.key)
     ]
@@ -54,6 +69,7 @@ def find(store: Store, older_than: timedelta) -> Orphans:
         # A probe is in use for milliseconds, and no lease protects it.
         objects=[item for item in found if not is_needed(item.key)]
         + old(PROBES, "probe", max(older_than, _A_MINUTE))
+        + _begun_with_by_none(store, old(WEIGHTS, "weights"))
         + snapshots.unnamed(store, lambda item: now - item.modified >= older_than),
         uploads=[upload for upload in uploads if not is_needed(upload.key)],
     )
@@ -72,6 +88,8 @@ def collect(store: Store, orphans: Orphans) -> Orphans:
             uploads.append(upload)
     for _, of_run in groupby(orphans.objects, key=lambda item: item.key.rpartition("/")[0]):
         items = list(of_run)
+        if _is("weights", items[0].key):
+            items = _begun_with_by_none(store, items)
         is_needed = _need_of_runs(store, [item.key for item in items])
         for item in items:
             if not is_needed(item.key) and _is_as_found(store, item):
@@ -126,6 +144,32 @@ def _need_of_runs(store: Store, keys: Iterable[str]) -> Callable[[str], bool]:
         return needs[place.run_id](key)
 
     return is_needed
+
+
+def _begun_with_by_none(store: Store, weights: list[Stored]) -> list[Stored]:
+    """Those of these weights with which no run and no version began; none if a record or a card cannot be read."""
+    if not weights:
+        return []
+    cards = [item.key.split("/")[1:3] for item in store.list(MODELS) if item.key.endswith("/card.json")]
+
+    def of_run(item: Stored) -> Parent | None:
+        with suppress(RunNotFoundError):
+            return read_record(store, item.key.removeprefix(RECORDS).removesuffix(".json"))[0].parent
+        return None
+
+    def of_version(names: list[str]) -> Parent | None:
+        with suppress(ModelNotFoundError):
+            return read_card(store, *names).parent
+        return None
+
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            parents = [*pool.map(of_run, listed_records(store)), *pool.map(of_version, cards)]
+    except StorageError as error:
+        progress.current().warn(f"the weights that runs have begun with are left alone: {error}")
+        return []
+    keys = {weights_key(parent.sha256) for parent in parents if parent and parent.sha256}
+    return [item for item in weights if item.key not in keys]
 
 
 def _once_live(store: Store, name: str) -> Callable[[str], bool]:

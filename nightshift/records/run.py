@@ -13,6 +13,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.errors import ObjectNotFoundError, RunNotFoundError, StorageError, StorageUnreachableError
 from nightshift.ids import FlowRunId, RunId, Sha256
 from nightshift.records.keys import RECORDS, place_of, record_key
+from nightshift.records.parents import Parent
 from nightshift.refs import CheckpointRef, DatasetRef, Verdict
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
@@ -131,6 +132,8 @@ class RunRecord(Document):
     dataset: DatasetRef
     environment: dict[Line, Line]
     origin: Origin = Origin()
+    parent: Parent | None = None
+    """None where the config says scratch."""
     lease: Lease
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     curve: list[CurvePoint] = Field(default_factory=list)
@@ -206,6 +209,7 @@ class RunRecord(Document):
             "data_source": self.dataset.source,
             "dataset": self.dataset.name,
             "snapshot": self.dataset.digest,
+            "parent": self.parent and self.parent.model_dump(mode="json"),
         }
 
 

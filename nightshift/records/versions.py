@@ -21,6 +21,7 @@ from nightshift.errors import (
 )
 from nightshift.ids import RunId, Sha256
 from nightshift.records.keys import MODELS
+from nightshift.records.parents import Parent
 from nightshift.refs import ModelRef
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
@@ -78,6 +79,8 @@ class ModelCard(Document):
     dataset_digest: Sha256
     environment: dict[Line, Line]
     trained_at: Moment
+    parent: Parent | None = None
+    """What its first weights came from; None: from nowhere."""
     files: dict[Line, PublishedFile] = Field(default_factory=dict)
     sha256: Sha256 | None = None
     """Over all other fields as they are stored: the history of champions knows a card by it. None before it is."""

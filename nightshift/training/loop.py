@@ -16,8 +16,9 @@ from nightshift.errors import RankLostError, TrainingDivergedError
 from nightshift.hardware import Hardware
 from nightshift.records.run import CurvePoint
 from nightshift.refs import CheckpointRef
+from nightshift.training.layers import freeze_statistics
 from nightshift.training.losses import build_loss
-from nightshift.training.optimizers import apply_schedule
+from nightshift.training.optimizers import apply_schedule, frozen_steps
 from nightshift.training.ranks import Ranks
 from nightshift.training.recorder import Means, Recorder
 from nightshift.training.state import build_state, seed_step
@@ -49,13 +50,13 @@ class Loop:
     ) -> None:
         self._config, self._dataset, self._plan = config, dataset, plan
         self._hardware, self._ranks, self._recorder = hardware, ranks, recorder
-        self._state = build_state(config, dataset, hardware.device, ranks, recorder.restore)
+        self._state = build_state(config, dataset, hardware.device, ranks, recorder.restore, recorder.start)
         model = self._state.model
         compiled = torch.compile(model) if hardware.compiled else model
         self._forward = ranks.parallel(compiled, hardware.device)  # type: ignore[arg-type]
         labels = dataset.train_labels[: plan.images]
         self._loss = build_loss(config.loss, labels, len(dataset.classes), hardware.device)
-        scale, shift = batches.normalizer(dataset, config.data.normalization)
+        scale, shift = batches.normalizer(dataset, config)
         self._scale, self._shift = scale.to(hardware.device), shift.to(hardware.device)
 
     def run(self, orders: RankOrders) -> CheckpointRef | None:
@@ -104,6 +105,8 @@ class Loop:
             state.begin_epoch()
         seed_step(self._config.seed, state.step)
         apply_schedule(state.optimizer, self._config, state.step, plan.total_steps)
+        if self._config.schedule.frozen_epochs:
+            freeze_statistics(state.model, state.step < frozen_steps(self._config, plan.total_steps))
         state.optimizer.zero_grad()
         # As many parts on every rank, none of them empty: shares differ by an image.
         parts = min(self._config.optimizer.accumulate, batch // self._ranks.world_size)

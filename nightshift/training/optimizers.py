@@ -4,6 +4,7 @@ The schedule keeps no state, so there is none to save and none that could disagr
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn, optim
@@ -11,6 +12,7 @@ from torch import nn, optim
 from models.protocols import Grouped
 from nightshift.config.train import OptimizerConfig, TrainConfig
 from nightshift.errors import ConfigError
+from nightshift.training.layers import groups_by_depth, split_groups
 from nightshift.training.muon import Muon
 
 # Share of all steps in which the learning rate rises.
@@ -20,15 +22,22 @@ _ONE_CYCLE_RISE = 0.3
 _ONE_CYCLE_START = 1 / 25
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, head: Collection[str] | None = None) -> optim.Optimizer:
     """The optimizer a config names, over all parameters of `model`, in the groups that the model makes, if it does.
 
+    Args:
+        head: the names of the last layer's parameters, if they are trained otherwise than the rest; then that is in
+            groups by depth, unless the model makes groups.
+
     Raises:
-        ConfigError: the model's groups do not have each of its trained parameters once.
+        ConfigError: the model's groups do not have each of its trained parameters once; or it has no head.
     """
     if config.name == "muon":
         return Muon(model, config.lr, config.momentum, config.weight_decay)
-    parameters = _groups(model) if isinstance(model, Grouped) else list(model.parameters())
+    parameters: list[Any] = _groups(model) if isinstance(model, Grouped) else list(model.parameters())
+    if head is not None:
+        groups = parameters if isinstance(model, Grouped) else groups_by_depth(model, head, config.layer_decay)
+        parameters = split_groups(groups, model, head)
     fused = next(model.parameters()).is_cuda  # one kernel per step; on a CPU it is no faster
     if config.name == "sgd":
         return optim.SGD(
@@ -74,10 +83,15 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     constant: always `lr`. cosine: half a cosine from `lr` to 0 (Loshchilov and Hutter, arXiv 1608.03983,
     without restarts). triangular: straight up to `lr` over the first fifth, straight down to 0 (Smith,
     arXiv 1506.01186, one cycle of it). one_cycle: cosine up over the first 30 %, cosine down to 0 (Smith
-    and Topin, arXiv 1708.07120, with torch's annealing). linear: straight down from `lr` to 0.
+    and Topin, arXiv 1708.07120, with torch's annealing). linear: straight down from `lr` to 0. With a warm-up, the
+    rate first rises straight from 0 to `lr`, and the rest of the steps has the schedule.
     """
     # The middle of the step, so that neither the first nor the last step has a rate of zero.
-    done = (step + 0.5) / total_steps
+    done, warmup = (step + 0.5) / total_steps, config.schedule.warmup
+    if done < warmup:
+        return config.optimizer.lr * done / warmup
+    if warmup:
+        done = (done - warmup) / (1 - warmup)
     if config.schedule.name == "cosine":
         return config.optimizer.lr * _cosine(1, 0, done)
     if config.schedule.name == "triangular":
@@ -99,11 +113,20 @@ def apply_schedule(optimizer: optim.Optimizer, config: TrainConfig, step: int, t
     """Set the rate of each parameter group for step `step`.
 
     A group may have a `scale`, by which the config's rate is multiplied, and a `share` of the steps, after which its
-    schedule has ended. Its parameters are fixed from then on, and need no gradients.
+    schedule has ended. Its parameters are fixed from then on, and need no gradients. So are those of the backbone
+    before its schedule begins, when its frozen epochs are over.
     """
+    frozen = frozen_steps(config, total_steps)
     for group in optimizer.param_groups:
-        steps = round(group.get("share", 1) * total_steps)
-        group["lr"] = group.get("scale", 1) * learning_rate(config, step, steps) if step < steps else 0.0
-        if step >= steps:
+        first = frozen if group.get("backbone") else 0
+        steps = round(group.get("share", 1) * total_steps) - first
+        is_trained = 0 <= step - first < steps
+        group["lr"] = group.get("scale", 1) * learning_rate(config, step - first, steps) if is_trained else 0.0
+        if first or not is_trained:
             for parameter in group["params"]:
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(is_trained)
+
+
+def frozen_steps(config: TrainConfig, total_steps: int) -> int:
+    """In how many steps, the first ones, only the head is trained."""
+    return config.schedule.frozen_epochs * total_steps // config.schedule.epochs

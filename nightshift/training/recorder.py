@@ -5,16 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from torch import nn
+
 from nightshift import progress
 from nightshift.checkpoints.payload import Payload
 from nightshift.checkpoints.restore import restore_newest
 from nightshift.config.train import TrainConfig
 from nightshift.data.batches import Plan
+from nightshift.data.datasets import Dataset
 from nightshift.errors import StorageError, TrainingInterrupted
 from nightshift.hardware import Hardware
 from nightshift.records.lease import Run
 from nightshift.refs import CheckpointRef
 from nightshift.tracking.metrics import MetricsLog
+from nightshift.training import starts
 from nightshift.training.optimizers import learning_rate
 from nightshift.training.saver import Saver
 from nightshift.training.state import TrainState
@@ -34,12 +38,15 @@ class Means:
 class Recorder:
     """The null variant, for every rank but rank 0: it restores, reports, saves and decides nothing.
 
-    The loop calls `restore` once, then `begin`, then the rest at step boundaries.
+    The loop calls `restore` once, `start` if that finds nothing, then `begin`, then the rest at step boundaries.
     """
 
     def restore(self, check: Callable[[Payload], None]) -> Payload | None:
         """The payload of the newest whole checkpoint; None if there is none. `check` as of `restore_newest`."""
         return None
+
+    def start(self, model: nn.Module, dataset: Dataset) -> None:
+        """Give the model of a run that has no checkpoint the weights it begins with, if it has a parent."""
 
     def begin(self, state: TrainState) -> None:
         """The loop is about to take its first step."""
@@ -91,6 +98,16 @@ class RunRecorder(Recorder):
         if changes:
             progress.current().warn(f"the environment has changed, so bits may differ from here: {changes}")
         return payload
+
+    def start(self, model: nn.Module, dataset: Dataset) -> None:
+        parent = self._run.record.parent
+        if not parent:
+            return
+        if parent.kind != "scratch":
+            starts.begin(self._run.store, parent, self._config, dataset, model)
+        progress.current().say(
+            f"begins with {parent}" + (f" ({parent.detail})" if parent.sha256 and parent.detail else "")
+        )
 
     def begin(self, state: TrainState) -> None:
         self._started = self._last_saved = self._last_report = time.monotonic()

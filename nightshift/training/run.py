@@ -21,9 +21,10 @@ from nightshift.records.run import Origin, read_record
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.signals import StopSignals
 from nightshift.training.loop import Loop, RankOrders
-from nightshift.training.optimizers import build_optimizer
 from nightshift.training.ranks import ALONE, Ranks
 from nightshift.training.recorder import Recorder, RunRecorder
+from nightshift.training.starts import parent_of
+from nightshift.training.state import optimizer_of
 from nightshift.workspace import Workspace
 
 
@@ -56,7 +57,8 @@ def train_alone(
             says that it could not be.
         LeaseLostError: another trainer has taken the run over.
         LeaseHeldError, ResumeMismatchError: as `hold`.
-        ConfigError: the model or the device does not exist, or the model cannot be trained on these images.
+        ConfigError: the model or the device does not exist, or the model cannot be trained on these images, or cannot
+            begin with the weights that the config says.
         TrainingDivergedError: the loss is not finite; the last good checkpoint remains.
     """
     job = Job(run_id=run_id, config=config, dataset=dataset, origin=origin or Origin())
@@ -91,7 +93,8 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
                 with failures_explained(device):
                     return Loop(config, dataset, plan, hardware, ranks, Recorder()).run(orders)
             environment = {**hardware.describe(ranks.world_size), **_network_described(config)}
-            spec = RunSpec(job.run_id, config, job.dataset, environment, plan.total_steps, job.origin)
+            parent = parent_of(workspace.store, job.run_id, config, dataset)
+            spec = RunSpec(job.run_id, config, job.dataset, environment, plan.total_steps, job.origin, parent)
             if orders.process:
                 spec = replace(spec, process=orders.process)
             # A rank 0 that was lost with its machine leaves a lease behind, which must expire first.
@@ -131,7 +134,7 @@ def _check_network(config: TrainConfig, dataset: Dataset, plan: Plan) -> None:
         dataset.image_size,
         plan.smallest_batch,
         averaged=bool(config.optimizer.ema_decay),
-        build_optimizer=lambda network: build_optimizer(network, config.optimizer),
+        build_optimizer=lambda network: optimizer_of(network, config, len(dataset.classes), dataset.image_size),
     )
 
 

@@ -15,7 +15,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset
 from nightshift.errors import CheckpointCorruptError
-from nightshift.networks import build_network
+from nightshift.networks import build_network, head_of
 from nightshift.records.run import CurvePoint
 from nightshift.training.optimizers import build_optimizer, state_names
 from nightshift.training.ranks import Ranks
@@ -187,20 +187,24 @@ def build_state(
     device: torch.device,
     ranks: Ranks,
     read: Callable[[Callable[[Payload], None]], Payload | None],
+    begin: Callable[[nn.Module, Dataset], None] = lambda model, dataset: None,
 ) -> TrainState:
-    """The state of a run: restored from a stored payload, or freshly initialized from the seed.
+    """The state of a run: restored from a stored payload, or freshly initialized from the seed, and from its parent.
 
     Args:
         read: called with `TrainState.check`; returns the stored payload on rank 0, or None if there is none. On other
             ranks it returns None, and they receive rank 0's state.
+        begin: called with the freshly made model if there is no payload, and gives it the weights it is to begin with.
     """
     seed_everything(config.seed)
     model = build_network(config.model.name, len(dataset.classes), dataset.image_size)
     model = ranks.synchronized(model, device).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = TrainState(model, build_optimizer(model, config.optimizer), device, config.optimizer.ema_decay)
+    optimizer = optimizer_of(model, config, len(dataset.classes), dataset.image_size)
+    state = TrainState(model, optimizer, device, config.optimizer.ema_decay)
     stored = read(state.check)
     if stored is None:
         show_first_images(model, config, dataset)
+        begin(model, dataset)
     payload = ranks.share(stored or state.capture())
     seed_everything(config.seed, ranks.rank)
     state.restore(payload, ranks.rank, ranks.world_size)
@@ -214,8 +218,14 @@ def payload_check(config: TrainConfig, classes: int, image_size: int = 32) -> Ca
         ConfigError: as `build_network`.
     """
     model = build_network(config.model.name, classes, image_size)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = optimizer_of(model, config, classes, image_size)
     return TrainState(model, optimizer, torch.device("cpu"), config.optimizer.ema_decay).check
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig, classes: int, image_size: int) -> optim.Optimizer:
+    """The optimizer of a run; raises ConfigError as `build_optimizer`."""
+    head = head_of(config.model.name, classes, image_size) if config.fine_tunes else None
+    return build_optimizer(model, config.optimizer, head)
 
 
 def show_first_images(model: nn.Module, config: TrainConfig, dataset: Dataset) -> None:
@@ -223,4 +233,4 @@ def show_first_images(model: nn.Module, config: TrainConfig, dataset: Dataset) -
     if isinstance(model, InitializedFromImages):
         count = min(_INITIAL_IMAGES, max(1, _INITIAL_IMAGES * 32**2 // dataset.image_size**2))
         images = dataset.train_images[:count].cpu()  # so that every device begins with the same weights
-        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config.data.normalization)))
+        model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config)))

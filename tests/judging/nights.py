@@ -55,7 +55,9 @@ def publish(
     model = build_model("simple_cnn", len(dataset.classes), 32).eval()
     weights = model.state_dict()
     if says is None:  # of noise, an untrained network says the same all the time; so it says each class of a half
-        inputs = batches.to_input(dataset.test_images, *batches.normalizer(dataset, "dataset"))
+        inputs = batches.to_input(
+            dataset.test_images, *batches.normalizer(dataset, small_config(normalization="dataset"))
+        )
         weights["fc2.bias"] -= evaluation.predict(model, inputs).mean(0)
     else:
         weights["fc2.weight"].zero_()

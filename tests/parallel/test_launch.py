@@ -141,7 +141,7 @@ def test_two_ranks_take_bit_for_bit_the_steps_of_one_process_that_adds_the_gradi
     """With Adam too, which makes of another order of addition another training within fifty steps."""
     dataset = open_dataset(workspace, cifar10)
     plan = batches.make_plan(TWO, dataset)
-    scale, shift = batches.normalizer(dataset, TWO.data.normalization)
+    scale, shift = batches.normalizer(dataset, TWO)
     torch.manual_seed(TWO.seed)
     model = build_model(TWO.model.name, 10).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, TWO.optimizer)

@@ -64,7 +64,7 @@ def test_each_format_predicts_the_same_in_a_process_without_nightshift(
     config, dataset = record.train_config(), open_dataset(workspace, cifar10)
     for name in FORMATS:
         (tmp_path / name).write_bytes(export_run(workspace, record, name))
-    images = batches.to_input(dataset.test_images[:1000], *batches.normalizer(dataset, config.data.normalization))
+    images = batches.to_input(dataset.test_images[:1000], *batches.normalizer(dataset, config))
     np.save(tmp_path / "images.npy", images.numpy())
     shutil.copytree(Path(str(networks.__file__)).parent, tmp_path / "models")
     plain = subprocess.run(

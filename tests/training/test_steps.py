@@ -33,7 +33,7 @@ def by_hand(workspace: Workspace, config: TrainConfig, ref: DatasetRef, parts: i
     """The weights after a plain loop, which adds the gradients of so many parts of each batch."""
     dataset = open_dataset(workspace, ref)
     plan = batches.make_plan(config, dataset)
-    scale, shift = batches.normalizer(dataset, config.data.normalization)
+    scale, shift = batches.normalizer(dataset, config)
     torch.manual_seed(config.seed)
     model = build_model(config.model.name, ref.classes, ref.image_size).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.optimizer)
