@@ -7,17 +7,23 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from models.names import known_models
 from nightshift.config.recipes import get_recipe, make_config, named, recipe_names
 from nightshift.config.train import TrainConfig, fields, is_decisive
 from nightshift.data.specs import SPECS
 from nightshift.errors import ConfigError
+from nightshift.plugins import check_network_name
 
 # A second value for each field. A new field has to be entered here.
 OTHER: dict[str, Any] = {
     "recipe": "tutorial",
     "seed": 1,
     "model.name": "simple_cnn",
+    "start.name": "shrink",
+    "start.weights": "hub",
+    "start.names": "order",
+    "start.shrink": 0.5,
+    "start.perturb": 0.1,
+    "start.scratch_every": 7,
     "data.dataset": "another",
     "data.max_train_images": 100,
     "data.batch_size": 64,
@@ -29,10 +35,13 @@ OTHER: dict[str, Any] = {
     "optimizer.momentum": 0.8,
     "optimizer.weight_decay": 0.1,
     "optimizer.ema_decay": 0.5,
+    "optimizer.layer_decay": 0.7,
     "optimizer.clip_norm": 1.0,
     "optimizer.accumulate": 2,
     "schedule.name": "cosine",
     "schedule.epochs": 7,
+    "schedule.warmup": 0.1,
+    "schedule.frozen_epochs": 2,
     "augment.flip": "off",
     "augment.translate": 3,
     "augment.crop": 0.5,
@@ -62,7 +71,11 @@ OTHER: dict[str, Any] = {
 }
 FIELDS = dict(fields(TrainConfig))
 # What a value above makes sense beside only, and what makes none beside another.
-NEEDED: dict[str, dict[str, Any]] = {"loss.gamma": {"loss.name": "focal"}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "loss.gamma": {"loss.name": "focal"},
+    "optimizer.layer_decay": {"optimizer.name": "adam"},
+    "schedule.frozen_epochs": {"optimizer.name": "adam"},
+}
 CONTRADICTING = {"augment.trivialaugment", "loss.class_weights"}
 
 # What 312a4ed stored of the recipe quick, with two fields replaced.
@@ -213,7 +226,7 @@ def test_every_recipe_is_valid_and_names_things_that_exist(name: str) -> None:
     recipe = get_recipe(name)
     assert TrainConfig.parse(recipe.config.model_dump()) == recipe.config
     assert recipe.config.recipe == name
-    assert recipe.config.model.name in known_models()
+    check_network_name(recipe.config.model.name)
     assert recipe.config.data.dataset in SPECS
     assert recipe.detail
 
@@ -274,7 +287,7 @@ def test_a_field_is_named_in_short_in_full_or_by_its_section(overrides: dict[str
 
 
 def test_a_name_that_several_fields_have_is_refused_with_all_of_them() -> None:
-    assert "model.name or optimizer.name or schedule.name" in refusal_of({"name": "sgd"})
+    assert "model.name or start.name or optimizer.name or schedule.name" in refusal_of({"name": "sgd"})
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
