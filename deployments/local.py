@@ -71,9 +71,14 @@ def up(settings: Settings, deployments: Deployments) -> Running:
     return Running(server.api_url, login_file(home), endpoint, deployed)
 
 
-def down(settings: Settings) -> list[str]:
-    """Stop what `up` has started, and name it. Workers go first and let their runs save. A server in use stays."""
-    return [name for name in _SERVERS if supervisor.release(settings.home.resolve() / name)]
+def down(settings: Settings) -> tuple[list[str], list[str]]:
+    """Stop what `up` has started. Workers go first and let their runs save.
+
+    Returns the names of those that were stopped, and of those that are in use and stop after their last user.
+    """
+    released = [home for name in _SERVERS if supervisor.release(home := settings.home.resolve() / name)]
+    used = [home.name for home in released if supervisor.running_facts(home)]
+    return [home.name for home in released if home.name not in used], used
 
 
 def _is_served(server: PrefectServer, pool: str) -> bool:

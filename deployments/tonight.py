@@ -76,10 +76,12 @@ def _named(server: PrefectServer, path: str) -> Any:
 def _schedule(server: PrefectServer, name: str, deployment: Mapping[str, Any]) -> Finding:
     active = [entry for entry in deployment["schedules"] if entry["active"]]
     if deployment["paused"] or not active:
+        schedule_id = next((entry["id"] for entry in deployment["schedules"]), "ID")
         return Finding(
             f"schedule of {name}",
             False,
-            f"paused, so nothing starts: switch it on in the UI, or by `prefect deployment schedule resume {name} ID`",
+            "paused, so nothing starts: switch it on in the UI; or, after the exports that `nightshift up` prints, by "
+            f"`prefect deployment schedule resume {name} {schedule_id}`",
         )
     zone = ZoneInfo(active[0]["schedule"].get("timezone") or "UTC")
     planned = _newest(server, deployment, "EXPECTED_START_TIME_ASC", expected_start_time={"after_": _text(_now())})
@@ -96,7 +98,7 @@ def _schedule(server: PrefectServer, name: str, deployment: Mapping[str, Any]) -
 def _last_recovery(server: PrefectServer, deployment: Mapping[str, Any]) -> Finding:
     name, done = "last recover", _newest(server, deployment, "END_TIME_DESC", state={"type": {"any_": ["COMPLETED"]}})
     ago = _now() - datetime.fromisoformat(done["end_time"] if done else deployment["created"])
-    minutes = f"{ago.total_seconds() / 60:,.0f} minutes ago"
+    minutes = f"{ago.total_seconds() / 60:,.0f} min ago"
     detail = minutes if done else f"none yet, deployed {minutes}"
     if ago < _LONGEST_SILENCE:
         return Finding(name, True, detail)

@@ -104,8 +104,11 @@ def configured_workspace() -> Iterator["Workspace"]:
         yield workspace
 
 
-def use_server() -> None:
+def use_server(patient: bool = False) -> None:
     """Choose the Prefect server, which Prefect reads from the environment when it is imported.
+
+    Args:
+        patient: wait for a server that does not answer as long as Prefect does, six minutes and more.
 
     Raises:
         ConfigError: the user has chosen none, and none runs on this machine.
@@ -115,6 +118,9 @@ def use_server() -> None:
         raise ConfigError(
             "no Prefect server: set PREFECT_API_URL to yours, or start one on this machine with `nightshift up`"
         )
+    if not patient:
+        os.environ.setdefault("PREFECT_API_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
 
 
 def use_server_if_any() -> bool:

@@ -43,7 +43,7 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
         stack.enter_context(progress.shown_by(display))
         wait_for_server = None
         if configured_server():
-            use_server()
+            use_server(patient=True)
         else:
             server, wait_for_server = stack.enter_context(local_prefect(settings.home))
             os.environ.update(server.environment)

@@ -122,11 +122,13 @@ def down(as_json: AsJson = False) -> None:
     with TerminalProgress(error_console()) as display, display.waiting("stopping; runs in progress save first"):
         from deployments import local
 
-        stopped = local.down(Settings.load())
+        stopped, used = local.down(Settings.load())
     if as_json:
-        print_json({"stopped": stopped})
-    else:
-        console().print(f"stopped: {', '.join(stopped) or 'nothing was running'}")
+        print_json({"stopped": stopped, "in_use": used})
+        return
+    console().print(f"stopped: {', '.join(stopped) or ('nothing' if used else 'nothing was running')}")
+    if used:
+        console().print(f"still in use by a command that runs here, and stopped after it: {', '.join(used)}")
 
 
 @app.command(rich_help_panel=_PANEL)

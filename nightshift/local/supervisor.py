@@ -108,7 +108,10 @@ def keep(directory: Path) -> None:
 
 
 def release(directory: Path) -> bool:
-    """Undo `keep`, and wait until the server has stopped, unless somebody uses it. Returns whether it was kept."""
+    """Undo `keep`, and wait until the server has stopped, unless somebody uses it. Returns whether it was kept.
+
+    One that is in use goes on, as `running_facts` tells, and stops after its last user.
+    """
     if not is_kept(directory):
         return False
     (directory / "kept").unlink()

@@ -69,6 +69,11 @@ def rebuild(store: Store, name: str) -> History:
                 f"nothing tells which version of {name} was live: there is no whole {store.url(copy_key(name))}, and "
                 "no run record names a champion. To begin anew: nightshift promote RUN"
             )
+        if not store.head(copy_key(name)):
+            progress.current().warn(
+                f"{name} has no copy of its history, so it is made from the run records alone: what people have "
+                "promoted, rolled back or pinned is not in them"
+            )
         documents.write(store, key, history, etag)
         return history
 
