@@ -72,6 +72,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
                     f"{name}={value}" for name, value in record.train_config().flat().items() if value is not None
                 ),
                 "data set": f"{record.dataset.name} {record.dataset.digest[:12]}",
+                "begun with": str(record.parent or "random weights"),
                 "environment": "  ".join(f"{name}={value}" for name, value in record.environment.items()),
                 "weights_sha256": (record.result and record.result.weights_sha256) or "–",
                 "published": (record.result and record.result.model) or "–",

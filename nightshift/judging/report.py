@@ -53,6 +53,13 @@ class Night:
     at: datetime
     accuracy: float
     promoted: bool
+    began: str
+    """With which weights: the kind of its parent."""
+
+    @classmethod
+    def of(cls, record: RunRecord, accuracy: float, verdict: Verdict | None) -> Self:
+        began = record.parent.kind if record.parent else "scratch"
+        return cls(record.run_id, record.created_at, accuracy, bool(verdict and verdict.promoted), began)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ def build_report(
         "classes": Classes.of(found) if found else None,
         "champion": champion,
         "nights": nights,
+        "control": _control(nights, record) if found else None,
         "events": record.events,
         "images_per_second": images / record.train_seconds if record.train_seconds else None,
         "cost": price_per_hour and price_per_hour * record.train_seconds / 3600,
@@ -170,21 +178,24 @@ def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, fo
     """The last finished runs of this model up to this one, oldest first."""
     # However many trials a sweep has left among them.
     others = (
-        Night(
-            other.run_id,
-            other.created_at,
-            other.result.test_accuracy,
-            bool(other.result.verdict and other.result.verdict.promoted),
-        )
+        Night.of(other, other.result.test_accuracy, other.result.verdict)
         for other in newest_records(workspace.store)
         if other.result and other.dataset.name == record.dataset.name and other.origin.promote
         if other.run_id != record.run_id and other.created_at <= record.created_at
     )
     before = islice(others, _NIGHTS)
-    this = (
-        [Night(record.run_id, record.created_at, found.accuracy, bool(verdict and verdict.promoted))] if found else []
-    )
+    this = [Night.of(record, found.accuracy, verdict)] if found else []
     return sorted([*before, *this], key=lambda night: night.at)[-_NIGHTS:]
+
+
+def _control(nights: list[Night], record: RunRecord) -> tuple[Night, Night] | None:
+    """This night, or the last before it, that began with a parent; and the last that began from scratch.
+
+    None if this one began from scratch and was not meant to be compared, or if there are not both.
+    """
+    tuned = [night for night in nights if night.began != "scratch"]
+    scratch = [night for night in nights if night.began == "scratch"]
+    return (tuned[-1], scratch[-1]) if record.parent and tuned and scratch else None
 
 
 def _plots(

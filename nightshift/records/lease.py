@@ -332,7 +332,7 @@ def _new_record(spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
         total_steps=spec.total_steps,
         created_at=now,
         updated_at=now,
-    ).with_event("started", now, f"from {spec.parent}" if spec.parent else "")
+    ).with_event("started", now, f"with {spec.parent}" if spec.parent else "")
 
 
 def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:

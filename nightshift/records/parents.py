@@ -44,8 +44,10 @@ class Parent(Part):
         return self
 
     def __str__(self) -> str:
-        told = f"{self.kind} {self.source}".strip()
-        return f"{told}, sha256 {self.sha256[:12]}" if self.sha256 else f"{told}: {self.detail}"
+        if not self.sha256:
+            return f"random weights: {self.detail}"
+        whose = {"champion": "the weights of champion ", "shrink": "the shrunk weights of champion "}.get(self.kind, "")
+        return f"{whose or 'the weights '}{self.source}, sha256 {self.sha256[:12]}"
 
 
 def known_sha256(records: "Iterator[RunRecord]", source: str) -> Parent | None:

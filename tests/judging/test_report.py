@@ -17,10 +17,11 @@ from nightshift.errors import TrainingInterrupted
 from nightshift.judging import evaluation, gate, plots, report
 from nightshift.judging.evaluation import ClassMetrics, Metrics, Mistake
 from nightshift.judging.paired import compare
-from nightshift.judging.report import Report, build_report, publish_report
+from nightshift.judging.report import Night, Report, build_report, publish_report
 from nightshift.records import orphans
 from nightshift.records.lease import RunSpec
 from nightshift.records.lease import hold as hold_run
+from nightshift.records.parents import Parent
 from nightshift.records.run import Origin, Result, read_record
 from nightshift.refs import MOST_GUARDS, DatasetRef, Guard, ModelRef, Verdict
 from nightshift.settings import GateSettings
@@ -113,7 +114,8 @@ def hostile_page(home: Path) -> Report:
     # In some places a record holds no control characters, and no long text.
     lines = [text for text in texts if re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{0,1000}", text)]
     environment = {text: text for text in lines}
-    with hold_run(store, RunSpec("run", small_config(), DATASET, environment, 40), 60) as run:
+    parent = Parent(kind="pretrained", source=lines[0], sha256="0" * 64, detail=lines[-1])
+    with hold_run(store, RunSpec("run", small_config(), DATASET, environment, 40, parent=parent), 60) as run:
         run.end("failed", texts[0])
         record = run.record
     for text in texts:
@@ -248,3 +250,22 @@ def test_the_last_nights_are_there_however_many_trials_came_after_them(workspace
     last = read_record(store, "run-02")[0].changed(created_at=store.now() + timedelta(days=1), run_id="this-one")
     nights = report._nights(replace(workspace, store=store), last, None, None)
     assert [night.run_id for night in nights] == ["run-00", "run-01", "run-02"]
+
+
+def test_a_night_from_scratch_is_compared_with_the_last_that_had_a_parent_and_the_other_way_round() -> None:
+    now = datetime.now(UTC)
+    champion, scratch = Parent(kind="champion", source="x", sha256="0" * 64), Parent(kind="scratch", detail="why")
+    kinds = ("champion", "scratch", "champion", "champion")
+    nights = [Night(f"night-{number}", now, 0.5, False, kind) for number, kind in enumerate(kinds)]
+    store = MemoryStore()
+    with hold_run(store, RunSpec("run", small_config(), DATASET, {"torch": "x"}, 40, parent=champion), 60) as run:
+        pass
+
+    def compared(nights: list[Night], parent: Parent | None) -> list[str] | None:
+        found = report._control(nights, run.record.changed(parent=parent))
+        return found and [night.run_id for night in found]
+
+    assert compared(nights, champion) == ["night-3", "night-1"]
+    assert compared(nights[:2], scratch) == ["night-0", "night-1"]
+    assert compared(nights[:1], champion) is None
+    assert compared(nights, None) is None  # its config says scratch: it is no control

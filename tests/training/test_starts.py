@@ -1,5 +1,6 @@
 """Starts: a run begins with the weights its record names, whatever became of their place and of the champion since."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +44,9 @@ def ref(monkeypatch: pytest.MonkeyPatch, workspace: Workspace) -> DatasetRef:
     return known(monkeypatch, workspace, SIZE, CLASSES, train=48)
 
 
-def weights_of(seed: int, classes: int = CLASSES, name: str = "quick_cnn") -> dict[str, Tensor]:
+def weights_of(seed: int, classes: int = CLASSES, name: str = "quick_cnn", size: int = SIZE) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    return build_model(name, classes, SIZE).state_dict()
+    return build_model(name, classes, size).state_dict()
 
 
 def go_live(workspace: Workspace, version: str, seed: int, **changed: Any) -> None:
@@ -199,12 +200,11 @@ def test_the_hub_is_asked_once(workspace: Workspace, ref: DatasetRef, monkeypatc
 
     def download(name: str) -> dict[str, Tensor]:
         asked.append(name)
-        return weights_of(7, classes=1000, name=name)
+        return weights_of(7, classes=1000, name=name, size=32)
 
     monkeypatch.setattr(starts, "pretrained_weights", download)
     config = small("pretrained", model="torchvision:squeezenet1_1", weights="hub", optimizer="adamw", lr=1e-3)
     dataset = replace(open_dataset(workspace, ref), train_images=torch.zeros(4, 32, 32, 3, dtype=torch.uint8))
-    monkeypatch.setattr("tests.training.test_starts.SIZE", 32)
     found = [starts.parent_of(workspace.store, "a", config, dataset)]
     monkeypatch.setattr(starts, "newest_records", lambda store: iter([_Began(found[0])]))
     found.append(starts.parent_of(workspace.store, "b", config, dataset))
@@ -255,14 +255,11 @@ def test_what_is_wrong_with_a_file_is_told_before_anything_is_recorded(
 
 
 def test_a_pickle_that_calls_something_is_not_run(workspace: Workspace, ref: DatasetRef, tmp_path: Path) -> None:
-    import pickle
-
     class Attack:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "it-was-run",)
 
-    for name, body in (("old.pth", pickle.dumps({"a": Attack()})),):
-        (tmp_path / name).write_bytes(body)
+    (tmp_path / "old.pth").write_bytes(pickle.dumps({"a": Attack()}))
     torch.save({"a": Attack()}, tmp_path / "new.pth")
     for name in ("old.pth", "new.pth"):
         with pytest.raises(ConfigError, match="holds weights only"):
@@ -311,7 +308,7 @@ def test_shrunk_weights_are_a_share_of_the_champions_and_a_share_of_random_ones(
 
 def test_without_a_champion_a_run_begins_from_scratch_and_says_so(workspace: Workspace, ref: DatasetRef) -> None:
     assert end_of(workspace, "run", small("champion"), ref) == end_of(workspace, "scratch", small("scratch"), ref)
-    assert record_of(workspace).events[0].detail == f"from scratch: {NAME} has no champion yet"
+    assert record_of(workspace).events[0].detail == f"with random weights: {NAME} has no champion yet"
     assert record_of(workspace, "scratch").parent is None
 
 
