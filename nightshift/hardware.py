@@ -14,7 +14,7 @@ import torch
 from torch.utils import deterministic
 
 from nightshift import __version__
-from nightshift.config.train import HardwareConfig
+from nightshift.config.sections import HardwareConfig
 from nightshift.errors import ConfigError, DeviceError
 
 _COMPILATION_STEPS = 2000

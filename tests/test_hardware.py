@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from nightshift.config.train import HardwareConfig
+from nightshift.config.sections import HardwareConfig
 from nightshift.errors import ConfigError, DeviceError, RankLostError
 from nightshift.hardware import Hardware, failures_explained, find_device, ranks_here
 from nightshift.parallel.ranks import joined

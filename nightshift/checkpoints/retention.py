@@ -1,6 +1,6 @@
 """Which checkpoints of a run are kept."""
 
-from nightshift.config.train import SavingConfig
+from nightshift.config.sections import SavingConfig
 from nightshift.records.run import Checkpoint
 
 

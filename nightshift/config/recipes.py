@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from nightshift.config.project import Project
-from nightshift.config.train import (
+from nightshift.config.sections import (
     AugmentConfig,
     DataConfig,
     EvaluationConfig,
@@ -16,8 +16,8 @@ from nightshift.config.train import (
     OptimizerConfig,
     ScheduleConfig,
     StartConfig,
-    TrainConfig,
 )
+from nightshift.config.train import TrainConfig
 from nightshift.errors import ConfigError
 from nightshift.explain import near_miss
 

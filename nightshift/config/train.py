@@ -3,225 +3,32 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from nightshift.config.formats import of_newest_format
+from nightshift.config.sections import (
+    AugmentConfig,
+    DataConfig,
+    Decisive,
+    EvaluationConfig,
+    Free,
+    HardwareConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SavingConfig,
+    ScheduleConfig,
+    Section,
+    StartConfig,
+    TrackingConfig,
+    is_decisive,
+)
 from nightshift.errors import ConfigError
 from nightshift.explain import near_miss, problem_of
-
-
-@dataclass(frozen=True)
-class _Effect:
-    """Whether a field decides which bits a run ends with."""
-
-    on_bits: bool
-
-
-Value = TypeVar("Value")
-Decisive = Annotated[Value, _Effect(on_bits=True)]
-"""A stored run resumes only with the same value. A new field's default has to do what was done before it existed."""
-Free = Annotated[Value, _Effect(on_bits=False)]
-"""May change when a run is resumed."""
-
-
-class Section(BaseModel):
-    """Some fields that belong together. One with a field `name` may be given as that name alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) and "name" in cls.model_fields else value
-
-
-class ModelConfig(Section):
-    """The network."""
-
-    name: Decisive[str] = Field(description="The architecture: one of `models.names`.")
-
-
-class DataConfig(Section):
-    """The training images, and how they come to the network."""
-
-    dataset: Decisive[str] = Field("cifar10", description="The data set: one of `data.specs.SPECS`.")
-    max_train_images: Decisive[int | None] = Field(None, ge=1, description="Train on the first so many images only.")
-    batch_size: Decisive[int] = Field(ge=1, le=65_536, description="Images a step, over all ranks together.")
-    drop_last: Decisive[bool] = Field(False, description="Leave out an epoch's last, smaller batch.")
-    sampling: Decisive[Literal["shuffled", "balanced"]] = Field(
-        "shuffled", description="An epoch shows each image once; balanced: as many images, of each class equally many."
-    )
-    normalization: Decisive[Literal["dataset", "half", "network"]] = Field(
-        "dataset", description="By the data set's mean and deviation, by 0.5 and 0.5, or as the network's author did."
-    )
-
-
-class StartConfig(Section):
-    """The weights that a run begins with."""
-
-    name: Decisive[Literal["scratch", "pretrained", "champion", "shrink"]] = Field(
-        "scratch", description="Random ones, those of a file, the champion's, or the champion's shrunk and perturbed."
-    )
-    weights: Decisive[str | None] = Field(
-        None, min_length=1, description="Of pretrained: a file, s3://BUCKET/KEY, or hub, where the library has them."
-    )
-    names: Decisive[str] = Field(
-        "same",
-        pattern=r"^(same|order|[^=,]*=[^=,]*(,[^=,]*=[^=,]*)*)$",
-        description="How tensors in the file are called: same, order (as they follow each other), or OLD=NEW,… for "
-        "what names begin with.",
-    )
-    shrink: Decisive[float] = Field(0.6, gt=0, le=1, description="Of shrink: what the champion's weights are times.")
-    perturb: Decisive[float] = Field(0.01, ge=0, le=1, description="Of shrink: the share of random weights added.")
-    scratch_every: Decisive[int | None] = Field(
-        None, ge=2, description="Every so many nights of a data set, one begins from scratch, to compare with."
-    )
-
-
-class OptimizerConfig(Section):
-    """How gradients become weights."""
-
-    name: Decisive[Literal["sgd", "adam", "adamw", "muon"]] = Field(
-        description="sgd is SGD with Nesterov momentum; muon is Muon for filters, and SGD for all else."
-    )
-    lr: Decisive[float] = Field(gt=0, le=100, description="The highest learning rate of the schedule.")
-    momentum: Decisive[float] = Field(0.9, ge=0, lt=1, description="SGD's and Muon's momentum; Adam's first beta.")
-    weight_decay: Decisive[float] = Field(
-        0.0, ge=0, le=10, description="L2 in SGD and Adam, decoupled in AdamW; in Muon for all but filters."
-    )
-    ema_decay: Decisive[float] = Field(
-        0.0, ge=0, lt=1, description="Test and publish a moving average of the weights, which keeps this share a step."
-    )
-    clip_norm: Decisive[float | None] = Field(
-        None, gt=0, description="Scale all gradients down together where their norm is greater."
-    )
-    accumulate: Decisive[int] = Field(
-        1, ge=1, le=1024, description="Compute a batch in so many parts, which takes less memory."
-    )
-    layer_decay: Decisive[float] = Field(
-        1.0, gt=0, le=1, description="The first layer's rate as a share of the last one's. Those between lie between."
-    )
-
-
-class ScheduleConfig(Section):
-    """How long to train, and the learning rate on the way."""
-
-    name: Decisive[Literal["constant", "triangular", "one_cycle", "cosine", "linear"]] = Field(
-        "constant", description="The learning rate as a function of the step."
-    )
-    epochs: Decisive[int] = Field(ge=1, le=10_000, description="Passes over the training images.")
-    warmup: Decisive[float] = Field(0.0, ge=0, lt=1, description="The rate rises from 0 over this share of the steps.")
-    frozen_epochs: Decisive[int] = Field(0, ge=0, description="In the first so many epochs only the head is trained.")
-
-
-class AugmentConfig(Section):
-    """How a training image differs each time it is seen."""
-
-    flip: Decisive[Literal["off", "random", "alternating"]] = Field(
-        "off", description="Mirror training images: each with probability one half, or every second epoch."
-    )
-    translate: Decisive[int] = Field(0, ge=0, le=16, description="Shift by up to so many pixels, edges reflected.")
-    crop: Decisive[float] = Field(
-        1.0, gt=0, le=1, description="Enlarge a random part, of at least this share of the area; 1: off."
-    )
-    randaugment: Decisive[int] = Field(
-        0, ge=0, le=30, description="Two random operations of RandAugment, of this magnitude; 0: off."
-    )
-    trivialaugment: Decisive[bool] = Field(
-        False, description="One random operation of TrivialAugment, of a random magnitude."
-    )
-    jitter: Decisive[float] = Field(
-        0.0, ge=0, le=1, description="Change brightness, contrast and saturation by a factor of up to 1 ± this."
-    )
-    hue: Decisive[float] = Field(0.0, ge=0, le=0.5, description="Turn the hue by up to this share of the circle.")
-    erasing: Decisive[float] = Field(
-        0.0, ge=0, le=1, description="Cover a random rectangle with the mean colour, with this probability."
-    )
-    mixup: Decisive[float] = Field(
-        0.0, ge=0, le=10, description="Blend images and their labels; alpha of the Beta distribution; 0: off."
-    )
-    cutmix: Decisive[float] = Field(
-        0.0, ge=0, le=10, description="Put a part of one image into another; alpha, as mixup. With both: one a batch."
-    )
-
-    @property
-    def per_image(self) -> bool:
-        """Whether torchvision's transforms change each image, besides flips and shifts."""
-        return bool(self.crop < 1 or self.randaugment or self.trivialaugment or self.jitter or self.hue or self.erasing)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether a training image is one of two, and its target two classes."""
-        return bool(self.mixup or self.cutmix)
-
-
-class LossConfig(Section):
-    """What training makes small."""
-
-    name: Decisive[Literal["cross_entropy", "focal", "binary"]] = Field(
-        "cross_entropy", description="focal: hard images count more; binary: sigmoid, for two classes."
-    )
-    label_smoothing: Decisive[float] = Field(
-        0.0, ge=0, lt=1, description="Share of the target spread over all classes."
-    )
-    class_weights: Decisive[Literal["off", "balanced"]] = Field(
-        "off", description="balanced: an image counts as its class is rare among the training images."
-    )
-    gamma: Decisive[float] = Field(
-        2.0,
-        ge=0,
-        le=10,
-        description="How little focal counts images that are already classified well; 0: as any other.",
-    )
-
-
-class EvaluationConfig(Section):
-    """How the trained model is tested."""
-
-    tta: Free[Literal["off", "flip", "crops"]] = Field(
-        "off", description="Test on the mean of each image and its mirror; crops: also of both shifted by a pixel."
-    )
-
-
-class SavingConfig(Section):
-    """When checkpoints are written, and which are kept."""
-
-    checkpoint_every_steps: Free[int | None] = Field(None, ge=1, description="Save at every so many steps.")
-    checkpoint_every_seconds: Free[float | None] = Field(
-        30.0, gt=0, description="Save at the step boundary after so many seconds."
-    )
-    keep_last: Free[int] = Field(3, ge=1, description="How many of a run's newest checkpoints are kept.")
-    keep_best: Free[bool] = Field(True, description="Keep also the one after the epoch of the lowest training loss.")
-    keep_every_epochs: Free[int | None] = Field(
-        None, ge=1, description="Keep also the first after every so many epochs."
-    )
-
-
-class HardwareConfig(Section):
-    """What computes, and how exactly. A device decides bits too, but a run may move: the record says where it ran."""
-
-    device: Free[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: a GPU if there is one.")
-    nproc_per_node: Free[Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]] = Field(
-        1, description="Processes a machine that share each batch; auto: one a GPU."
-    )
-    precision: Decisive[Literal["float32", "bfloat16", "auto"]] = Field(
-        "float32", description="bfloat16: autocast in forward; auto: where the hardware has it."
-    )
-    compile: Decisive[Literal["off", "on", "auto"]] = Field(
-        "off", description="torch.compile the model; auto: on a GPU, where a training is long enough to repay it."
-    )
-    deterministic: Decisive[bool] = Field(True, description="Refuse operations whose result varies from run to run.")
-
-
-class TrackingConfig(Section):
-    """Who else is to see the course of a training."""
-
-    tensorboard: Free[bool] = Field(False, description="Write TensorBoard event files under NIGHTSHIFT_HOME.")
 
 
 class TrainConfig(Section):
@@ -392,12 +199,6 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
         )
     if loss.name != "focal" and loss.gamma != LossConfig().gamma:
         yield f"loss.gamma={loss.gamma} is of the loss focal, and loss.name={loss.name}: set loss.name=focal"
-
-
-def is_decisive(field: FieldInfo) -> bool:
-    """Whether a field decides which bits a run ends with."""
-    (effect,) = (mark for mark in field.metadata if isinstance(mark, _Effect))
-    return effect.on_bits
 
 
 def _flattened(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

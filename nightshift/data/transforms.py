@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor
 
-from nightshift.config.train import AugmentConfig
+from nightshift.config.sections import AugmentConfig
 from nightshift.data.chance import key_of
 
 

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from nightshift.config.train import HardwareConfig, TrainConfig
+from nightshift.config.sections import HardwareConfig
+from nightshift.config.train import TrainConfig
 from nightshift.errors import RankFailedError, StorageError, TrainingInterrupted
 from nightshift.hardware import ranks_here
 from nightshift.records import recovery

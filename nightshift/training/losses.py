@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nightshift.config.train import LossConfig
+from nightshift.config.sections import LossConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits, float32 or bfloat16 (batch, classes), and targets → the mean loss, a scalar.

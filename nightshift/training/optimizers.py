@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn, optim
 
 from models.protocols import Grouped
-from nightshift.config.train import OptimizerConfig, TrainConfig
+from nightshift.config.sections import OptimizerConfig
+from nightshift.config.train import TrainConfig
 from nightshift.errors import ConfigError
 from nightshift.training.layers import groups_by_depth, split_groups
 from nightshift.training.muon import Muon

@@ -28,7 +28,7 @@ from tenacity import (
 from nightshift import progress
 from nightshift.checkpoints.payload import Payload
 from nightshift.checkpoints.retention import retained
-from nightshift.config.train import SavingConfig
+from nightshift.config.sections import SavingConfig
 from nightshift.errors import StorageError
 from nightshift.records.keys import payload_key
 from nightshift.records.lease import Run

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from nightshift.config.recipes import get_recipe, make_config, named, recipe_names
-from nightshift.config.train import TrainConfig, fields, is_decisive
+from nightshift.config.sections import is_decisive
+from nightshift.config.train import TrainConfig, fields
 from nightshift.data.specs import SPECS
 from nightshift.errors import ConfigError
 from nightshift.plugins import check_network_name

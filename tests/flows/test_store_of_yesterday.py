@@ -18,7 +18,8 @@ from PIL import Image
 from pydantic import Field
 
 from nightshift.config.recipes import make_config
-from nightshift.config.train import Decisive, LossConfig, TrainConfig
+from nightshift.config.sections import Decisive, LossConfig
+from nightshift.config.train import TrainConfig
 from nightshift.errors import ResumeMismatchError
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.lease import check_matches

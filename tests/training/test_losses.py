@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nightshift.config.train import LossConfig
+from nightshift.config.sections import LossConfig
 from nightshift.training.losses import Loss, balanced_weights, build_loss
 
 CPU = torch.device("cpu")
