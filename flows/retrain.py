@@ -18,6 +18,7 @@ from nightshift.records.run import dataset_of
 from nightshift.records.snapshots import Trained, note_trained, read_history
 from nightshift.refs import ModelRef
 from nightshift.settings import Settings
+from nightshift.training.run import check_config
 from nightshift.workspace import open_workspace
 from tasks.pack import pack
 from tasks.snapshot import snapshot as make_snapshot
@@ -48,6 +49,7 @@ def retrain(
     settings = Settings.load()
     project = load_project(settings.project)
     config = named_config(recipe, overrides, this_start(), project, images)
+    check_config(config)
     run_id = run_id_of(run_id, recipe)
     with open_workspace(settings) as workspace:
         check_recoveries(workspace, run_id, settings)

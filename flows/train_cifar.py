@@ -12,6 +12,7 @@ from nightshift.config.project import load_project
 from nightshift.data.names import check_flow, checked_config
 from nightshift.refs import ModelRef
 from nightshift.settings import Settings
+from nightshift.training.run import check_config
 from nightshift.workspace import open_workspace
 from tasks.download import download
 from tasks.preprocess import preprocess
@@ -43,6 +44,7 @@ def train_cifar(
     project = load_project(settings.project)
     config = checked_config(recipe, overrides, this_start(), project)
     check_flow("train-cifar", config, project)
+    check_config(config)
     run_id = run_id_of(run_id, recipe)
     with open_workspace(settings) as workspace:
         check_recoveries(workspace, run_id, settings)

@@ -38,6 +38,15 @@ def test_a_parameter_of_a_flow_cannot_name_it(flow: Callable[..., object]) -> No
         flow("quick", {"model": STRANGE})
 
 
+@pytest.mark.parametrize("flow", [train_cifar, retrain], ids=["train-cifar", "retrain"])
+def test_what_only_importing_a_package_shows_is_told_before_any_image_is_read(
+    flow: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_project(monkeypatch, tmp_path, ("tests",))
+    with pytest.raises(ConfigError, match=r"there is no Missing in tests\.own_network"):
+        flow("quick", {"model": "tests.own_network:Missing"})
+
+
 def test_a_stored_sweep_cannot_name_it() -> None:
     planned = plan("tuned", "quick", {"lr": [0.1, 0.2]})
     stored = begin(memory_store(), Sweep.model_validate({**planned.model_dump(), "overrides": {"model": STRANGE}}))
