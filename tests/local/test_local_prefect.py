@@ -205,7 +205,7 @@ def test_a_running_server_that_nobody_can_log_in_to_is_not_used_but_stopped(
     refused = nightshift("submit", "recover", **environment)
     assert refused.exit_code == 1
     assert trouble in refused.err
-    assert nightshift("down", "--json", **environment).json == {"stopped": ["prefect"]}
+    assert nightshift("down", "--json", **environment).json == {"stopped": ["prefect"], "in_use": []}
     assert "no Prefect server" in nightshift("submit", "recover", **environment).err
 
 
