@@ -16,8 +16,10 @@ from typing import Any
 
 import boto3
 import pytest
+import torch
 from safetensors.numpy import load_file
 
+from models import build_model
 from nightshift.config.project import DatasetConfig
 from nightshift.data.datasets import facts_of, fetch, pack
 from nightshift.data.packed import pack_snapshot
@@ -200,7 +202,10 @@ def do_what_nights_rarely_do(workspace: Workspace) -> None:
     stored.begin(store, stored.plan("sweep", "tutorial", {"seed": [1, 2]}))
     store.upload("checkpoints/run/1000-0.pt", io.BytesIO(bytes(17 * MIB)))
     store.download_bytes("checkpoints/run/1000-0.pt")
-    for torn in ("checkpoints/run/1001-0.pt", dataset.key):
+    theirs = workspace.home / "theirs.pth"
+    torch.save(build_model("simple_cnn", 10).state_dict(), theirs)
+    train_alone(workspace, "begun", small_config(start="pretrained", weights=str(theirs)), dataset)
+    for torn in ("checkpoints/run/1001-0.pt", dataset.key, f"weights/{'0' * 64}"):
         with pytest.raises(OSError, match="disk is gone"):
             store.upload(torn, Torn(bytes(65 * MIB)))
     store.put("probe/0123456789abcdef", b"third")
@@ -216,11 +221,13 @@ def leave_orphans(store: S3) -> set[str]:
         f"datasets/parts/parts/{'1' * 64}.parquet",
         f"datasets/parts/snapshots/{'1' * 64}.json",
         f"datasets/shards/{'1' * 64}",
+        f"weights/{'1' * 64}",
     }
     uploads = {
         "checkpoints/no-such-run/8-1.pt",
         "models/tiny/unfinished/model.pt2",
         f"datasets/{'0' * 64}/packed.safetensors",
+        f"weights/{'2' * 64}",
     }
     for key in objects:
         store.put(key, b"nobody's")
