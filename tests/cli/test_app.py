@@ -21,7 +21,7 @@ def test_the_version_printed_is_that_of_the_installed_package() -> None:
     [
         ("nightshift tr", ["train"]),
         ("nightshift roll", ["rollback"]),
-        ("nightshift train --set optimizer.l", ["optimizer.lr="]),
+        ("nightshift train --set optimizer.lr", ["optimizer.lr="]),
     ]
     + [(f"nightshift {command} --recipe s", ["speedrun"]) for command in ("train", "submit", "sweep")],
 )

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 MISTAKES = {
-    ("train", "--recipe", "nope"): "The recipes are: quick",
+    ("train", "--set", "start=pretrained"): "start=pretrained needs start.weights: a file, s3://BUCKET/KEY, or hub",
+    ("train", "--recipe", "finetune", "--set", "model=quick_cnn"): "network is for networks of torchvision and timm",
+    ("train", "--recipe", "nope"): "The recipes are: finetune, quick",
     ("train", "--set", "epoch=3"): "Did you mean epochs?",
     ("train", "--set", "schedule.epoch=3"): "there is no field 'schedule.epoch'",
     ("train", "--set", "epochs=0"): "schedule.epochs='0' is not valid",
@@ -43,7 +45,7 @@ MISTAKES = {
     ("delete", "a/b", "--yes"): "is not valid: use up to 100 letters",
     ("republish", "a/b"): "is not valid: use up to 100 letters",
     ("train", "--nope"): "No such option",
-    ("submit", "--recipe", "nope"): "The recipes are: quick",
+    ("submit", "--recipe", "nope"): "The recipes are: finetune, quick",
     ("submit", "--set", "lr=much"): "optimizer.lr='much' is not valid",
     ("submit", "--set", "model=vgg"): "The models are:",
     ("submit", "train-cifar/adhoc", "--recipe", "tutorial", "--set", "epochs=0"): "schedule.epochs='0' is not valid",
@@ -56,7 +58,7 @@ MISTAKES = {
     ("sweep", "--over", "lr=0.1,much"): "'much' is not valid",
     ("sweep", "--over", "lr=0.1..0.2"): "Say how many trials",
     ("sweep", "--over", "model=quick_cnn,vgg"): "The models are:",
-    ("sweep", "--over", "lr=0.1,0.2", "--recipe", "nope"): "The recipes are: quick",
+    ("sweep", "--over", "lr=0.1,0.2", "--recipe", "nope"): "The recipes are: finetune, quick",
     ("sweep", "--over", "lr=0.1,0.2", "--set", "dataset=mnist"): "The data sets are: cifar10",
     ("sweep", "--over", "lr=0.1,0.2", "--sweep-id", "a/b"): "is not valid: use up to 100 letters",
 }
