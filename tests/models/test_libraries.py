@@ -66,7 +66,7 @@ def seeded(name: str, size: int, seed: int = 0) -> nn.Module:
     [
         ("torchvision:resnet18", 32),
         ("torchvision:mobilenet_v3_small", 33),
-        ("torchvision:vit_b_16", 32),
+        pytest.param("torchvision:vit_b_16", 32, marks=pytest.mark.soak),
         *((f"timm:{name}", 32) for name in OF_TIMM[:3]),
     ],
 )

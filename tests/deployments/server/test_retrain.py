@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nightshift.local.s3 import embedded_s3
 from nightshift.records.run import list_records
 from nightshift.storage.s3 import S3
 from tests.commands import Finished
+from tests.conftest import eventually
 from tests.deployments.server.conftest import Nightshift, worker_of
 from tests.own_images import CLASSES, DATASET, DEPLOYMENT, transitions_of, write_images
 
@@ -80,6 +82,10 @@ def test_submit_says_which_deployments_of_the_team_there_are(nightshift: Nightsh
     assert (done.exit_code, "There are retrain/parts" in done.err) == (2, True), done.err
 
 
+def _succeeds(request: Callable[[], httpx.Response]) -> bool:
+    return request().is_success
+
+
 @pytest.fixture(scope="module")
 def later(
     first: Finished, nightshift: Nightshift, prefect_server: PrefectServer, ask: Callable[..., Any], directory: Path
@@ -92,7 +98,9 @@ def later(
             login = (prefect_server.login or "").split(":", 1)
             changed = {name: automation[name] for name in ("name", "description", "enabled", "trigger", "actions")}
             url = f"{prefect_server.api_url}/automations/{automation['id']}"
-            httpx.put(url, json=changed, auth=(login[0], login[1]), timeout=30).raise_for_status()
+            put = partial(httpx.put, url, json=changed, auth=(login[0], login[1]), timeout=30)
+            # While its SQLite is locked, the server answers 503. Prefect's own client asks again too.
+            eventually(partial(_succeeds, put), timeout=120)
     (directory / "other.toml").write_text(DATASET)
     (directory / ".env").write_text("NIGHTSHIFT_PROJECT=other.toml")
     return nightshift("up")
