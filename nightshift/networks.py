@@ -124,7 +124,7 @@ def check_network(
     """Find out, on made-up images, whether a network can be trained, stored and published. Nightshift's own always can.
 
     Args:
-        smallest_batch: how many images the smallest batch of an epoch has.
+        smallest_batch: how many images the network sees at once at the least.
         averaged: whether a moving average of its weights is kept.
         build_optimizer: makes the run's optimizer for it; raises ConfigError if it cannot.
 
@@ -180,8 +180,12 @@ class Attempt:
         network.train()
         self._step(network, 2, f"cannot be trained on images of {self.image_size} pixels")
         if smallest_batch == 1:
-            what = "cannot be trained on one image, which is all that an epoch's last batch has (set drop_last=true)"
-            self._step(network, 1, what)
+            self._step(
+                network,
+                1,
+                "cannot be trained on one image, which is all that an epoch's last batch, or a part of it, has (set "
+                "drop_last=true, or a lower accumulate)",
+            )
         if not any(parameter.grad is not None for parameter in network.parameters()):
             raise self._wrong("returns logits that depend on none of its parameters")
         network.eval()

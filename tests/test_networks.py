@@ -81,7 +81,7 @@ MISTAKES = {
     "one image": (
         "def net(classes, side):\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * side**2, 8), nn.BatchNorm1d(8), "
         "nn.Linear(8, classes))",
-        "cannot be trained on one image, which is all that an epoch's last batch has .*drop_last=true",
+        "cannot be trained on one image, which is all that .* or a part of it, has .*drop_last=true",
     ),
     "groups": (
         "class net(nn.Linear):\n    def __init__(self, classes, side):\n        super().__init__(3, classes)\n"
@@ -133,6 +133,15 @@ def test_a_network_that_cannot_be_used_is_refused_in_a_sentence_before_anything_
     assert refused.value.exit_code == 2
     with pytest.raises(RunNotFoundError):
         read_record(workspace.store, "run")
+
+
+def test_one_image_is_also_refused_where_only_a_part_of_a_batch_has_so_few(
+    folder: Path, workspace: Workspace, dataset: DatasetRef
+) -> None:
+    source, told = MISTAKES["one image"]
+    (folder / "ournets.py").write_text(f"from torch import nn\n{source}\n")
+    with pytest.raises(ConfigError, match=told):
+        train_alone(workspace, "run", config(model="ournets:net", drop_last=True, accumulate=16), dataset)
 
 
 def stopped_at(workspace: Workspace, dataset: DatasetRef, step: int, **overrides: object) -> None:

@@ -132,7 +132,7 @@ def _check_network(config: TrainConfig, dataset: Dataset, plan: Plan) -> None:
         config.model.name,
         len(dataset.classes),
         dataset.image_size,
-        plan.smallest_batch,
+        max(1, plan.smallest_batch // config.optimizer.accumulate),
         averaged=bool(config.optimizer.ema_decay),
         build_optimizer=lambda network: optimizer_of(network, config, len(dataset.classes), dataset.image_size),
     )
