@@ -7,8 +7,6 @@ many epochs, and so for at least as long. `plain` is a loop of torch and timm al
 differs in chance, and saves nothing. Seconds are those of the process on all its cores, which others on the machine
 change least.
 
-2 cores, n = 3: three quarters of an hour if the machine has nothing else to do.
-
     python benchmarks/finetune.py EMOJI/labels.csv WEIGHTS.pth [--seeds 3] [--epochs 8]
 """
 
