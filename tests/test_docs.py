@@ -36,7 +36,7 @@ def test_the_network_of_the_page_is_trained_by_the_command_of_the_page(
     folder: Path, nightshift: Callable[..., Finished], workspace: Workspace, prefect_api: str
 ) -> None:
     write_images(folder, range(90))
-    (command,) = re.findall(r"nightshift (train .*)", PAGE)
+    command, *_ = re.findall(r"nightshift (train .*)", PAGE)
     done = nightshift(*command.split(), "--set", "epochs=1", "--json", PREFECT_API_URL=prefect_api)
     assert done.exit_code == 0, done.err
     assert done.json["status"] == "finished"

@@ -79,7 +79,8 @@ class ModelCard(Document):
     dataset_digest: Sha256
     environment: dict[Line, Line]
     trained_at: Moment
-    parent: Parent | None = None
+    # Left out where there is none, so that a card of before there were parents is made again to the same sha256.
+    parent: Parent | None = Field(None, exclude_if=lambda parent: parent is None)
     """What its first weights came from; None: from nowhere."""
     files: dict[Line, PublishedFile] = Field(default_factory=dict)
     sha256: Sha256 | None = None
