@@ -140,9 +140,9 @@ def _pretrained(store: Store, config: TrainConfig) -> Parent:
     except ConfigError as error:
         raise ConfigError(f"start.weights={place!r} {error}") from None
     parent = Parent(kind="pretrained", source=source, sha256=hashlib.sha256(body).hexdigest(), bytes=len(body))
-    if not store.head(weights_key(parent.sha256 or "")):
-        with progress.current().transfer(f"storing {source}", len(body)) as advance:
-            store.upload(weights_key(parent.sha256 or ""), io.BytesIO(body), advance)
+    # Also where they are there already, lest gc finds them old before this run's record names them.
+    with progress.current().transfer(f"storing {source}", len(body)) as advance:
+        store.upload(weights_key(parent.sha256 or ""), io.BytesIO(body), advance)
     return parent
 
 
