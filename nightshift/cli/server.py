@@ -88,14 +88,19 @@ def up(
 
 
 def _print_installed(installed: "Installed") -> None:
+    from dotenv import dotenv_values
+
     done = "is enabled" if not installed.to_type else "is written, but systemd could not be told. Type:"
     console().print()
     console().print(f"At the start of this machine: {installed.path} {done}", soft_wrap=True)
     for line in installed.to_type:
         console().print(f"  {line}", soft_wrap=True)
-    ours = sorted(name for name in os.environ if name.startswith("NIGHTSHIFT_") and name != "NIGHTSHIFT_HOME")
-    if ours:
-        console().print(f"It knows what is in {Path.cwd() / '.env'}, and not: {', '.join(ours)}", soft_wrap=True)
+    known = {"NIGHTSHIFT_HOME", *dotenv_values(".env")}
+    if os.environ.get("NIGHTSHIFT_PROJECT") == str(Path("nightshift.toml").absolute()):  # where it looks by itself
+        known.add("NIGHTSHIFT_PROJECT")
+    if ours := sorted(name for name in os.environ.keys() - known if name.startswith("NIGHTSHIFT_")):
+        file = Path.cwd() / ".env"
+        console().print(f"It does not know {', '.join(ours)}, set in this shell: write it to {file}", soft_wrap=True)
     console().print("Without a login of yours, systemd starts it only after: loginctl enable-linger", soft_wrap=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deployments import boot
+from nightshift.cli.server import _print_installed
 from nightshift.errors import SettingsError
 from tests.commands import Finished
 
@@ -67,3 +68,18 @@ def test_uninstall_removes_the_unit_and_says_so(
     assert nightshift("up", "--uninstall").out.splitlines()[0] == f"removed: {unit}"
     assert not unit.exists()
     assert nightshift("up", "--uninstall", "--json").json == {"removed": None}
+
+
+def test_settings_of_the_shell_that_the_unit_will_not_know_are_named_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("NIGHTSHIFT_NOTIFY=slack-webhook/nightshift\n")
+    settings = {"NOTIFY": "slack-webhook/nightshift", "PROJECT": str(tmp_path / "nightshift.toml"), "DASK": "local"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"NIGHTSHIFT_{name}", value)
+    _print_installed(boot.Installed(tmp_path / "nightshift.service", []))
+    said = capsys.readouterr().out
+    assert "NIGHTSHIFT_DASK" in said
+    assert "NOTIFY" not in said
+    assert "PROJECT" not in said
