@@ -292,7 +292,7 @@ def test_a_run_goes_on_while_the_server_is_killed_and_started_again(
     assert training.record.result
     assert undisturbed.result
     assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
-    eventually(lambda: training.state["type"] == "COMPLETED", timeout=60)
+    eventually(lambda: training.state["type"] == "COMPLETED", timeout=240)
 
 
 def test_the_lost_run_was_resumed_without_a_human_hand(lost: Training, undisturbed: RunRecord) -> None:
