@@ -139,8 +139,7 @@ def _read(path: Path) -> bytes:
     """A regular file's bytes. Whatever else a name may lead to, a device or a pipe for example, is not even opened."""
     try:
         _check_regular(path.stat().st_mode)
-        # Not blocking, since another may have put a pipe in its place meanwhile.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=open_at_once) as file:  # another may have put a pipe in its place meanwhile
             status = os.fstat(file.fileno())
             _check_regular(status.st_mode)
             check_size(status.st_size)
@@ -151,6 +150,11 @@ def _read(path: Path) -> bytes:
         ) from None
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         raise UnreadableImageError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """Open what may be a pipe, which would wait for somebody who writes."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _check_regular(mode: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from nightshift.data.images import MAX_BYTES, check_size
+from nightshift.data.images import MAX_BYTES, check_size, open_at_once
 from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError, SourceError, UnreadableImageError
 from nightshift.storage.store import Store
 
@@ -119,7 +119,7 @@ class LocalFiles:
         # A Path, a buffer and a closure together cost as much as the decoding of a small image.
         path = f"{self.root}/{name}" if name[:1] != "/" else name
         try:
-            with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            with open(path, "rb", buffering=0, opener=open_at_once) as file:
                 before = os.fstat(file.fileno())
                 if not stat.S_ISREG(before.st_mode):
                     raise UnreadableImageError("it is no regular file")
@@ -221,11 +221,6 @@ def _local(name: str, path: "Path | os.DirEntry[str]") -> File:
 
 def _hint(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open what may be a pipe, which would wait for somebody who writes."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
