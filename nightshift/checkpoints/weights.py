@@ -13,8 +13,11 @@ from torch import Tensor
 
 from nightshift.checkpoints.archive import read_archive
 from nightshift.errors import ConfigError
-from nightshift.records.versions import load_bounded
+from nightshift.records.versions import ModelCard, load_bounded, read_tensors
+from nightshift.storage.store import Store
 
+PUBLISHED_WEIGHTS = "weights.safetensors"
+"""The file of a version that has its state_dict."""
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
 """Under which a file may have its weights, beside what else was saved of a training."""
 
@@ -27,6 +30,16 @@ def read_weights(body: bytes) -> dict[str, Tensor]:
         Exception: of any other kind, if it is neither.
     """
     return _tensors(load_bounded(body, load_safetensors) if _is_safetensors(body) else read_archive(body))
+
+
+def published_weights(store: Store, card: ModelCard) -> dict[str, Tensor]:
+    """The state_dict of a published version, whose sha256 was found right.
+
+    Raises:
+        DocumentDamagedError: it is not what was published.
+        StorageError: it cannot be read.
+    """
+    return read_tensors(store, card, PUBLISHED_WEIGHTS, load_safetensors)
 
 
 def importable(body: bytes) -> bytes:

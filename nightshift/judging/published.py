@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from nightshift import plugins, progress
+from nightshift.checkpoints.weights import published_weights
 from nightshift.data import batches
 from nightshift.data.images import fit
 from nightshift.judging import evaluation
-from nightshift.records.versions import ModelCard, read_tensors
+from nightshift.records.versions import ModelCard
 from nightshift.storage.store import Store
 
 
@@ -26,7 +26,7 @@ def load_version(store: Store, card: ModelCard, device: torch.device) -> nn.Modu
         StorageError: they cannot be read.
     """
     config = card.train_config()
-    weights = read_tensors(store, card, "weights.safetensors", load_safetensors)
+    weights = published_weights(store, card)
     then, now = card.environment.get("network"), plugins.described(config.model.name)
     if then != now:
         progress.current().warn(f"{card.version} was trained with the network of {then}, and here is that of {now}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nightshift import progress
 from nightshift.checkpoints.payload import read_weights, weights_sha256
+from nightshift.checkpoints.weights import PUBLISHED_WEIGHTS
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, open_dataset
@@ -32,7 +33,7 @@ from nightshift.workspace import Workspace
 
 _IMAGES = 256
 """How many test images an exported file is compared on; fewer if they are large, and two at least."""
-PUBLISHED = {"weights.pth": "state_dict", "weights.safetensors": "safetensors", "model.pt2": "pt2"}
+PUBLISHED = {"weights.pth": "state_dict", PUBLISHED_WEIGHTS: "safetensors", "model.pt2": "pt2"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def weights_of(store: Store, record: RunRecord) -> dict[str, Tensor]:
         if not record.result:
             raise
         why = str(error)
-    key = version_key(record.dataset.name, record.run_id) + "weights.safetensors"
+    key = version_key(record.dataset.name, record.run_id) + PUBLISHED_WEIGHTS
     try:
         # A checkpoint holds more than the weights: no such file is larger.
         body = store.download_bytes(key, max_bytes=record.checkpoints[-1].bytes)

@@ -11,11 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from nightshift import progress
-from nightshift.checkpoints.weights import importable, read_weights, written
+from nightshift.checkpoints.weights import PUBLISHED_WEIGHTS, importable, published_weights, read_weights, written
 from nightshift.config.train import TrainConfig
 from nightshift.data.datasets import Dataset
 from nightshift.errors import (
@@ -33,13 +32,12 @@ from nightshift.records.history import read_history
 from nightshift.records.keys import weights_key
 from nightshift.records.parents import Parent, is_control, known_sha256
 from nightshift.records.run import newest_records, read_record
-from nightshift.records.versions import read_card, read_tensors
+from nightshift.records.versions import read_card
 from nightshift.storage.documents import MIB
 from nightshift.storage.store import Store
 from nightshift.text import plain
 
 _MAX_BYTES = 4096 * MIB
-_FILE = "weights.safetensors"
 _SHOWN = 3
 """So many names are shown of those that do not fit."""
 
@@ -86,7 +84,7 @@ def begin(store: Store, parent: Parent, config: TrainConfig, dataset: Dataset, n
         weights = _renamed(_kept(store, parent), config.start.names, network)
         return _take(network, weights, head, None, f"the weights {parent.source}")
     card = read_card(store, dataset.name, parent.source, parent.card_sha256)
-    weights = read_tensors(store, card, _FILE, load_safetensors)
+    weights = published_weights(store, card)
     fresh = {name: value.detach().clone() for name, value in network.named_parameters() if value.requires_grad}
     rows = [card.classes.index(name) if name in card.classes else -1 for name in dataset.classes]
     told = _take(network, weights, head, rows, f"the champion {card.version}")
@@ -111,9 +109,11 @@ def _champion(store: Store, config: TrainConfig, name: str) -> Parent:
             f"start={config.start.name}: the champion {card.version} is a {card.architecture}, and its weights are of "
             f"no use to a {config.model.name}. Set start=scratch until one of these is champion"
         )
-    file = card.files.get(_FILE)
+    file = card.files.get(PUBLISHED_WEIGHTS)
     if not file:
-        raise ConfigError(f"start={config.start.name}: the card of the champion {card.version} names no {_FILE}")
+        raise ConfigError(
+            f"start={config.start.name}: the card of the champion {card.version} names no {PUBLISHED_WEIGHTS}"
+        )
     return Parent(
         kind="champion" if config.start.name == "champion" else "shrink",
         source=card.version,
