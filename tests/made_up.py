@@ -1,6 +1,7 @@
 """Made-up data sets of any size of images and any number of classes, which a small network learns in a few steps."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import cifar10
 from nightshift.data.datasets import Dataset, channel_statistics, facts_of, fetch, pack
 from nightshift.data.specs import SPECS, Arrays, Spec
-from nightshift.refs import DatasetRef
+from nightshift.errors import TrainingInterrupted
+from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.stores import memory_store
@@ -73,3 +76,14 @@ def config_of(**overrides: Any) -> TrainConfig:
     """Some steps of the quick network on a made-up data set."""
     base = {"dataset": NAME, "max_train_images": None, "batch_size": 16, "epochs": 3, "lr": 0.05}
     return small_config("quick", **{**base, **overrides})
+
+
+def whole_and_in_parts(
+    workspace: Workspace, config: TrainConfig, dataset: DatasetRef, stops: Iterable[int]
+) -> tuple[CheckpointRef, CheckpointRef]:
+    """The ends of two runs: `whole`, and `parts`, which is stopped after these steps and gone on with each time."""
+    whole = train_alone(workspace, "whole", config, dataset)
+    for stop in stops:
+        with pytest.raises(TrainingInterrupted):
+            train_alone(workspace, "parts", config, dataset, should_stop=lambda step, stop=stop: step == stop)  # type: ignore[misc]
+    return whole, train_alone(workspace, "parts", config, dataset)

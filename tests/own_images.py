@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nightshift.errors import RunNotFoundError
 from nightshift.records.history import read_history
+from nightshift.records.run import read_record
 from nightshift.storage.store import Store
 
 CLASSES = ("bolt", "nut", "screw")
@@ -22,6 +24,8 @@ dataset = "parts"
 epochs = 2
 checkpoint_every_steps = 2
 """
+EVERY_NIGHT = DATASET.replace("image_size", "retrain_unchanged = true\nimage_size")
+"""The same, trained on also when nothing has changed."""
 DEPLOYMENT = """
 [deployments.parts]
 recipe = "parts"
@@ -42,3 +46,11 @@ def write_images(folder: Path, numbers: Iterable[int]) -> None:
 def transitions_of(store: Store) -> list[str]:
     """The runs that have been champion, the live one last."""
     return [transition.run_id for transition in read_history(store, "parts").transitions]
+
+
+def has_saved(store: Store, run_id: str) -> bool:
+    """Whether a run has begun, and has a checkpoint."""
+    try:
+        return bool(read_record(store, run_id)[0].checkpoints)
+    except RunNotFoundError:
+        return False

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,12 @@ import pytest
 from PIL import Image
 
 from nightshift.data.datasets import Dataset, open_dataset
-from nightshift.errors import RunNotFoundError
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
 from tests.commands import Command, Finished
 from tests.conftest import eventually
-from tests.own_images import DATASET, write_images
+from tests.own_images import EVERY_NIGHT, has_saved, write_images
 
 FAST = ("--set", "epochs=1", "--json")
 
@@ -108,20 +108,14 @@ def test_a_run_that_was_killed_ends_with_its_own_bits_though_images_came_and_the
     tmp_path: Path,
     prefect_api: str,
 ) -> None:
-    (tmp_path / "nightshift.toml").write_text(DATASET.replace("image_size", "retrain_unchanged = true\nimage_size"))
+    (tmp_path / "nightshift.toml").write_text(EVERY_NIGHT)
     write_images(tmp_path, range(150))
     train = ("train", "--recipe=parts", "--set=epochs=20", "--json")
     whole = nightshift(*train, "--run-id=whole", PREFECT_API_URL=prefect_api)
     assert whole.exit_code == 0, whole.err
 
-    def has_saved() -> bool:
-        try:
-            return bool(read_record(workspace.store, "killed")[0].checkpoints)
-        except RunNotFoundError:
-            return False
-
     killed = start(*train, "--run-id=killed", PREFECT_API_URL=prefect_api)
-    eventually(has_saved, timeout=120)
+    eventually(partial(has_saved, workspace.store, "killed"), timeout=120)
     killed.kill()
     write_images(tmp_path, range(150, 180))
     (tmp_path / "nightshift.toml").unlink()

@@ -1,17 +1,17 @@
 """A recipe of nightshift.toml that begins with the champion: by the command line, night after night."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from nightshift.errors import RunNotFoundError
 from nightshift.records.run import read_record
 from nightshift.records.versions import read_card
 from nightshift.workspace import Workspace
 from tests.commands import Command, Finished
 from tests.conftest import eventually
-from tests.own_images import DATASET, write_images
+from tests.own_images import EVERY_NIGHT, has_saved, write_images
 
 TUNED = """
 [recipes.tuned]
@@ -33,9 +33,7 @@ def test_a_killed_fine_tuning_of_the_champion_ends_with_its_own_bits_though_anot
     tmp_path: Path,
     prefect_api: str,
 ) -> None:
-    (tmp_path / "nightshift.toml").write_text(
-        DATASET.replace("image_size", "retrain_unchanged = true\nimage_size") + TUNED
-    )
+    (tmp_path / "nightshift.toml").write_text(EVERY_NIGHT + TUNED)
     write_images(tmp_path, range(150))
 
     def train(recipe: str, run_id: str, **environment: str) -> Finished:
@@ -44,17 +42,11 @@ def test_a_killed_fine_tuning_of_the_champion_ends_with_its_own_bits_though_anot
         assert done.exit_code == 0, done.err
         return done
 
-    def has_saved() -> bool:
-        try:
-            return bool(read_record(workspace.store, "killed")[0].checkpoints)
-        except RunNotFoundError:
-            return False
-
     train("parts", "first")
     whole = train("tuned", "whole", NIGHTSHIFT_GATE__MIN_ACCURACY="1")
     assert whole.json["parent"]["source"] == "first"
     killed = start("train", "--recipe=tuned", "--run-id=killed", "--json", PREFECT_API_URL=prefect_api)
-    eventually(has_saved, timeout=120)
+    eventually(partial(has_saved, workspace.store, "killed"), timeout=120)
     killed.kill()
     assert nightshift("promote", "whole", "--name=parts").exit_code == 0
     resumed = nightshift("resume", "killed", "--json", PREFECT_API_URL=prefect_api)

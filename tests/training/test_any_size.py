@@ -8,12 +8,12 @@ import torch
 
 from nightshift.checkpoints.payload import read_payload
 from nightshift.checkpoints.verify import verify_checkpoints
-from nightshift.errors import ConfigError, TrainingInterrupted
+from nightshift.errors import ConfigError
 from nightshift.records.run import read_record
 from nightshift.training.run import train_alone
 from nightshift.training.state import payload_check, show_first_images
 from nightshift.workspace import Workspace
-from tests.made_up import config_of, in_memory, known, made_up
+from tests.made_up import config_of, in_memory, known, made_up, whole_and_in_parts
 from tests.train_part import state_sha256
 
 SETS = [(16, 2), (24, 3), (48, 300)]
@@ -30,11 +30,7 @@ def test_a_run_on_images_of_any_size_stopped_and_resumed_ends_with_the_same_bits
 ) -> None:
     dataset = known(monkeypatch, here, size, classes, train=97)  # the last batch of an epoch has one image
     config = config_of(flip="alternating", translate=4, drop_last=False)
-    whole = train_alone(here, "whole", config, dataset)
-    for stop in (1, 9):
-        with pytest.raises(TrainingInterrupted):
-            train_alone(here, "parts", config, dataset, should_stop=lambda step, stop=stop: step == stop)  # type: ignore[misc]
-    parts = train_alone(here, "parts", config, dataset)
+    whole, parts = whole_and_in_parts(here, config, dataset, (1, 9))
     ends = [state_sha256(read_payload(here.store, end)) for end in (whole, parts)]
     assert parts.step == whole.step == 21
     assert ends[0] == ends[1]

@@ -13,13 +13,13 @@ from nightshift.checkpoints.payload import read_payload, weights_sha256
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import open_dataset
-from nightshift.errors import ConfigError, TrainingInterrupted
+from nightshift.errors import ConfigError
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.training.optimizers import build_optimizer
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
-from tests.made_up import config_of, in_memory, known
+from tests.made_up import config_of, in_memory, known, whole_and_in_parts
 from tests.train_part import state_sha256
 from tests.training.kinds import BINARY, KINDS
 
@@ -97,11 +97,7 @@ def test_a_run_stopped_and_resumed_within_an_epoch_ends_with_the_same_bits(
 ) -> None:
     dataset = known(monkeypatch, here, 16, 2 if kind == "binary" else 4, train=40)
     config = config_of(**KINDS.get(kind, BINARY), epochs=2, drop_last=False, checkpoint_every_steps=2)
-    whole = train_alone(here, "whole", config, dataset)
-    for stop in (1, 4):  # an epoch has three steps
-        with pytest.raises(TrainingInterrupted):
-            train_alone(here, "parts", config, dataset, should_stop=lambda step, stop=stop: step == stop)  # type: ignore[misc]
-    parts = train_alone(here, "parts", config, dataset)
+    whole, parts = whole_and_in_parts(here, config, dataset, (1, 4))  # an epoch has three steps
     ends = [state_sha256(read_payload(here.store, end)) for end in (whole, parts)]
     assert whole.step == parts.step == 6
     assert ends[0] == ends[1]
