@@ -35,7 +35,7 @@ def run(pool: str, limit: int | None, grace_seconds: float) -> int:
         0 after a signal, otherwise the worker's exit status.
     """
     name = "-gpu".join(filter(None, (socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"))))
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name]
+    command = [sys.executable, "-m", "deployments.patient", "worker", "start", "--pool", pool, "--name", name]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     # A session of its own: a Ctrl-C at the terminal must reach the runs only through us.

@@ -43,6 +43,7 @@
         ├── DeviceError                      the GPU has failed or has no memory left; a new process may go on
         ├── RankLostError                    another of the run's processes is gone, or cannot be reached
         └── LeaseLostError                   another trainer has taken the run over
+            └── LeaseExpiredError            the store did not answer for so long that another trainer might
 
 The message of each says what was wrong, where, and what to do next.
 """
@@ -235,3 +236,7 @@ class RankLostError(Interrupted):
 
 class LeaseLostError(Interrupted):
     pass
+
+
+class LeaseExpiredError(LeaseLostError):
+    transient = True

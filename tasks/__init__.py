@@ -1,8 +1,8 @@
 """Prefect tasks: thin wrappers around one core function each, returning small references.
 
-They share two decisions. Errors that can pass are retried, mistakes never. And Prefect caches no task:
-finished work is found in the store, under the digest of its content, where it cannot be stale
-(docs/decisions/0003-the-store-is-the-cache.md).
+They share two decisions. Errors that can pass are retried, mistakes never; a store that does not answer, or whose disk
+is full, is waited for. And Prefect caches no task: finished work is found in the store, under the digest of its
+content, where it cannot be stale (docs/decisions/0003-the-store-is-the-cache.md).
 """
 
 import signal
@@ -18,21 +18,36 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
 from prefect.states import Crashed
 
-from nightshift.errors import Interrupted, NightshiftError
+from nightshift import progress
+from nightshift.errors import Interrupted, LeaseExpiredError, NightshiftError, StorageUnreachableError
 from nightshift.progress import StepReport
+
+_TRIES = 2
+_STORE_TRIES, _STORE_PAUSE = 45, 20
+"""A quarter of an hour at least; then the run is left to `recover`."""
 
 
 def worth_another_try(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Whether a task failed for a reason that can pass by itself."""
     error = state.data
-    return isinstance(error, NightshiftError) and error.transient
+    if isinstance(error, StorageUnreachableError | LeaseExpiredError):
+        if task_run.run_count == 1:
+            minutes = _STORE_TRIES * _STORE_PAUSE // 60
+            progress.current().warn(f"{error}. The store is waited for, {minutes} minutes at most")
+        return True
+    return isinstance(error, NightshiftError) and error.transient and task_run.run_count <= _TRIES
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let an interruption end the flow run Crashed, to be resumed. A failure would count against the model."""
+    """Let an interruption end the flow run Crashed, to be resumed. A failure would count against the model.
+
+    One that passes with the store's outage is retried instead, like any other task.
+    """
     try:
         yield
+    except LeaseExpiredError:
+        raise
     except Interrupted as stopped:
         raise TerminationSignal(signal.SIGTERM) from stopped
 
@@ -65,8 +80,8 @@ def progress_artifact(run_id: str) -> Callable[[StepReport], object]:
 
 step = task(
     cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=[2, 20],
+    retries=_STORE_TRIES,
+    retry_delay_seconds=[2, *[_STORE_PAUSE] * (_STORE_TRIES - 1)],
     retry_condition_fn=worth_another_try,
     persist_result=True,
     result_serializer="json",

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from nightshift.config.sections import HardwareConfig
 from nightshift.config.train import TrainConfig
-from nightshift.errors import RankFailedError, StorageError, TrainingInterrupted
+from nightshift.errors import LeaseExpiredError, RankFailedError, StorageError, TrainingInterrupted
 from nightshift.hardware import ranks_here
 from nightshift.records import recovery
 from nightshift.records.run import Origin
@@ -39,7 +39,7 @@ def train_run(
     except RankFailedError as error:
         recovery.close(workspace.store, run_id, "failed", str(error))
         raise
-    except StorageError as error:
+    except (StorageError, LeaseExpiredError) as error:
         if workspace.nodes.alone:
             raise
         # A retry at once, as on one machine, would be alone at the rendezvous.

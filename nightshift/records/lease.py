@@ -25,6 +25,7 @@ from nightshift import processes, progress
 from nightshift.config.train import TrainConfig
 from nightshift.errors import (
     Interrupted,
+    LeaseExpiredError,
     LeaseHeldError,
     LeaseLostError,
     NightshiftError,
@@ -48,6 +49,8 @@ _CLOCKS_DIFFER = timedelta(seconds=1)
 
 # The owners of this process' own leases. A lease whose owner is no longer here was left by a training that has ended.
 _held: set[str] = set()
+# Why such a training ended, by the owner of its lease, where the store did not take that: it is recorded on resuming.
+_unrecorded: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,6 @@ class Run:
         self._valid_until = asked_at + lease_seconds
         self._lock = threading.RLock()
         self._lost: LeaseLostError | None = None
-        self.has_expired = False
         self._renewal_failure: StorageError | None = None
         self._stop_renewing = threading.Event()
 
@@ -133,13 +135,12 @@ class Run:
         self.record, self._etag = record, etag
 
     def check(self) -> None:
-        """Raise LeaseLostError if the lease is lost, or so near its end that another may take it soon."""
+        """Raise LeaseLostError if the lease is lost, LeaseExpiredError if it is so near its end that it may be soon."""
         if not self._lost and time.monotonic() > self._valid_until - self._lease_seconds / 6:
             why = self._renewal_failure or "the store has not answered in time"
-            self.has_expired = True
-            self._lost = LeaseLostError(
+            self._lost = LeaseExpiredError(
                 f"the lease of run {self.run_id} could not be renewed and may be taken over: {why}. "
-                f"When the store answers again: nightshift resume {self.run_id}"
+                f"If nothing starts it again by itself: nightshift resume {self.run_id}"
             )
         if self._lost:
             raise self._lost
@@ -180,7 +181,7 @@ class Run:
             return record.changed(status=status, result=result, lease=lease).with_event(status, now, detail)
 
         with self._lock:
-            if self.has_expired:
+            if isinstance(self._lost, LeaseExpiredError):
                 self._lost = None
             self.update(give_back)
             # A save that is still under way would make the lease a live one again.
@@ -212,12 +213,14 @@ def hold(store: Store, spec: RunSpec, lease_seconds: float, patience: float = 0)
         with run.renewed():
             yield run
     except BaseException as error:
-        if isinstance(error, LeaseLostError) and not run.has_expired:
+        if isinstance(error, LeaseLostError) and not isinstance(error, LeaseExpiredError):
             raise
         passes = isinstance(error, Interrupted) or getattr(error, "transient", not isinstance(error, Exception))
+        why = str(error) or type(error).__name__
         try:
-            run.end("interrupted" if passes else "failed", str(error) or type(error).__name__)
+            run.end("interrupted" if passes else "failed", why)
         except NightshiftError as unrecorded:
+            _unrecorded[run.record.lease.owner] = why
             progress.current().warn(f"how run {run.run_id} ended could not be recorded: {unrecorded}")
         raise
     finally:
@@ -343,6 +346,8 @@ def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) ->
             f"{found.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC at least. Wait for it, or if it is dead, "
             "try again after that time"
         )
+    if why := _unrecorded.get(found.lease.owner):
+        found = found.with_event("interrupted", now, why)
     changes = [
         f"{name} {found.environment.get(name)} → {value}"
         for name, value in spec.environment.items()

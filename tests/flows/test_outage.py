@@ -1,0 +1,39 @@
+"""A store that goes away for longer than a lease: the flow run waits for it, and goes on where it stopped."""
+
+import os
+import signal
+from pathlib import Path
+
+from nightshift.local.prefect import PrefectServer
+from nightshift.local.s3 import embedded_s3
+from nightshift.records.run import read_record
+from nightshift.refs import DatasetRef
+from tests.commands import Command
+
+ARGUMENTS = ("train", "--recipe=tutorial", "--set=max_train_images=1600", "--set=epochs=3", "--json", "--run-id")
+SHORT = {"NIGHTSHIFT_LEASE_SECONDS": "6", "NIGHTSHIFT_S3__TIMEOUT_SECONDS": "2"}
+
+
+def test_a_store_that_is_silent_for_longer_than_the_lease_is_waited_for_by_the_same_flow_run(
+    tmp_path: Path, home: Path, prefect_server: PrefectServer, cifar10: DatasetRef
+) -> None:
+    (tmp_path / "datasets").symlink_to(home / "datasets")
+    environment = {"NIGHTSHIFT_HOME": str(tmp_path), **prefect_server.environment, **SHORT}
+    with embedded_s3(tmp_path) as store:
+        whole = Command((*ARGUMENTS, "whole"), environment, tmp_path).finish()
+
+        server = int((tmp_path / "s3" / "server.pid").read_text().split()[2])
+        silenced = Command((*ARGUMENTS, "silenced"), environment, tmp_path)
+        silenced.wait_for_line("epoch 1/3")
+        os.kill(server, signal.SIGSTOP)
+        try:
+            silenced.wait_for_line("could not be renewed and may be taken over")
+        finally:
+            os.kill(server, signal.SIGCONT)
+        done = silenced.finish()
+        record, _ = read_record(store, "silenced")
+
+    assert done.exit_code == 0, done.err
+    assert done.json["weights_sha256"] == whole.json["weights_sha256"]
+    assert [event.what for event in record.events] == ["started", "interrupted", "resumed", "finished"]
+    assert "could not be renewed" in record.events[1].detail
