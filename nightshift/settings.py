@@ -142,6 +142,22 @@ class GateSettings(BaseModel):
         return [name for name in map(str.strip, self.slices.split(",")) if name]
 
 
+class KeepSettings(BaseModel):
+    """For how long `gc` keeps what grows with the nights. What is not set keeps all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nights: int | None = Field(
+        None, ge=1, le=_OFTEN, description="Runs that ended earlier go, with report and version; so do sweeps."
+    )
+    models: int | None = Field(
+        None, ge=1, le=_OFTEN, description="Of each data set only so many finished runs stay, the newest."
+    )
+    snapshots: int | None = Field(
+        None, ge=1, le=_OFTEN, description="Of each data set only so many snapshots stay, beside those of stored runs."
+    )
+
+
 class Settings(BaseSettings):
     """Where things are on this machine. Only `flows/`, the command line and `plugins` construct it."""
 
@@ -160,6 +176,7 @@ class Settings(BaseSettings):
     )
     nodes: NodesSettings = Field(NodesSettings(), description="The machines that train a run together.")
     gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
+    keep: KeepSettings = Field(KeepSettings(), description="What `gc` deletes of finished nights.")
     project: Path = Field(Path("nightshift.toml"), description="The project file: data sets, recipes and deployments.")
     dask: str | None = Field(
         None,

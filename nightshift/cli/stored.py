@@ -37,6 +37,27 @@ def runs(
 
 
 @app.command(rich_help_panel="Look at what is stored")
+def nights(
+    name: Annotated[str | None, typer.Option("--name", help="Only those of this data set.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Show the last nights: verdict, test accuracy with its 95 % interval, time and cost. Trials are left out."""
+    from nightshift.judging.nights import last_nights
+    from nightshift.settings import Settings
+
+    price = Settings.load().price_per_hour
+    with configured_workspace() as workspace:
+        found = last_nights(workspace.store, name, limit, price)
+    if as_json:
+        print_json({"nights": [night.model_dump(mode="json") for night in found]})
+        return
+    from nightshift.cli.terminal import nights_table
+
+    console().print(nights_table(found) if found else "No nights yet: `nightshift train` starts one.")
+
+
+@app.command(rich_help_panel="Look at what is stored")
 def show(run: RunArgument, as_json: AsJson = False) -> None:
     """Show a run: its record, its checkpoints, its curve."""
     from nightshift.records.lease import status_of
@@ -159,20 +180,18 @@ def gc(
     ] = 24,
     as_json: AsJson = False,
 ) -> None:
-    """Delete what interrupted runs left behind: payloads no record names, unfinished uploads."""
+    """Delete what interrupted runs left behind, and of finished nights what NIGHTSHIFT_KEEP__… keeps no longer."""
     from datetime import timedelta
 
     from nightshift.local.s3 import give_up_reserve
-    from nightshift.records import orphans
+    from nightshift.records import retention
     from nightshift.settings import Settings
 
     settings = Settings.load()
     if settings.s3.embedded and not dry_run:
         give_up_reserve(settings.home)
     with configured_workspace() as workspace:
-        found = orphans.find(workspace.store, timedelta(hours=older_than_hours))
-        if not dry_run:
-            found = orphans.collect(workspace.store, found)
+        spent, found = retention.tidy(workspace.store, settings.keep, timedelta(hours=older_than_hours), dry_run)
     if as_json:
         print_json(
             {
@@ -181,13 +200,21 @@ def gc(
                 "multipart_aborted": len(found.uploads),
                 "dry_run": dry_run,
                 "keys": found.keys,
+                "runs": sorted(spent.runs),
+                "snapshots": sorted("/".join(snapshot) for snapshot in spent.snapshots),
             }
         )
         return
     from nightshift.cli.terminal import size_text
 
+    for run_id, objects in sorted(spent.runs.items()):
+        console().print(f"  run {run_id}, {size_text(sum(item.size for item in objects))}")
+    for name, digest in sorted(spent.snapshots):
+        console().print(f"  snapshot {digest[:12]} of {name}")
+    of_runs = {item.key for objects in spent.runs.values() for item in objects}
     for key in found.keys:
-        console().print(f"  {key}")
+        if key not in of_runs:
+            console().print(f"  {key}")
     console().print(
         f"{'would delete' if dry_run else 'deleted'} {len(found.objects)} objects ({size_text(found.bytes)}), "
         f"{'would abort' if dry_run else 'aborted'} {len(found.uploads)} unfinished uploads"

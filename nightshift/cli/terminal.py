@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nightshift.cli.screen import Screen, styled
+from nightshift.judging.nights import Night
 from nightshift.progress import StepReport
 from nightshift.records.history import Pin, Transition
 from nightshift.records.run import RunRecord
@@ -169,6 +170,42 @@ def runs_table(records: Sequence[RunRecord], statuses: Sequence[str]) -> Table:
             f"{record.updated_at:%m-%d %H:%M}",
         )
     return table
+
+
+def nights_table(nights: Sequence[Night]) -> Table:
+    has_cost = any(night.cost is not None for night in nights)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in (
+        "began (UTC)",
+        "run",
+        "verdict",
+        "accuracy",
+        "95 %",
+        "images",
+        "minutes",
+        *["cost"] * has_cost,
+        "why",
+    ):
+        is_number = column in ("accuracy", "95 %", "images", "minutes", "cost")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=column != "why")
+    for night in nights:
+        low, high = night.interval or (None, None)
+        table.add_row(
+            f"{night.at:%m-%d %H:%M}",
+            night.run_id,
+            status_text(night.status) if night.promoted is None else verdict_text(night.promoted),
+            percent(night.test_accuracy),
+            "–" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}",
+            "–" if night.test_images is None else f"{night.test_images:,}",
+            f"{night.train_seconds / 60:,.1f}",
+            *([f"{night.cost:,.2f}" if night.cost is not None else "–"] if has_cost else []),
+            night.reason,
+        )
+    return table
+
+
+def verdict_text(promoted: bool) -> Text:
+    return styled("went live", "green") if promoted else styled("kept back", "yellow")
 
 
 def transitions_table(transitions: list[Transition]) -> Table:

@@ -91,7 +91,7 @@ def change_champion(store: Store, name: str, decision: str, decide: Callable[[Hi
     def append(history: History) -> History | None:
         if history.find(decision) or not (transition := decide(history)):
             return None
-        return history.changed(transitions=[*history.transitions, transition])
+        return history.then(transition)
 
     return _change(store, name, append)
 
@@ -124,6 +124,8 @@ def roll_back(store: Store, name: str, version: str | None = None, reason: str =
         earlier = version or history.before(champion.version)
         if earlier is None:
             raise ModelNotFoundError(f"there is nothing to roll back to: {champion.version} was the first champion")
+        if earlier in history.retired:
+            raise ModelNotFoundError(_gone(history, earlier))
         if earlier not in history.versions:
             known = ", ".join(history.versions)
             raise ModelNotFoundError(f"{earlier!r} never was champion of {name}. Those that were: {known}")
@@ -178,6 +180,8 @@ def _change_by_hand(
 
     def decide(history: History) -> Transition | None:
         card = choose(history)
+        if card.version in history.retired:
+            raise ModelNotFoundError(_gone(history, card.version))
         is_known = history.card_sha256(card.version) in (None, card.sha256)
         if history.champion and history.champion.version == card.version and is_known:
             return None
@@ -186,6 +190,13 @@ def _change_by_hand(
     champion = change_champion(store, name, decision, decide).champion
     assert champion is not None
     return champion
+
+
+def _gone(history: History, version: str) -> str:
+    return (
+        f"{version} of {history.name} is gone: it was older than NIGHTSHIFT_KEEP__NIGHTS or NIGHTSHIFT_KEEP__MODELS "
+        f"allow. Those that are left: {', '.join(history.versions)}"
+    )
 
 
 def _reason(given: str) -> str:

@@ -5,7 +5,7 @@ deleted or damaged is made again from that (`rebuild`).
 """
 
 from datetime import datetime
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -58,7 +58,7 @@ class Pin(Part):
 class History(Document):
     """All transitions of a model, oldest first; the last one says who is champion. `pins` likewise.
 
-    Format 1 knows no pins: a nightshift that would not heed one does not read this.
+    Format 1 knows no pins, and format 2 nothing retired: a nightshift that would not heed them does not read this.
     """
 
     title: ClassVar[str] = "history of champions"
@@ -68,10 +68,12 @@ class History(Document):
     )
     max_bytes: ClassVar[int] = 8 * documents.MIB
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     name: RunId
     transitions: list[Transition] = Field(default_factory=list)
     pins: list[Pin] = Field(default_factory=list)
+    retired: list[RunId] = Field(default_factory=list)
+    """The versions that `retention` has let go of: they may be gone, and nobody can make one live."""
 
     def check(self, key: str) -> None:
         if key not in (history_key(self.name), copy_key(self.name)):
@@ -87,8 +89,9 @@ class History(Document):
         return self.pins[-1] if self.pins and self.pins[-1].what == "pinned" else None
 
     def find(self, decision: str) -> Transition | None:
-        """The transition that this decision made."""
-        return next((transition for transition in self.transitions if transition.id == decision), None)
+        """The transition that this decision made. One about a version that is gone does not count: it may come anew."""
+        made = (entry for entry in reversed(self.transitions) if entry.version not in self.retired)
+        return next((transition for transition in made if transition.id == decision), None)
 
     def card_sha256(self, version: str) -> str | None:
         """The sha256 in the card of a version when it went live last; None if it never did, or nobody wrote it down."""
@@ -102,8 +105,12 @@ class History(Document):
 
     @property
     def versions(self) -> list[str]:
-        """The versions that are or were champion, each once."""
-        return list(dict.fromkeys(entry.version for entry in self.transitions))
+        """The versions that are or were champion, each once, without those that are retired."""
+        return [
+            version
+            for version in dict.fromkeys(entry.version for entry in self.transitions)
+            if version not in self.retired
+        ]
 
     @property
     def rejected_by_hand(self) -> list[str]:
@@ -126,6 +133,11 @@ class History(Document):
         replaced_by = [*newest[1:], None]
         return [entry for entry, then in zip(newest, replaced_by, strict=False) if not then or then.at > moment]
 
+    def then(self, transition: Transition) -> Self:
+        """The history after this transition. What was retired under that name was published anew since."""
+        retired = [version for version in self.retired if version != transition.version]
+        return self.changed(transitions=[*self.transitions, transition], retired=retired)
+
     def next(self, card: ModelCard, **fields: Any) -> Transition:
         """The transition that makes the version with this card the champion; `fields`: the others of Transition."""
         return Transition(
@@ -145,6 +157,7 @@ class History(Document):
         return (
             self.transitions[: len(other.transitions)] == other.transitions
             and self.pins[: len(other.pins)] == other.pins
+            and (len(self.transitions) > len(other.transitions) or len(self.retired) >= len(other.retired))
         )
 
     def _ref(self, transition: Transition) -> ChampionRef:

@@ -12,6 +12,7 @@ REPORTS = "reports/"
 MODELS = "models/"
 DATASETS = "datasets/"
 WEIGHTS = "weights/"
+SWEEPS = "sweeps/"
 PROBES = "probe/"
 
 _RUN = rf"(?P<run_id>{RUN_ID})"
@@ -28,6 +29,7 @@ _SHAPES = {
     "part": rf"{DATASETS}{DATASET}/parts/[0-9a-f]{{64}}\.parquet",
     "shard": rf"{DATASETS}shards/[0-9a-f]{{64}}",
     "weights": rf"{WEIGHTS}[0-9a-f]{{64}}",
+    "sweep": rf"{SWEEPS}{RUN_ID}\.json",
     "probe": rf"{PROBES}[0-9a-f]{{16}}",
 }
 Kind = Literal[
@@ -41,6 +43,7 @@ Kind = Literal[
     "part",
     "shard",
     "weights",
+    "sweep",
     "probe",
 ]
 

@@ -5,7 +5,7 @@ object under the token of a live lease may be about to be committed, and is left
 our shapes are looked at: in a bucket without a prefix, all others are other people's.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -41,8 +41,8 @@ class Orphans(Contents):
     """Objects and unfinished multipart uploads that nothing will ever ask for."""
 
 
-def find(store: Store, older_than: timedelta) -> Orphans:
-    """All orphans that are at least as old as `older_than`.
+def find(store: Store, older_than: timedelta, forgotten: Collection[tuple[str, str]] = frozenset()) -> Orphans:
+    """All orphans that are at least as old as `older_than`; `forgotten`: snapshots that count as named no more.
 
     The objects are payloads that no record names, reports of runs without a record, versions without a card that
     neither a run may still finish nor a champion's history names, weights that neither a run nor a version began with,
@@ -70,7 +70,7 @@ def find(store: Store, older_than: timedelta) -> Orphans:
         objects=[item for item in found if not is_needed(item.key)]
         + old(PROBES, "probe", max(older_than, _A_MINUTE))
         + _begun_with_by_none(store, old(WEIGHTS, "weights"))
-        + snapshots.unnamed(store, lambda item: now - item.modified >= older_than),
+        + snapshots.unnamed(store, lambda item: now - item.modified >= older_than, forgotten),
         uploads=[upload for upload in uploads if not is_needed(upload.key)],
     )
 

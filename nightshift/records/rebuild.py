@@ -111,7 +111,7 @@ def told(store: Store, name: str) -> History | None:
     history = _copy(store, name)
     since = history.transitions[-1].at if history.transitions else None
     judged = sorted((run for run in _runs(store) if run.name == name and run.verdict), key=lambda run: run.ended)
-    transitions, known = list(history.transitions), set(history.versions)
+    transitions, known = list(history.transitions), {entry.version for entry in history.transitions}
     for run in judged:
         if run.verdict and run.verdict.promoted and run.run_id not in known and (not since or run.ended > since):
             transitions.append(_promotion(store, run, transitions))

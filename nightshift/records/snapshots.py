@@ -5,7 +5,7 @@ shards it needs. The rows themselves, one an image, lie beside it as Parquet: `d
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -121,8 +121,12 @@ class History(Document):
         return next(entry for entry in reversed(self.entries) if entry.digest == found[0])
 
 
-def unnamed(store: Store, is_old: Callable[[Stored], bool]) -> list[Stored]:
+def unnamed(
+    store: Store, is_old: Callable[[Stored], bool], without: Collection[tuple[str, str]] = frozenset()
+) -> list[Stored]:
     """The old objects under `datasets/` that no history names: what interrupted snapshots have left.
+
+    `without`: name and digest of snapshots that count as named no more.
 
     While the newest part of any data set is not old, a snapshot may be about to name any shard, and all stay. So they
     do where a history or a manifest cannot be read.
@@ -136,7 +140,7 @@ def unnamed(store: Store, is_old: Callable[[Stored], bool]) -> list[Stored]:
         histories = [
             read_history(store, item.key.split("/")[1]) for item in by_kind["snapshot"] if item.key.endswith(HISTORY)
         ]
-        named = {(history.name, entry.digest) for history in histories for entry in history.entries}
+        named = {(history.name, entry.digest) for history in histories for entry in history.entries} - set(without)
         needed = {digest for name, snapshot in named for digest in read_manifest(store, name, snapshot).shards}
     except (StorageError, SourceError) as error:
         progress.current().warn(f"snapshots and their shards are left alone: {error}")
@@ -213,6 +217,29 @@ def append(store: Store, name: str, entry: Entry) -> History:
         return history.changed(entries=[*history.entries, entry])
 
     return documents.change(store, history_key(name), History, change)
+
+
+def forget(store: Store, name: str, digests: Collection[str]) -> None:
+    """Take snapshots out of their data set's history; `unnamed` then finds what only they have stored.
+
+    The newest, the one that tonight's is compared with, and the one trained last stay.
+    """
+
+    def change(found: History | None) -> History | None:
+        if not found:
+            return None
+        kept = needed(found)
+        return found.changed(
+            entries=[entry for entry in found.entries if entry.digest in kept or entry.digest not in digests]
+        )
+
+    documents.change(store, history_key(name), History, change)
+
+
+def needed(history: History) -> set[str]:
+    """The snapshots that the next night needs."""
+    entries = [entry.digest for entry in (history.newest, history.accepted) if entry]
+    return {*entries, *([history.trained.snapshot] if history.trained else [])}
 
 
 def note_trained(store: Store, name: str, trained: Trained) -> None:

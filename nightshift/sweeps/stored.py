@@ -22,6 +22,7 @@ from nightshift.errors import (
     RunNotFoundError,
 )
 from nightshift.ids import RunId, parse_run_id
+from nightshift.records.keys import SWEEPS
 from nightshift.records.run import RunRecord, read_record
 from nightshift.refs import ModelRef, TrialResult
 from nightshift.storage import documents
@@ -30,7 +31,6 @@ from nightshift.storage.store import Store
 from nightshift.sweeps.space import Range, Space, checked_values, grid
 from nightshift.values import Count, Line, Text
 
-SWEEPS = "sweeps/"
 MAX_TRIALS = 1000
 
 

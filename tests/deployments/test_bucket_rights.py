@@ -31,11 +31,11 @@ from nightshift.judging.evaluation import evaluate
 from nightshift.judging.report import publish_report
 from nightshift.local import s3
 from nightshift.publishing.publish import publish_model
-from nightshift.records import champions, deletion, orphans
+from nightshift.records import champions, deletion, orphans, retention
 from nightshift.records.rebuild import rebuild
-from nightshift.records.snapshots import Trained, note_trained
+from nightshift.records.snapshots import Trained, note_trained, read_history
 from nightshift.refs import DatasetRef, ModelRef
-from nightshift.settings import GateSettings, S3Settings
+from nightshift.settings import GateSettings, KeepSettings, S3Settings
 from nightshift.storage.s3 import MIB, S3, Credentials
 from nightshift.sweeps import stored
 from nightshift.training.run import train_alone
@@ -46,7 +46,7 @@ from tests.own_images import write_images
 from tests.stores import begin_upload
 
 PREFIX = "nightshift"
-ROLES = ("train", "promote", "gc", "delete")
+ROLES = ("train", "promote", "gc", "delete", "keep")
 CHAMPION = "models/tiny/champion.json"
 COPY = "models/tiny/champion.copy.json"
 CARD = "models/tiny/run/card.json"
@@ -183,9 +183,9 @@ def train_and_publish(workspace: Workspace, run_id: str) -> ModelRef:
     return model
 
 
-def pack_images_of_the_team(workspace: Workspace, folder: Path) -> None:
+def pack_images_of_the_team(workspace: Workspace, folder: Path, count: int = 60) -> None:
     """The part of a night with `retrain` that one with CIFAR-10 does not have."""
-    write_images(folder, range(60))
+    write_images(folder, range(count))
     config = DatasetConfig(source=str(folder / "images"), image_size=32)
     packed = pack_snapshot(workspace, make_snapshot(workspace.store, "parts", config))
     note_trained(workspace.store, "parts", Trained(run_id="run", snapshot=packed.digest, config_digest="0" * 64))
@@ -237,7 +237,9 @@ def leave_orphans(store: S3) -> set[str]:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_night_has_the_rights_it_needs_and_each_role_no_other(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_night_has_the_rights_it_needs_and_each_role_no_other(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, set[Request]] = {role: set() for role in ROLES}
     trainer = note_requests(bucket.as_user("train"), asked["train"])
     workspace = Workspace(trainer, tmp_path, lease_seconds=60, save_retry_seconds=5)
@@ -274,6 +276,23 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(bucket: Bucket, 
     deletion.delete(remover, "unwanted")
     assert not any("unwanted" in item.key for item in bucket.admin.list(""))
 
+    pack_images_of_the_team(workspace, tmp_path, 80)
+    left = leave_orphans(bucket.admin)
+    bucket.admin.put("probe/0123456789abcdef", b"left")
+    keeper = note_requests(bucket.as_user("keep"), asked["keep"])
+    monkeypatch.setattr(retention, "CHAMPIONS", 1)
+    monkeypatch.setattr(retention, "_COMPARED", timedelta(0))
+    assert champions.promote_by_hand(bucket.admin, "tiny", "another").version == "another"
+    digest = read_history(keeper, "parts").entries[0].digest
+    spent = retention.find(keeper, KeepSettings(models=1, snapshots=1))
+    assert ("tiny", "run") in spent.retired
+    sweep = list(keeper.list("sweeps/"))
+    retention._let_go(keeper, replace(spent, sweeps=sweep, snapshots=[("parts", digest)]))
+    retention.tidy(keeper, KeepSettings(models=1), timedelta(0))
+    orphans.collect(keeper, orphans.Orphans(list(keeper.list("probe/")), []))
+    gone = {item.key for item in bucket.admin.list("")}
+    assert not any(key.startswith(("sweeps/", "runs/run", "models/tiny/run/")) or key in left for key in gone)
+
     assert {role: unused(policy_of(role), asked[role]) for role in ROLES} == {role: [] for role in ROLES}
 
 
@@ -300,6 +319,8 @@ def deleted(store: S3, key: str) -> None:
                 *("datasets/parts/history.json", "datasets/parts/snapshots/d.json", "datasets/shards/d", "notes.txt"),
             ],
         ),
+        (["keep"], written, [CARD, "models/tiny/run/weights.pth", "reports/run/report.html", "notes.txt"]),
+        (["keep"], deleted, [CHAMPION, COPY, "datasets/d/packed", "datasets/parts/history.json", "notes.txt"]),
         (["delete"], written, [CHAMPION, COPY, CARD, "models/tiny/run/weights.pth", "notes.txt"]),
         (["delete"], deleted, [CHAMPION, COPY, "sweeps/s.json", "datasets/d/packed", "notes.txt"]),
         (

@@ -55,7 +55,10 @@ def test_a_recipe_without_a_time_is_deployed_to_be_started_by_hand() -> None:
     ("chosen", "told"),
     [
         (project("nightyl"), r"\[deployments.nightyl\] recipe: is missing.* Did you mean nightly\?"),
-        (project("adhoc", cron="0 2 * * *"), r"\[deployments.adhoc\] is .*a schedule are: every-5-minutes, nightly"),
+        (
+            project("adhoc", cron="0 2 * * *"),
+            r"\[deployments.adhoc\] is .*a schedule are: daily, every-5-minutes, nightly",
+        ),
         (project("nightly", recipe="parts"), r"\[deployments.nightly\] recipe: nightly is nightshift's own"),
         (project("nightly", promote=False), r"\[deployments.nightly\] promote: nightly is nightshift's own"),
         (project("bolts", recipe="prats"), r"\[deployments.bolts\] recipe 'prats': .*Did you mean parts\?"),

@@ -172,7 +172,7 @@ def test_a_history_of_before_there_were_pins_is_read_and_written_on(store: Store
     store.put(key, json.dumps({**fields, "sha256": documents._digest(fields)}).encode())
     champions.promote_by_hand(store, "cifar10", "b")
     assert [entry.version for entry in read_history(store, "cifar10").transitions] == ["a", "b"]
-    assert json.loads(store.get(key)[0])["format"] == 2
+    assert json.loads(store.get(key)[0])["format"] == 3
 
 
 def test_the_state_of_a_history_is_whole_not_begun_missing_or_damaged_and_says_what_to_do(store: Store) -> None:

@@ -161,7 +161,7 @@ def test_where_nothing_tells_of_a_champion_none_is_made_up(store: Store) -> None
 
 def test_a_history_of_a_newer_nightshift_is_never_written_over(store: Store) -> None:
     a_night(store, 0.50, "monday")
-    body = sealed({"format": 3})
+    body = sealed({"format": 4})
     store.put(KEY, body)
     with pytest.raises(DocumentNewerError, match="update nightshift"):
         rebuild(store, "cifar10")

@@ -1,0 +1,101 @@
+"""The last nights, a line each: did it train, is it better, what did it cost."""
+
+from datetime import datetime
+from itertools import islice
+
+from pydantic import BaseModel, ValidationError
+
+from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError
+from nightshift.ids import Sha256
+from nightshift.records.keys import report_key
+from nightshift.records.lease import status_of
+from nightshift.records.run import RunRecord, newest_records
+from nightshift.storage.documents import MIB
+from nightshift.storage.store import Store
+from nightshift.values import FROZEN, Count, Share
+
+_MAX_METRICS = 32 * MIB
+
+
+class Night(BaseModel):
+    """A run that asked the gate, or was to."""
+
+    run_id: str
+    dataset: str
+    at: datetime
+    """When it began."""
+    status: str
+    promoted: bool | None
+    """None if the gate was not asked yet."""
+    reason: str
+    """The gate's, or why the run stopped."""
+    test_accuracy: float | None
+    interval: tuple[float, float] | None
+    """95 % interval of the accuracy; None in what an older nightshift has left."""
+    test_images: int | None
+    train_seconds: float
+    cost: float | None
+    """Of the training, in the currency of the price."""
+    parent: str | None
+    """What it began with; None: random weights."""
+    snapshot: str
+
+
+class _Measured(BaseModel):
+    """What a night needs of `evaluation.json`."""
+
+    model_config = FROZEN
+
+    weights_sha256: Sha256
+    images: Count
+    interval: tuple[Share, Share]
+
+
+def last_nights(store: Store, name: str | None, limit: int, price_per_hour: float | None) -> list[Night]:
+    """The newest runs that were to ask the gate, newest first.
+
+    Args:
+        name: of a data set, or None for all.
+
+    Raises:
+        StorageError: the store cannot be read.
+    """
+    now = store.now()
+    nights = (
+        record
+        for record in newest_records(store)
+        if record.origin.promote and (name is None or record.dataset.name == name)
+    )
+    return [_night(store, record, now, price_per_hour) for record in islice(nights, limit)]
+
+
+def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float | None) -> Night:
+    verdict = record.result.verdict if record.result else None
+    measured = _measured(store, record)
+    stopped = record.events[-1].detail if record.status in ("failed", "cancelled", "interrupted") else ""
+    return Night(
+        run_id=record.run_id,
+        dataset=record.dataset.name,
+        at=record.created_at,
+        status=status_of(record, now),
+        promoted=verdict.promoted if verdict else None,
+        reason=verdict.reason if verdict else stopped,
+        test_accuracy=record.test_accuracy,
+        interval=measured.interval if measured else None,
+        test_images=measured.images if measured else None,
+        train_seconds=record.train_seconds,
+        cost=None if price_per_hour is None else price_per_hour * record.train_seconds / 3600,
+        parent=str(record.parent) if record.parent else None,
+        snapshot=record.dataset.digest,
+    )
+
+
+def _measured(store: Store, record: RunRecord) -> _Measured | None:
+    """What was measured of the weights that the record names."""
+    if not record.result:
+        return None
+    try:
+        found = _Measured.model_validate_json(store.get(report_key(record.run_id, "evaluation.json"), _MAX_METRICS)[0])
+    except (ObjectNotFoundError, ObjectTooLargeError, ValidationError):
+        return None
+    return found if found.weights_sha256 == record.result.weights_sha256 else None

@@ -1,0 +1,67 @@
+"""What a person looks at in the morning: the last nights, a line each."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from nightshift.judging.nights import last_nights
+from nightshift.records.keys import report_key
+from nightshift.records.lease import hold as hold_run
+from nightshift.records.run import Origin
+from nightshift.storage.memory import MemoryStore
+from nightshift.workspace import Workspace
+from tests.commands import Finished
+from tests.judging.test_gate import finish, promote, published, sha256
+from tests.records.test_lease import spec
+
+
+def three_nights(workspace: Workspace) -> None:
+    """One that went live, one that did not, and one that failed; and a trial of a sweep."""
+    store = workspace.store
+    for name, accuracy in (("monday", 0.6), ("tuesday", 0.4)):
+        model = published(store, accuracy, name)
+        measured = {"weights_sha256": sha256(name), "images": 1000, "interval": [accuracy - 0.03, accuracy + 0.03]}
+        store.put(report_key(name, "evaluation.json"), json.dumps(measured).encode())
+        finish(store, model, promote(store, model))
+    with hold_run(store, spec("wednesday"), 60) as run:
+        run.end("failed", "the loss is not finite")
+    with hold_run(store, replace(spec("trial"), origin=Origin(promote=False)), 60):
+        pass
+
+
+def test_the_last_nights_are_shown_with_verdict_accuracy_and_cost(
+    workspace: Workspace, nightshift: Callable[..., Finished]
+) -> None:
+    three_nights(workspace)
+    shown = nightshift("nights", NIGHTSHIFT_PRICE_PER_HOUR="3.6")
+    assert shown.exit_code == 0, shown.err
+    lines = {words[2]: line for line in shown.out.splitlines() if len(words := line.split()) > 3}
+    assert [name for name in lines if name.endswith("day")] == ["wednesday", "tuesday", "monday"]
+    assert "failed" in lines["wednesday"]
+    assert "the loss is not finite" in lines["wednesday"]
+    assert "kept back" in lines["tuesday"]
+    assert "37.0 to 43.0" in lines["tuesday"]
+    assert "went live" in lines["monday"]
+    assert "60.00%" in lines["monday"]
+    assert "1,000" in lines["monday"]
+
+    found = nightshift("nights", "--json", "--limit", "2").json["nights"]
+    assert [night["run_id"] for night in found] == ["wednesday", "tuesday"]
+    assert (found[0]["promoted"], found[1]["promoted"], found[1]["cost"]) == (None, False, None)
+    assert nightshift("nights", "--name", "photos", "--json").json == {"nights": []}
+
+
+def test_what_is_damaged_or_of_other_weights_is_left_out_of_its_line(tmp_path: Path) -> None:
+    store = MemoryStore()
+    three_nights(Workspace(store, tmp_path, 60, 5))
+    store.put(report_key("monday", "evaluation.json"), b'{"images": -1}')
+    other = {"weights_sha256": "1" * 64, "images": 5, "interval": [0.1, 0.2]}
+    store.put(report_key("tuesday", "evaluation.json"), json.dumps(other).encode())
+    nights = last_nights(store, "cifar10", 30, None)
+    assert [(night.run_id, night.interval) for night in nights] == [
+        ("wednesday", None),
+        ("tuesday", None),
+        ("monday", None),
+    ]
+    assert nights[-1].test_accuracy == 0.6
