@@ -60,12 +60,17 @@ def nights(
 @app.command(rich_help_panel="Look at what is stored")
 def show(run: RunArgument, as_json: AsJson = False) -> None:
     """Show a run: its record, its checkpoints, its curve."""
+    from dataclasses import asdict
+
+    from nightshift.judging.goodput import account
     from nightshift.records.lease import status_of
     from nightshift.records.run import read_record
+    from nightshift.tracking.metrics import read_lines
 
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
         status = status_of(record, workspace.store.now())
+        spent = account(record, read_lines(workspace.store, run))
     if as_json:
         print_json(
             {
@@ -73,6 +78,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
                 **record.summary(),
                 "status": status,
                 "config": record.train_config().model_dump(mode="json"),
+                "goodput": asdict(spent) if spent else None,
             }
         )
         return
@@ -89,6 +95,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
                 "owner": f"{record.lease.owner}, lease until {record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC",
                 "test accuracy": percent(record.test_accuracy),
                 "training": f"{record.train_seconds:,.1f} s",
+                "goodput": f"{spent.goodput:.1%} of {spent.wall / 60:,.1f} minutes" if spent else "–",
                 "config": "  ".join(
                     f"{name}={value}" for name, value in record.train_config().flat().items() if value is not None
                 ),

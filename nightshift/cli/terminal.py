@@ -175,19 +175,10 @@ def runs_table(records: Sequence[RunRecord], statuses: Sequence[str]) -> Table:
 def nights_table(nights: Sequence[Night]) -> Table:
     has_cost = any(night.cost is not None for night in nights)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in (
-        "began (UTC)",
-        "run",
-        "verdict",
-        "accuracy",
-        "95 %",
-        "images",
-        "minutes",
-        *["cost"] * has_cost,
-        "why",
-    ):
-        is_number = column in ("accuracy", "95 %", "images", "minutes", "cost")
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=column != "why")
+    numbers = ["accuracy", "95 %", "images", "minutes", "goodput", *["cost"] * has_cost]
+    for column in ("began (UTC)", "run", "verdict", *numbers, "why"):
+        justify: Any = "right" if column in numbers else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "why")
     for night in nights:
         low, high = night.interval or (None, None)
         table.add_row(
@@ -198,6 +189,7 @@ def nights_table(nights: Sequence[Night]) -> Table:
             "–" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}",
             "–" if night.test_images is None else f"{night.test_images:,}",
             f"{night.train_seconds / 60:,.1f}",
+            "–" if night.goodput is None else f"{night.goodput:.0%}",
             *([f"{night.cost:,.2f}" if night.cost is not None else "–"] if has_cost else []),
             night.reason,
         )

@@ -7,11 +7,13 @@ from pydantic import BaseModel, ValidationError
 
 from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError
 from nightshift.ids import Sha256
+from nightshift.judging.goodput import account
 from nightshift.records.keys import report_key
 from nightshift.records.lease import status_of
 from nightshift.records.run import RunRecord, newest_records
 from nightshift.storage.documents import MIB
 from nightshift.storage.store import Store
+from nightshift.tracking.metrics import read_lines
 from nightshift.values import FROZEN, Count, Share
 
 _MAX_METRICS = 32 * MIB
@@ -34,6 +36,8 @@ class Night(BaseModel):
     """95 % interval of the accuracy; None in what an older nightshift has left."""
     test_images: int | None
     train_seconds: float
+    goodput: float | None
+    """Which share of the time from schedule to verdict went into steps that were kept; None if it was not noted."""
     cost: float | None
     """Of the training, in the currency of the price."""
     parent: str | None
@@ -72,6 +76,7 @@ def last_nights(store: Store, name: str | None, limit: int, price_per_hour: floa
 def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float | None) -> Night:
     verdict = record.result.verdict if record.result else None
     measured = _measured(store, record)
+    spent = account(record, read_lines(store, record.run_id), None if record.result else now)
     stopped = record.events[-1].detail if record.status in ("failed", "cancelled", "interrupted") else ""
     return Night(
         run_id=record.run_id,
@@ -84,6 +89,7 @@ def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float
         interval=measured.interval if measured else None,
         test_images=measured.images if measured else None,
         train_seconds=record.train_seconds,
+        goodput=spent.goodput if spent else None,
         cost=None if price_per_hour is None else price_per_hour * record.train_seconds / 3600,
         parent=str(record.parent) if record.parent else None,
         snapshot=record.dataset.digest,

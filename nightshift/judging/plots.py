@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from nightshift.data.datasets import Pair
 from nightshift.judging.evaluation import Bin, Mistake
+from nightshift.judging.goodput import Goodput
 from nightshift.records.run import RunRecord
 from nightshift.text import figure_label
 from nightshift.tracking.metrics import CheckpointLine, Line, TrainingLine
@@ -83,6 +84,19 @@ def night(record: RunRecord, lines: Sequence[Line]) -> dict[str, str]:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=10)
         figures[name] = _svg(figure)
     return figures
+
+
+def goodput(found: Goodput) -> str:
+    """Where the time went: a bar for each part of it."""
+    figure, axes = _figure("minutes", "")
+    names, shares = list(found.shares), list(found.shares.values())
+    minutes = [share * found.wall / 60 for share in shares]
+    colours = [_BLUE if name == "training" else _ORANGE for name in names]
+    bars = axes.barh(names, minutes, color=colours)
+    axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=4, fontsize=10)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    return _svg(figure)
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from nightshift import progress
 from nightshift.data.datasets import open_dataset
 from nightshift.judging import evaluation
 from nightshift.judging.evaluation import ClassMetrics, Metrics
+from nightshift.judging.goodput import Goodput, account
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.records.run import Result, RunRecord, newest_records
@@ -135,7 +136,8 @@ def build_report(
     found, lines = evaluation.read_metrics(store, record.run_id), read_lines(store, record.run_id)
     champion = _metrics_of_champion(store, verdict, found)
     nights = _nights(workspace, record, verdict, found)
-    plots = _plots(workspace, record, found, lines, nights)
+    spent = account(record, lines, None if record.status == "finished" else store.now())
+    plots = _plots(workspace, record, found, lines, nights, spent)
     config = record.train_config()
     images = record.step * config.data.batch_size
     context = {
@@ -151,6 +153,7 @@ def build_report(
         "images_per_second": images / record.train_seconds if record.train_seconds else None,
         "cost": price_per_hour and price_per_hour * record.train_seconds / 3600,
         "price_per_hour": price_per_hour,
+        "goodput": spent,
         "stalls": [line.stall_seconds for line in lines if isinstance(line, CheckpointLine)],
         "url": url,
     }
@@ -204,10 +207,13 @@ def _plots(
     found: Metrics | None,
     lines: list[Line],
     nights: list[Night],
+    spent: Goodput | None,
 ) -> dict[str, str]:
     from nightshift.judging import plots  # here, because matplotlib takes half a second to import
 
     figures = plots.learning_curves(record, lines, found.accuracy if found else None) | plots.night(record, lines)
+    if spent:
+        figures["goodput"] = plots.goodput(spent)
     if nights:
         figures["nights"] = plots.nights(
             [f"{night.at:%m-%d %H:%M}" for night in nights],

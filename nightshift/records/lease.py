@@ -82,6 +82,7 @@ class Run:
         self._valid_until = asked_at + lease_seconds
         self._lock = threading.RLock()
         self._lost: LeaseLostError | None = None
+        self._trained_at: datetime | None = None
         self._renewal_failure: StorageError | None = None
         self._stop_renewing = threading.Event()
 
@@ -105,10 +106,15 @@ class Run:
                 raise self._lost
             return documents.settled(self.store.url(record_key(self.run_id)), lambda: self._update_once(change))
 
+    def trains(self) -> None:
+        """The first step is done; the next write of the record says when."""
+        self._trained_at = self.store.now()
+
     def _update_once(self, change: Callable[[RunRecord], RunRecord]) -> RunRecord:
         asked_at, now = time.monotonic(), self.store.now()
         lease = self.record.lease.changed(expires_at=now + timedelta(seconds=self._lease_seconds))
-        renewed = self.record.changed(lease=lease, sequence=self.record.sequence + 1, updated_at=now)
+        heard = self.record.heard(now, self._trained_at)
+        renewed = heard.changed(lease=lease, sequence=self.record.sequence + 1, updated_at=now)
         changed = change(renewed)
         try:
             self._etag = write_record(self.store, changed, self._etag)
@@ -323,19 +329,23 @@ def acquire(store: Store, spec: RunSpec, lease_seconds: float) -> Run:
 
 
 def _new_record(spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
-    return RunRecord(
-        run_id=spec.run_id,
-        config=spec.config.model_dump(),
-        config_digest=spec.config.digest,
-        dataset=spec.dataset,
-        environment=spec.environment,
-        origin=spec.origin,
-        parent=spec.parent,
-        lease=lease,
-        total_steps=spec.total_steps,
-        created_at=now,
-        updated_at=now,
-    ).with_event("started", now, f"with {spec.parent}" if spec.parent else "")
+    return (
+        RunRecord(
+            run_id=spec.run_id,
+            config=spec.config.model_dump(),
+            config_digest=spec.config.digest,
+            dataset=spec.dataset,
+            environment=spec.environment,
+            origin=spec.origin,
+            parent=spec.parent,
+            lease=lease,
+            total_steps=spec.total_steps,
+            created_at=now,
+            updated_at=now,
+        )
+        .held_by(spec.origin, now)
+        .with_event("started", now, f"with {spec.parent}" if spec.parent else "")
+    )
 
 
 def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
@@ -353,13 +363,17 @@ def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) ->
         for name, value in spec.environment.items()
         if found.environment.get(name) != value
     ]
-    return found.changed(
-        sequence=found.sequence + 1,
-        status="running",
-        config=spec.config.model_dump(),
-        config_digest=spec.config.digest,
-        environment=spec.environment,
-        origin=spec.origin,
-        lease=lease.changed(token=found.lease.token + 1),
-        updated_at=now,
-    ).with_event("resumed", now, ", ".join(changes))
+    return (
+        found.changed(
+            sequence=found.sequence + 1,
+            status="running",
+            config=spec.config.model_dump(),
+            config_digest=spec.config.digest,
+            environment=spec.environment,
+            origin=spec.origin,
+            lease=lease.changed(token=found.lease.token + 1),
+            updated_at=now,
+        )
+        .held_by(spec.origin, now)
+        .with_event("resumed", now, ", ".join(changes))
+    )

@@ -95,6 +95,25 @@ class Origin(Part):
     """FLOW/DEPLOYMENT, if it was one that started it last."""
     promote: bool = True
     """Whether the gate is asked; not for a trial, of which the sweep sends the best there."""
+    scheduled_at: Moment | None = None
+    """When the flow run was to start, by Prefect's clock; None in the records of an older nightshift."""
+    began_at: Moment | None = None
+    """When it did, by the clock of its machine."""
+
+
+class Attempt(Part):
+    """One who has held the run: when it was wanted, began, took the lease, trained first and was last heard of."""
+
+    scheduled_at: Moment | None = None
+    began_at: Moment | None = None
+    held_at: Moment
+    trained_at: Moment | None = None
+    """When its first step was done; None if it never did one."""
+    heard_at: Moment
+    """Its last write of the record."""
+    from_step: Count = 0
+    """The checkpoint that it went on from, and how long the run had trained by then."""
+    from_seconds: Seconds = 0.0
 
 
 class Result(Part):
@@ -141,6 +160,8 @@ class RunRecord(Document):
     resumed_from_step: Count | None = None
     result: Result | None = None
     events: list[Event] = Field(default_factory=list)
+    attempts: list[Attempt] = Field(default_factory=list)
+    """Oldest first; an older nightshift has noted none."""
     created_at: Moment
     updated_at: Moment
 
@@ -188,6 +209,27 @@ class RunRecord(Document):
         if self.events and self.events[-1].changed(at=at) == event:
             return self
         return self.changed(events=[*self.events, event])
+
+    def held_by(self, origin: Origin, now: datetime) -> Self:
+        """The record with another attempt, which goes on from the newest checkpoint."""
+        attempt = Attempt(
+            scheduled_at=origin.scheduled_at,
+            began_at=origin.began_at,
+            held_at=now,
+            heard_at=now,
+            from_step=self.step,
+            from_seconds=self.train_seconds,
+        )
+        return self.changed(attempts=[*self.attempts, attempt])
+
+    def heard(self, now: datetime, trained_at: datetime | None) -> Self:
+        """The record with a sign of life from its last attempt; `trained_at`: of its first step, if done."""
+        if not self.attempts:
+            return self
+        last = self.attempts[-1].changed(heard_at=now)
+        if trained_at:
+            last = last.changed(trained_at=trained_at)
+        return self.changed(attempts=[*self.attempts[:-1], last])
 
     def summary(self) -> dict[str, Any]:
         """The run as `nightshift train --json` prints it."""

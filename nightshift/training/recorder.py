@@ -129,6 +129,7 @@ class RunRecorder(Recorder):
         self._run.check()
         if state.step == self._first_step + 1:
             self._saver.prepare(state)
+            self._run.trains()
 
     def report_is_due(self, step: int) -> bool:
         return time.monotonic() - self._last_report >= _REPORT_SECONDS or self._plan.position(step)[1] == 0

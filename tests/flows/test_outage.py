@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from nightshift.local.prefect import PrefectServer
@@ -10,26 +11,28 @@ from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from tests.commands import Command
 
-ARGUMENTS = ("train", "--recipe=tutorial", "--set=max_train_images=1600", "--set=epochs=3", "--json", "--run-id")
-SHORT = {"NIGHTSHIFT_LEASE_SECONDS": "6", "NIGHTSHIFT_S3__TIMEOUT_SECONDS": "2"}
+ARGUMENTS = ("train", "--recipe=tutorial", "--set=max_train_images=6400", "--set=epochs=8", "--json", "--run-id")
+LEASE_SECONDS = 6
 
 
 def test_a_store_that_is_silent_for_longer_than_the_lease_is_waited_for_by_the_same_flow_run(
     tmp_path: Path, home: Path, prefect_server: PrefectServer, cifar10: DatasetRef
 ) -> None:
     (tmp_path / "datasets").symlink_to(home / "datasets")
-    environment = {"NIGHTSHIFT_HOME": str(tmp_path), **prefect_server.environment, **SHORT}
+    environment = {"NIGHTSHIFT_HOME": str(tmp_path), **prefect_server.environment}
+    environment["NIGHTSHIFT_LEASE_SECONDS"] = str(LEASE_SECONDS)
     with embedded_s3(tmp_path) as store:
         whole = Command((*ARGUMENTS, "whole"), environment, tmp_path).finish()
 
         server = int((tmp_path / "s3" / "server.pid").read_text().split()[2])
         silenced = Command((*ARGUMENTS, "silenced"), environment, tmp_path)
-        silenced.wait_for_line("epoch 1/3")
+        silenced.wait_for_line("epoch 1/8")
         os.kill(server, signal.SIGSTOP)
         try:
-            silenced.wait_for_line("could not be renewed and may be taken over")
+            time.sleep(2 * LEASE_SECONDS)  # how long it is silent is the point
         finally:
             os.kill(server, signal.SIGCONT)
+        silenced.wait_for_line("could not be renewed and may be taken over")
         done = silenced.finish()
         record, _ = read_record(store, "silenced")
 

@@ -64,7 +64,7 @@ class Links(HTMLParser):
 def test_the_report_is_one_file_that_loads_nothing(page: Report) -> None:
     links = Links()
     links.feed(page.html)
-    assert len(links.found) == len(page.plots) == 9
+    assert len(links.found) == len(page.plots) == 10
     assert all(link.startswith("data:image/svg+xml;base64,") for link in links.found)
     assert not links.tags & {"script", "link", "iframe"}
     assert "url(" not in re.sub(r'src="[^"]*"', "", page.html)
@@ -103,7 +103,7 @@ def test_a_report_of_a_run_that_is_not_evaluated_has_its_course_so_far(
         train_alone(workspace, "half", config, cifar10, should_stop=lambda step: step == 12)
     record, _ = read_record(workspace.store, "half")
     page = build_report(workspace, record, None, None)
-    assert set(page.plots) == {"loss", "accuracy", "learning-rate", "throughput", "stalls"}
+    assert set(page.plots) == {"loss", "accuracy", "learning-rate", "goodput", "throughput", "stalls"}
     assert "no verdict yet" in page.html
 
 

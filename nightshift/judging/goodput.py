@@ -1,0 +1,105 @@
+"""Where a night's time went, from schedule to verdict, and which share of it was of use: the goodput.
+
+The parts are those of the record's attempts, and follow each other without a gap. Times are the store's, but for when a
+flow run was to start and when it did, which are Prefect's and its machine's: clocks that differ move a second or two
+from one part to its neighbour.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import pairwise
+from statistics import median
+
+from nightshift.records.run import Attempt, RunRecord
+from nightshift.tracking.metrics import CheckpointLine, Line, TrainingLine
+
+
+@dataclass
+class Parts:
+    """Seconds, over all attempts of a run."""
+
+    waiting: float = 0.0
+    """For a worker, its imports included, and between two attempts."""
+    data: float = 0.0
+    """From the flow's begin to the lease: download, snapshot, packing, checks."""
+    start: float = 0.0
+    """From the lease to the first step: the network, the restore, compilation."""
+    training: float = 0.0
+    """Of the steps that were kept."""
+    stalls: float = 0.0
+    """Of the training, for checkpoints."""
+    replayed: float = 0.0
+    """Training that was lost with a process, and done again by the next."""
+    evaluation: float = 0.0
+    """From the last step to the verdict: evaluation, publication, gate, report."""
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """A night's account."""
+
+    wall: float
+    """Seconds from schedule to verdict."""
+    parts: Parts
+    goodput: float
+    """Kept steps times the median time of a step, as a share of `wall`."""
+    attempts: int
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of each part, in order; those without any time are left out."""
+        return {name: seconds / self.wall for name, seconds in asdict(self.parts).items() if seconds > 0}
+
+
+def account(record: RunRecord, lines: Sequence[Line], until: datetime | None = None) -> Goodput | None:
+    """Where the time of a run went, up to `until` or its end; None for the record of an older nightshift.
+
+    Args:
+        lines: its metrics.
+    """
+    if not record.attempts:
+        return None
+    first, parts = record.attempts[0], Parts()
+    until = until or next((event.at for event in record.events if event.what == "finished"), record.updated_at)
+    heard = begin = first.scheduled_at or first.began_at or first.held_at
+    for attempt, then in zip(record.attempts, [*record.attempts[1:], None], strict=True):
+        ended = attempt.heard_at if then else max(until, attempt.heard_at)
+        kept = (then.from_seconds if then else record.train_seconds) - attempt.from_seconds
+        _add(parts, attempt, heard, ended, kept, is_last=not then)
+        heard = ended
+    stalls = sum(line.stall_seconds for line in lines if isinstance(line, CheckpointLine))
+    parts.stalls = min(stalls, parts.training)
+    parts.training -= parts.stalls
+    wall = max((heard - begin).total_seconds(), 1e-9)
+    useful = record.step * _median_step(lines)
+    return Goodput(wall, parts, min(useful or parts.training, wall) / wall, len(record.attempts))
+
+
+def _add(parts: Parts, attempt: Attempt, heard: datetime, ended: datetime, kept: float, is_last: bool) -> None:
+    """Add an attempt's time, from when the one before was last heard of until it ended itself."""
+    # Each moment no earlier than the one before. A flow run that waited for its store began before the run was lost.
+    held = max(attempt.held_at, heard)
+    began = min(attempt.began_at, held) if attempt.began_at and attempt.began_at >= heard else held
+    trained = min(max(attempt.trained_at or ended, held), ended)
+    parts.waiting += (began - heard).total_seconds()
+    parts.data += (held - began).total_seconds()
+    parts.start += (trained - held).total_seconds()
+    span = (ended - trained).total_seconds()
+    kept = min(max(kept, 0.0), span)
+    parts.training += kept
+    if is_last:
+        parts.evaluation += span - kept
+    else:
+        parts.replayed += span - kept
+
+
+def _median_step(lines: Sequence[Line]) -> float:
+    """The median time of a step, in seconds, between two lines about the training; 0 if there are not two."""
+    training = [line for line in lines if isinstance(line, TrainingLine)]
+    times = [
+        (after.train_seconds - before.train_seconds) / (after.step - before.step)
+        for before, after in pairwise(training)
+        if after.step > before.step and after.train_seconds > before.train_seconds
+    ]
+    return median(times) if times else 0.0
