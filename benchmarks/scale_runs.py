@@ -44,11 +44,11 @@ from nightshift.config.recipes import make_config
 from nightshift.hardware import Hardware
 from nightshift.local.s3 import embedded_s3
 from nightshift.records import orphans, recovery
+from nightshift.records.curve import CurvePoint
 from nightshift.records.keys import payload_key, report_key
 from nightshift.records.run import (
     Checkpoint,
     CheckpointMetrics,
-    CurvePoint,
     Lease,
     Result,
     RunRecord,

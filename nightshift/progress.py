@@ -27,6 +27,13 @@ class StepReport:
     loss: float
     accuracy: float
     images_per_second: float
+    validation_accuracy: float | None = None
+    """At the end of an epoch after which the validation images were looked at."""
+
+    @property
+    def validation(self) -> str:
+        """A piece of a line; empty if there is nothing to say."""
+        return "" if self.validation_accuracy is None else f", validation {self.validation_accuracy:.1%}"
 
 
 class Progress(Protocol):
@@ -54,11 +61,12 @@ class LogProgress:
     def trained(self, report: StepReport, epoch_ended: bool) -> None:
         if epoch_ended:
             _log.info(
-                "epoch %d/%d: loss %.4f, training accuracy %.2f %%, %.0f images/s",
+                "epoch %d/%d: loss %.4f, training accuracy %.2f %%%s, %.0f images/s",
                 report.epoch,
                 report.epochs,
                 report.loss,
                 100 * report.accuracy,
+                report.validation,
                 report.images_per_second,
             )
 

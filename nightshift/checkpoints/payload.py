@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from nightshift.checkpoints.archive import read_archive
 from nightshift.errors import CheckpointCorruptError, ObjectNotFoundError, ObjectTooLargeError
 from nightshift.explain import problem_of
-from nightshift.records.run import Checkpoint, CurvePoint
+from nightshift.records.curve import CurvePoint
+from nightshift.records.run import Checkpoint
 from nightshift.refs import CheckpointRef
 from nightshift.storage.store import Store
 

@@ -114,7 +114,9 @@ class TerminalProgress:
             width = len(str(report.epochs))
             self._console.print(
                 f"  epoch {report.epoch:{width}}/{report.epochs}   loss {report.loss:.3f}   "
-                f"training accuracy {report.accuracy:6.1%}   {report.images_per_second:7,.0f} images/s"
+                f"training accuracy {report.accuracy:6.1%}{report.validation}   "
+                f"{report.images_per_second:7,.0f} images/s",
+                soft_wrap=True,
             )
         if report.step == report.total_steps:
             self.__exit__()
@@ -237,8 +239,14 @@ def checkpoints_table(record: RunRecord) -> Table:
 
 def curve_table(record: RunRecord) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for name in ("epoch", "step", "loss", "training accuracy"):
+    is_validated = any(point.validation_accuracy is not None for point in record.curve)
+    names = ("epoch", "step", "loss", "training accuracy", "validation loss", "validation accuracy")
+    for name in names if is_validated else names[:4]:
         table.add_column(name, justify="right")
     for point in record.curve:
-        table.add_row(f"{point.epoch}", f"{point.step:,}", f"{point.loss:.4f}", percent(point.accuracy))
+        row = [f"{point.epoch}", f"{point.step:,}", f"{point.loss:.4f}", percent(point.accuracy)]
+        if is_validated:
+            loss = "–" if point.validation_loss is None else f"{point.validation_loss:.4f}"
+            row += [loss, percent(point.validation_accuracy)]
+        table.add_row(*row)
     return table

@@ -211,17 +211,19 @@ def _print_summary(record: "RunRecord") -> None:
     from nightshift.judging.table import guards_table
 
     assert record.result is not None
-    epochs = record.train_config().schedule.epochs
+    newest, chosen = record.checkpoints[-1], record.chosen
     facts: dict[str, str | Text] = {
         "status": status_text(record.status),
         "test accuracy": styled(percent(record.result.test_accuracy), "bold"),
-        "training": f"{record.train_seconds:,.1f} s, {record.step:,} steps, {epochs} epochs",
+        "training": f"{record.train_seconds:,.1f} s, {record.step:,} steps, {newest.epoch} epochs",
         "data": f"{record.dataset.name} from the {record.dataset.source}",
         "checkpoints": f"{len(record.checkpoints)} in checkpoints/{record.run_id}/",
         "published": record.result.model,
         "verdict": _verdict_text(record.result.verdict),
         "weights_sha256": record.result.weights_sha256,
     }
+    if chosen and chosen.epoch != newest.epoch:
+        facts["kept"] = f"epoch {chosen.epoch}, the best on the validation images"
     if record.resumed_from_step is not None:
         facts["resumed"] = f"from step {record.resumed_from_step:,}"
     console().print(

@@ -45,7 +45,7 @@ class SplitConfig(Table):
     """
 
     test: float = Field(0.1, ge=0, lt=1, description="The share that only the gate and the report see.")
-    validation: float = Field(0.1, ge=0, lt=1, description="The share that sweeps choose by.")
+    validation: float = Field(0.1, ge=0, lt=1, description="The share that chooses an epoch.")
     by: str = Field(
         "image", description="`image`, or a column of the table: images with the same value are in one split."
     )

@@ -173,10 +173,22 @@ class LossConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How the trained model is tested."""
+    """How the model is tested at the end, and what the validation images decide on the way there."""
 
     tta: Free[Literal["off", "flip", "crops"]] = Field(
         "off", description="Test on the mean of each image and its mirror; crops: also of both shifted by a pixel."
+    )
+    validate_every: Decisive[int | None] = Field(
+        None, ge=1, description="Look how good the model is on the validation images after every so many epochs."
+    )
+    metric: Decisive[Literal["accuracy", "loss"]] = Field(
+        "accuracy", description="By what an epoch is the best on the validation images."
+    )
+    keep: Decisive[Literal["last", "best"]] = Field(
+        "last", description="Test and publish the weights after the last epoch, or after the best one."
+    )
+    patience: Decisive[int | None] = Field(
+        None, ge=1, description="Stop once so many validations in a row have found no better epoch."
     )
 
 

@@ -197,6 +197,10 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
             "loss.name=binary with loss.class_weights=balanced weighs an image by its class, and one that "
             "augment.mixup or augment.cutmix has mixed is of two: set data.sampling=balanced instead of the weights"
         )
+    choice = config.evaluation
+    if choice.validate_every is None and (choice.keep == "best" or choice.patience):
+        asked = "evaluation.keep=best" if choice.keep == "best" else f"evaluation.patience={choice.patience}"
+        yield f"{asked} rests on the validation images: set evaluation.validate_every=1 to look at them each epoch"
     if loss.name != "focal" and loss.gamma != LossConfig().gamma:
         yield f"loss.gamma={loss.gamma} is of the loss focal, and loss.name={loss.name}: set loss.name=focal"
 

@@ -16,8 +16,13 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import transforms
 from nightshift.data.chance import generator_of
 from nightshift.data.datasets import Dataset
-from nightshift.data.names import check_classes, check_fits, check_loss
+from nightshift.data.names import check_classes, check_fits, check_loss, check_validation
 from nightshift.networks import statistics_of
+
+_BATCH = 1000
+"""How many images of 32 by 32 pixels are predicted at a time."""
+_LOGITS = 2**25
+"""How many logits there may be at a time: those of all test images, of 100,000 classes, would fill any machine."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +77,12 @@ def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
     """How the steps of a run divide into epochs.
 
     Raises:
-        ConfigError: as `check_fits` and `check_loss`, and if a data set has too few or too many classes.
+        ConfigError: as `check_fits`, `check_loss`, `check_validation` and `check_classes`.
     """
     check_fits(config, dataset.image_size)
     check_classes(dataset.classes)
     check_loss(config, len(dataset.classes))
+    check_validation(config, 0 if dataset.validation_images is None else len(dataset.validation_images))
     images = min(len(dataset.train_images), config.data.max_train_images or len(dataset.train_images))
     members = Members.by(dataset.train_labels[:images].cpu()) if config.data.sampling == "balanced" else None
     return Plan(images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last, members)
@@ -150,6 +156,14 @@ def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """uint8 (batch, side, side, 3) → normalized float32 (batch, 3, side, side) in channels_last memory format."""
     pixels = images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
     return torch.addcmul(shift, pixels, scale, out=pixels)  # fresh memory would cost several times the arithmetic
+
+
+def images_at_a_time(image_size: int, classes: int) -> int:
+    """How many images are predicted at a time, so that large images and many classes take no more memory than CIFAR-10.
+
+    1000 of CIFAR-10's, and 1 at least.
+    """
+    return max(1, min(_BATCH, _BATCH * 32**2 // image_size**2, _LOGITS // classes))
 
 
 def _with_the_one_before(batch: int, share: slice) -> Tensor:

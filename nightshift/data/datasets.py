@@ -73,7 +73,7 @@ class Dataset:
     resize: Resize = "stretch"
     """How images of other shapes were made squares, and so how those to predict are."""
     validation_images: Tensor | None = None
-    """What sweeps choose by; none where the data set has no such split."""
+    """What chooses an epoch; none where the data set has no such split."""
     validation_labels: Tensor | None = None
     test_content: Tensor | None = None
     """The sha256 of each test image's file, uint8 (N, 32), by which an image is known on other nights; none where the

@@ -165,6 +165,7 @@ def check_names(config: TrainConfig) -> None:
     if name in SPECS:
         check_fits(config, SPECS[name].image_size)
         check_loss(config, len(SPECS[name].classes))
+        check_validation(config, 0)
 
 
 def check_fits(config: TrainConfig, image_size: int) -> None:
@@ -191,6 +192,22 @@ def check_loss(config: TrainConfig, classes: int) -> None:
         raise ConfigError(
             f"loss.name=binary is for two classes, and {config.data.dataset} has {classes:,}: set "
             "loss.name=cross_entropy"
+        )
+
+
+def check_validation(config: TrainConfig, images: int) -> None:
+    """Raise ConfigError if a config asks for validation images, of which a data set has none."""
+    if config.evaluation.validate_every and not images:
+        name = config.data.dataset
+        what = (
+            "train on a data set of your own, or set evaluation.validate_every=none, keep=last and patience=none"
+            if name in SPECS
+            else f"give some to that split, such as split = {{test = 0.1, validation = 0.1}} in [datasets.{name}], and "
+            "start a new run"
+        )
+        raise ConfigError(
+            f"evaluation.validate_every={config.evaluation.validate_every} needs validation images, and {name} has "
+            f"none: {what}. The test images are not looked at before the end"
         )
 
 

@@ -29,10 +29,6 @@ from nightshift.workspace import Workspace
 CALIBRATION_BINS = 15
 MATRIX_CLASSES = 32
 """Of up to so many classes the whole confusion matrix is kept, of more only the pairs that are confused most."""
-_BATCH = 1000
-"""How many images of 32 by 32 pixels are predicted at a time."""
-_LOGITS = 2**25
-"""How many logits there may be at a time: those of all test images, of 100,000 classes, would fill any machine."""
 _TOP = 5
 _MISTAKES = 10
 _PAIRS = 50
@@ -340,18 +336,10 @@ def _evaluate(
     )
 
 
-def images_at_a_time(image_size: int, classes: int) -> int:
-    """How many images are predicted at a time, so that large images and many classes take no more memory than CIFAR-10.
-
-    1000 of CIFAR-10's, and 1 at least.
-    """
-    return max(1, min(_BATCH, _BATCH * 32**2 // image_size**2, _LOGITS // classes))
-
-
 def answer_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) -> Answers:
     """What a model says of all test images, predicted as the config says."""
     scale, shift = batches.normalizer(dataset, config)
-    size = images_at_a_time(dataset.image_size, len(dataset.classes))
+    size = batches.images_at_a_time(dataset.image_size, len(dataset.classes))
     parts = [
         answers_to(predict(model, batches.to_input(images, scale, shift), config.evaluation.tta), labels.long())
         for images, labels in zip(

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from nightshift.data.datasets import Pair
 from nightshift.judging.evaluation import Bin, Mistake
 from nightshift.judging.goodput import Goodput
+from nightshift.records.curve import kept_of
 from nightshift.records.run import RunRecord
 from nightshift.text import figure_label
 from nightshift.tracking.metrics import CheckpointLine, Line, TrainingLine
@@ -41,12 +42,22 @@ def learning_curves(record: RunRecord, lines: Sequence[Line], test_accuracy: flo
     ends = [point.step / per_epoch for point in record.curve]
     between = [line.step / per_epoch for line in trained]
     figures = {}
-    for name, scale, unit in (("loss", 1, "training loss"), ("accuracy", 100, "accuracy (%)")):
+    kept = kept_of(record.curve, record.train_config().evaluation)
+    for name, scale, unit in (("loss", 1, "loss"), ("accuracy", 100, "accuracy (%)")):
         figure, axes = _figure("epoch", unit)
         so_far = [scale * getattr(line, name) for line in trained]
         axes.plot(between, so_far, ".", color=_GREY, label="epoch so far", zorder=1)
         whole = [scale * getattr(point, name) for point in record.curve]
         axes.plot(ends, whole, "o-", color=_BLUE, label="whole epoch")
+        validated = [
+            (point.step / per_epoch, scale * value)
+            for point in record.curve
+            if (value := getattr(point, f"validation_{name}")) is not None
+        ]
+        if validated:
+            axes.plot(*zip(*validated, strict=True), "s--", color=_ORANGE, label="validation images")
+        if kept:
+            axes.axvline(kept.step / per_epoch, color=_GREY, linestyle=":", label="kept epoch")
         if name == "accuracy" and test_accuracy is not None:
             axes.axhline(100 * test_accuracy, color=_VERMILION, linestyle="--", label="test images, at the end")
         if axes.get_legend_handles_labels()[0]:

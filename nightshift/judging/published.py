@@ -41,7 +41,7 @@ def predicted_by(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
         images: uint8 (N, side, side, 3). Those of another size than the version's are made to have it.
     """
     scale, shift = batches.scale_and_shift(card.mean, card.std)
-    size, tta = evaluation.images_at_a_time(card.image_size, len(card.classes)), card.train_config().evaluation.tta
+    size, tta = batches.images_at_a_time(card.image_size, len(card.classes)), card.train_config().evaluation.tta
     parts = (batches.to_input(_fitted(part, card), scale, shift) for part in torch.split(images, size))
     return torch.cat([evaluation.predict(model, part, tta).argmax(1) for part in parts])
 

@@ -18,6 +18,7 @@ from nightshift.data.datasets import open_dataset
 from nightshift.judging import evaluation
 from nightshift.judging.evaluation import ClassMetrics, Metrics
 from nightshift.judging.goodput import Goodput, account
+from nightshift.records.curve import best_of, is_enough, kept_of
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.records.run import Result, RunRecord, newest_records
@@ -149,6 +150,9 @@ def build_report(
         "champion": champion,
         "nights": nights,
         "control": _control(nights, record) if found else None,
+        "kept": kept_of(record.curve, config.evaluation),
+        "best": best_of(record.curve, config.evaluation),
+        "stopped_early": is_enough(record.curve, config.evaluation),
         "events": record.events,
         "images_per_second": images / record.train_seconds if record.train_seconds else None,
         "cost": price_per_hour and price_per_hour * record.train_seconds / 3600,

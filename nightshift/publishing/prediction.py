@@ -108,7 +108,7 @@ class Classifier:
             StorageError: a bucket cannot be listed, or the store does not answer.
         """
         sources = _sources(store, places)
-        size = min(_BATCH, evaluation.images_at_a_time(self.image_size, len(self.classes)))
+        size = min(_BATCH, batches.images_at_a_time(self.image_size, len(self.classes)))
         while batch := list(islice(sources, size)):
             decoded = [_decode(source, self.image_size, self.resize) for source in batch]
             good = [image for image in decoded if isinstance(image, np.ndarray)]

@@ -46,20 +46,20 @@ class Measured:
 
 
 def export_run(workspace: Workspace, record: RunRecord, name: str) -> bytes:
-    """The model of a run's newest checkpoint in one of FORMATS; if that is gone, of the published weights.
+    """The model that a run publishes, or would by now, in one of FORMATS; of the published weights if it has no others.
 
     Raises:
         ConfigError: there is no such format, what it needs is not installed, or the run has no checkpoint yet.
         ExportError, CheckpointCorruptError, StorageError: as `export` and `weights_of`.
     """
-    if not record.checkpoints:
+    if not record.chosen:
         raise ConfigError(f"run {record.run_id} has no checkpoint yet: there is nothing to export")
     weights = weights_of(workspace.store, record)
     return _exporter(weights, record.train_config(), open_dataset(workspace, record.dataset))(name)
 
 
 def weights_of(store: Store, record: RunRecord) -> dict[str, Tensor]:
-    """The weights that a run ends with: those of its newest checkpoint.
+    """The weights that a run ends with: those of the checkpoint that is published.
 
     If that is damaged or gone and the run is finished, they are the published ones, after their `weights_sha256` was
     found to be the record's. A warning names what is missing.
@@ -68,8 +68,9 @@ def weights_of(store: Store, record: RunRecord) -> dict[str, Tensor]:
         CheckpointCorruptError: neither can be used; the message names both.
         StorageError: they cannot be read.
     """
+    assert record.chosen
     try:
-        return read_weights(store, record.checkpoints[-1])
+        return read_weights(store, record.chosen)
     except (StorageUnreachableError, StorageDeniedError):
         raise
     except (CheckpointCorruptError, StorageError) as error:
@@ -79,7 +80,7 @@ def weights_of(store: Store, record: RunRecord) -> dict[str, Tensor]:
     key = version_key(record.dataset.name, record.run_id) + PUBLISHED_WEIGHTS
     try:
         # A checkpoint holds more than the weights: no such file is larger.
-        body = store.download_bytes(key, max_bytes=record.checkpoints[-1].bytes)
+        body = store.download_bytes(key, max_bytes=record.chosen.bytes)
         weights = load_bounded(body, load_safetensors)
         if weights_sha256(weights) != record.result.weights_sha256:
             raise ValueError("they are not the weights that the run has ended with")
@@ -126,7 +127,8 @@ def contents_of(
     Raises:
         ExportError: a file does not predict what the model predicts.
     """
-    config = record.train_config()
+    config, chosen = record.train_config(), record.chosen
+    assert chosen
     exported = _exporter(weights, config, dataset)
     files = {file_name: exported(kind) for file_name, kind in PUBLISHED.items()}
     files[PREDICTIONS] = predictions
@@ -151,7 +153,7 @@ def contents_of(
         config=record.config,
         dataset_digest=dataset.digest,
         environment=record.environment,
-        trained_at=record.checkpoints[-1].written_at,
+        trained_at=chosen.written_at,
         parent=record.parent,
     )
     return card, files
@@ -171,7 +173,7 @@ def _exporter(weights: dict[str, Tensor], config: TrainConfig, dataset: Dataset)
     classes, size = len(dataset.classes), dataset.image_size
     model = evaluation.load_model(config, weights, classes, image_size=size)
     fresh = build_network(config.model.name, classes, size).to(memory_format=torch.channels_last)
-    count = max(2, min(_IMAGES, evaluation.images_at_a_time(size, classes)))
+    count = max(2, min(_IMAGES, batches.images_at_a_time(size, classes)))
     images = dataset.test_images[:count]
     if len(images) == 1:
         images = torch.cat([images, images])  # an exporter takes a batch of one for a batch that is always one

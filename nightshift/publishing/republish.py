@@ -40,7 +40,7 @@ _CARD = "card.json"
 def republish(workspace: Workspace, record: RunRecord) -> list[str]:
     """Make again what is damaged or missing of the version that a run has published; what is whole stays.
 
-    Everything is made from the run's newest checkpoint, its record and the data set, as it was when the run was
+    Everything is made from the run's kept checkpoint, its record and the data set, as it was when the run was
     published. So it has the same sha256 where the environment is the same. If a version went live, its card must be
     the one with which it did.
 

@@ -12,6 +12,7 @@ from nightshift import progress
 from nightshift.config.train import TrainConfig
 from nightshift.errors import ObjectNotFoundError, RunNotFoundError, StorageError, StorageUnreachableError
 from nightshift.ids import FlowRunId, RunId, Sha256
+from nightshift.records.curve import CurvePoint, kept_of
 from nightshift.records.keys import RECORDS, place_of, record_key
 from nightshift.records.parents import Parent
 from nightshift.refs import CheckpointRef, DatasetRef, Verdict
@@ -53,15 +54,6 @@ class CheckpointMetrics(Part):
     """Boundaries since the process began that passed without a save, as the one before was still under way."""
     failed: Count = 0
     """Saves since the process began that could not be stored."""
-
-
-class CurvePoint(Part):
-    """A finished epoch: its number from 1, the step after it, mean training loss, and accuracy from 0 to 1."""
-
-    epoch: Count
-    step: Count
-    loss: Number
-    accuracy: Share
 
 
 class Checkpoint(Part):
@@ -182,6 +174,16 @@ class RunRecord(Document):
         return self.checkpoints[-1].step if self.checkpoints else 0
 
     @property
+    def chosen(self) -> Checkpoint | None:
+        """Whose weights would be published now: the newest, or with `evaluation.keep=best` that of the best epoch.
+
+        None if there is none.
+        """
+        kept = kept_of(self.curve, self.train_config().evaluation)
+        fitting = [checkpoint for checkpoint in self.checkpoints if not kept or checkpoint.step == kept.step]
+        return fitting[-1] if fitting else None
+
+    @property
     def train_seconds(self) -> float:
         return self.checkpoints[-1].metrics.train_seconds if self.checkpoints else 0.0
 
@@ -233,13 +235,14 @@ class RunRecord(Document):
 
     def summary(self) -> dict[str, Any]:
         """The run as `nightshift train --json` prints it."""
-        result = self.result
+        result, chosen = self.result, self.chosen
         verdict = result.verdict if result else None
         return {
             "run_id": self.run_id,
             "status": self.status,
             "step": self.step,
             "epochs": self.train_config().schedule.epochs,
+            "kept_epoch": chosen and chosen.epoch,
             "test_accuracy": self.test_accuracy,
             "train_seconds": round(self.train_seconds, 3),
             "weights_sha256": result and result.weights_sha256,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nightshift.errors import ConfigError
+from nightshift.records.curve import is_enough
 from nightshift.records.run import RunRecord
 from nightshift.storage.store import Store
 from nightshift.sweeps.space import distributions, grid
@@ -26,10 +27,11 @@ def bad_trials(sweep: Sweep, records: Mapping[str, RunRecord]) -> dict[str, str]
         (number, record)
         for number, trial in enumerate(sweep.asked)
         if (record := records.get(trial.run_id))
-        # A trial in its last epoch is as good as done.
+        # A trial in its last epoch is as good as done, and so is one that stops by itself.
         if record.status == "running"
         and not trial.ended
         and 0 < len(record.curve) < record.train_config().schedule.epochs
+        and not is_enough(record.curve, record.train_config().evaluation)
     ]
     if not training or sum(record.status == "finished" for record in records.values()) < sweep.startup_trials:
         return {}

@@ -50,6 +50,9 @@ class TrainingLine(_Line):
     """Since the line before."""
     train_seconds: Seconds
     """Seconds trained so far, over all resumes."""
+    validation_loss: Number | None = None
+    """Of the validation images; None where they were not looked at after this step."""
+    validation_accuracy: Share | None = None
 
 
 class CheckpointLine(_Line):
@@ -88,6 +91,8 @@ class MetricsLog:
         loss: float,
         accuracy: float,
         learning_rate: float,
+        validation_loss: float | None = None,
+        validation_accuracy: float | None = None,
     ) -> None:
         """Add a line about a step, if it is time to. The arguments are those of TrainingLine, and:
 
@@ -107,11 +112,13 @@ class MetricsLog:
             learning_rate=learning_rate,
             images_per_second=images * (step - self._step) / max(now - self._last, 1e-9),
             train_seconds=train_seconds,
+            validation_loss=validation_loss,
+            validation_accuracy=validation_accuracy,
         )
         self._last, self._step = now, step
         self.lines.append(line)
         if self._writer:
-            for name, value in line.model_dump(exclude={"kind", "at", "step"}).items():
+            for name, value in line.model_dump(exclude={"kind", "at", "step"}, exclude_none=True).items():
                 self._writer.add_scalar(name, value, step)
 
     def saved(self, checkpoint: Checkpoint, save_seconds: float) -> None:

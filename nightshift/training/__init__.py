@@ -5,9 +5,10 @@
     take the run's lease                                      # records/lease.py; rank 0 only
     state = newest whole checkpoint, or initialized from the seed
 
-    while steps are left:
+    while steps are left, and the validation images do not say that it is enough:
         batch = f(seed, epoch, step)                          # data/batches.py; nothing is carried along
         loss  = forward(batch); backward; update the weights  # loop.py
+        after an epoch: a point of the curve, perhaps with the validation images  # validation.py
         --- the step boundary: the state is whole -----------------------------------------------
         stop if the lease is lost                             # recorder.py, rank 0
         all ranks agree: report? restart? stop? save?         # ranks.py
@@ -15,7 +16,7 @@
         save:   copy the state; hash, upload and commit it during the next steps   # saver.py
         stop:   save this step, wait for the commit, and raise Interrupted
 
-    save the last step, wait for the commit, return its reference
+    save the last step, wait for the commit, return the checkpoint to publish: the last, or the best epoch's
 
 A run that is killed anywhere starts again at the top of this page, and ends with the same bits. `Ranks` has a null
 variant for a process that trains alone, and `Recorder` one for ranks that record nothing: so the loop has no special

@@ -14,7 +14,7 @@ from nightshift.data.batches import Plan
 from nightshift.data.datasets import Dataset
 from nightshift.errors import RankLostError, TrainingDivergedError
 from nightshift.hardware import Hardware
-from nightshift.records.run import CurvePoint
+from nightshift.records.curve import CurvePoint, is_enough, is_validated
 from nightshift.refs import CheckpointRef
 from nightshift.training.layers import freeze_statistics
 from nightshift.training.losses import build_loss
@@ -22,6 +22,7 @@ from nightshift.training.optimizers import apply_schedule, frozen_steps
 from nightshift.training.ranks import Ranks
 from nightshift.training.recorder import Means, Recorder
 from nightshift.training.state import build_state, seed_step
+from nightshift.training.validation import validate
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Loop:
         self._scale, self._shift = scale.to(hardware.device), shift.to(hardware.device)
 
     def run(self, orders: RankOrders) -> CheckpointRef | None:
-        """Train to the end. Returns the last checkpoint on rank 0, None elsewhere.
+        """Train to the end. Returns the checkpoint to publish on rank 0, None elsewhere.
 
         Raises:
             TrainingInterrupted: `orders` say stop. Only rank 0 raises it, the others return.
@@ -70,7 +71,7 @@ class Loop:
         state, plan, ranks, recorder = self._state, self._plan, self._ranks, self._recorder
         recorder.begin(state)
         state.model.train()
-        while state.step < plan.total_steps:
+        while not self._is_over():
             share = ranks.share_of(plan.batch_of(state.step))
             self._train_step(*batches.training_batch(self._dataset, self._config, plan, state.step, share))
             recorder.stepped(state)
@@ -78,10 +79,10 @@ class Loop:
                 recorder.report_is_due(state.step),
                 orders.should_restart(),
                 orders.should_stop(state.step),
-                recorder.save_is_due(state.step),
+                recorder.save_is_due(state),
             )
             if report:
-                recorder.report(state.step, self._epoch_means())
+                recorder.report(state, self._epoch_means())
             if stop or restart:
                 self._epoch_means()  # a diverged state is not worth keeping
             if restart:
@@ -92,10 +93,14 @@ class Loop:
             if save:
                 recorder.save(state, ranks.gather(state.part()))
         parts = ranks.gather(state.part())
-        if state.step < plan.total_steps:
+        if not self._is_over():
             recorder.stop(state, parts)
             return None
         return recorder.finish(state, parts)
+
+    def _is_over(self) -> bool:
+        """Whether all steps are done, or the validation images say that it is enough. A function of the state."""
+        return self._state.step >= self._plan.total_steps or is_enough(self._state.curve, self._config.evaluation)
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         """Forward, backward, update, on this rank's images and targets, as `training_batch` returns them."""
@@ -119,8 +124,17 @@ class Loop:
         state.advance()
         state.epoch_images += batch
         if within == plan.steps_per_epoch - 1:
-            means = self._epoch_means()
-            state.curve.append(CurvePoint(epoch=epoch + 1, step=state.step, loss=means.loss, accuracy=means.accuracy))
+            state.curve.append(self._finished_epoch(epoch + 1))
+
+    def _finished_epoch(self, epoch: int) -> CurvePoint:
+        means = self._epoch_means()
+        point = CurvePoint(epoch=epoch, step=self._state.step, loss=means.loss, accuracy=means.accuracy)
+        if not is_validated(epoch, self._plan.epochs, self._config.evaluation):
+            return point
+        network = self._state.average.module if self._state.average else self._state.model
+        loss, accuracy = validate(network, self._dataset, (self._scale, self._shift), self._ranks).tolist()
+        self._check_finite(loss)
+        return point.changed(validation_loss=loss, validation_accuracy=accuracy)
 
     def _add_gradients(self, images: Tensor, targets: Tensor, batch: int) -> None:
         """Forward and backward on some of the images of a batch, and their part of the epoch's sums.
@@ -149,10 +163,13 @@ class Loop:
         state = self._state
         loss_sum, correct = self._ranks.total(state.epoch_loss, state.epoch_correct).tolist()
         loss = loss_sum / state.epoch_images
+        self._check_finite(loss)
+        return Means(loss, correct / state.epoch_images)
+
+    def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingDivergedError(
-                f"the loss is {loss} at step {state.step}: lower the learning rate "
+                f"the loss is {loss} at step {self._state.step}: lower the learning rate "
                 f"(it is {self._config.optimizer.lr}) or raise the batch size. The checkpoints from before, if there "
                 "are any, are kept"
             )
-        return Means(loss, correct / state.epoch_images)

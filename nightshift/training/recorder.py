@@ -8,13 +8,14 @@ from typing import NoReturn
 from torch import nn
 
 from nightshift import progress
-from nightshift.checkpoints.payload import Payload
+from nightshift.checkpoints.payload import Payload, read_payload
 from nightshift.checkpoints.restore import restore_newest
 from nightshift.config.train import TrainConfig
 from nightshift.data.batches import Plan
 from nightshift.data.datasets import Dataset
-from nightshift.errors import StorageError, TrainingInterrupted
+from nightshift.errors import CheckpointCorruptError, StorageError, TrainingInterrupted
 from nightshift.hardware import Hardware
+from nightshift.records.curve import CurvePoint, is_enough, kept_of
 from nightshift.records.lease import Run
 from nightshift.refs import CheckpointRef
 from nightshift.tracking.metrics import MetricsLog
@@ -58,18 +59,19 @@ class Recorder:
         """Whether the loop must call `report` at this step boundary. Rank 0's clock decides."""
         return False
 
-    def save_is_due(self, step: int) -> bool:
+    def save_is_due(self, state: TrainState) -> bool:
         """Whether the loop must call `save` at this step boundary."""
         return False
 
-    def report(self, step: int, means: Means) -> None:
-        """Show how far the run is after `step` steps."""
+    def report(self, state: TrainState, means: Means) -> None:
+        """Show how far the run is."""
 
     def save(self, state: TrainState, parts: list[Payload]) -> None:
         """Begin to save this step. `parts` are those of all ranks (`TrainState.part`)."""
 
     def finish(self, state: TrainState, parts: list[Payload]) -> CheckpointRef | None:
-        """The committed checkpoint of this step, the last that this process does; None on ranks other than 0."""
+        """Save this step, the last that this process does. Returns the committed checkpoint whose weights are to be
+        published, if they are to be; None on ranks other than 0."""
         return None
 
     def stop(self, state: TrainState, parts: list[Payload]) -> None:
@@ -82,22 +84,42 @@ class RunRecorder(Recorder):
     def __init__(self, run: Run, config: TrainConfig, plan: Plan, hardware: Hardware, workspace: Workspace) -> None:
         self._run, self._config, self._plan = run, config, plan
         self._hardware, self._workspace = hardware, workspace
-        self._restored: CheckpointRef | None = None
+        self._restored_step: int | None = None
         self._seconds_before = 0.0
 
     def restore(self, check: Callable[[Payload], None]) -> Payload | None:
         # Read before the restore adds events of its own.
         changes = self._run.record.events[-1].detail
-        found = restore_newest(self._run, self._workspace.save_retry_seconds, check)
+
+        def check_all(payload: Payload) -> None:
+            check(payload)
+            self._check_kept(payload)
+
+        found = restore_newest(self._run, self._workspace.save_retry_seconds, check_all)
         if not found:
             return None
         checkpoint, payload = found
-        self._restored = self._run.record.ref(checkpoint)
+        self._restored_step = checkpoint.step
         self._seconds_before = checkpoint.metrics.train_seconds
         progress.current().say(f"resumed from step {checkpoint.step} ({self._run.store.url(checkpoint.key)})")
         if changes:
             progress.current().warn(f"the environment has changed, so bits may differ from here: {changes}")
         return payload
+
+    def _check_kept(self, payload: Payload) -> None:
+        """Raise CheckpointCorruptError if the epoch that is best so far is lost: it has to be trained again."""
+        kept = kept_of([CurvePoint(**point) for point in payload["curve"]], self._config.evaluation)
+        if not kept or kept.step == payload["step"]:
+            return
+        stored = [checkpoint for checkpoint in self._run.record.checkpoints if checkpoint.step == kept.step]
+        if not stored:
+            raise CheckpointCorruptError(f"the checkpoint after epoch {kept.epoch}, the best so far, is gone")
+        try:
+            read_payload(self._run.store, stored[-1])
+        except CheckpointCorruptError as error:
+            raise CheckpointCorruptError(
+                f"that after epoch {kept.epoch}, the best so far, is damaged: {error}"
+            ) from error
 
     def start(self, model: nn.Module, dataset: Dataset) -> None:
         parent = self._run.record.parent
@@ -127,6 +149,7 @@ class RunRecorder(Recorder):
 
     def stepped(self, state: TrainState) -> None:
         self._run.check()
+        self._saver.check()
         if state.step == self._first_step + 1:
             self._saver.prepare(state)
             self._run.trains()
@@ -134,19 +157,29 @@ class RunRecorder(Recorder):
     def report_is_due(self, step: int) -> bool:
         return time.monotonic() - self._last_report >= _REPORT_SECONDS or self._plan.position(step)[1] == 0
 
-    def save_is_due(self, step: int) -> bool:
+    def save_is_due(self, state: TrainState) -> bool:
         steps, seconds = self._config.saving.checkpoint_every_steps, self._config.saving.checkpoint_every_seconds
-        return (steps is not None and step % steps == 0) or (
-            seconds is not None and time.monotonic() - self._last_saved >= seconds
+        return (
+            (steps is not None and state.step % steps == 0)
+            or (seconds is not None and time.monotonic() - self._last_saved >= seconds)
+            or self._is_kept(state)
         )
 
-    def report(self, step: int, means: Means) -> None:
+    def _is_kept(self, state: TrainState) -> bool:
+        """Whether the weights of this very step would be published if training ended now."""
+        kept = kept_of(state.curve, self._config.evaluation)
+        return kept is not None and kept.step == state.step
+
+    def report(self, state: TrainState, means: Means) -> None:
+        step = state.step
         epoch, within = self._plan.position(step - 1)
         epoch_ended = within == self._plan.steps_per_epoch - 1
         now = time.monotonic()
         images = sum(self._plan.batch_of(done) for done in range(self._last_reported_step, step))
         rate = images / max(now - self._last_report, 1e-9)
         self._last_report, self._last_reported_step = now, step
+        point = state.curve[-1] if epoch_ended else None
+        is_enough_now = is_enough(state.curve, self._config.evaluation)
         self._metrics.trained(
             step,
             self._plan.batch_size,
@@ -156,28 +189,39 @@ class RunRecorder(Recorder):
             loss=means.loss,
             accuracy=means.accuracy,
             learning_rate=learning_rate(self._config, step - 1, self._plan.total_steps),
+            validation_loss=point.validation_loss if point else None,
+            validation_accuracy=point.validation_accuracy if point else None,
         )
         progress.current().trained(
             progress.StepReport(
                 step=step,
-                total_steps=self._plan.total_steps,
+                total_steps=step if is_enough_now else self._plan.total_steps,
                 epoch=epoch + 1,
                 epochs=self._plan.epochs,
                 loss=means.loss,
                 accuracy=means.accuracy,
                 images_per_second=rate,
+                validation_accuracy=point.validation_accuracy if point else None,
             ),
             epoch_ended,
         )
+        if is_enough_now:
+            progress.current().say(
+                f"no better epoch on the validation images in {self._config.evaluation.patience} looks: stops early"
+            )
 
     def save(self, state: TrainState, parts: list[Payload]) -> None:
-        self._saver.save(state, parts, self._finished_epochs(state), self._train_seconds())
+        self._saver.save(
+            state, parts, self._finished_epochs(state), self._train_seconds(), is_needed=self._is_kept(state)
+        )
         self._last_saved = time.monotonic()
 
     def finish(self, state: TrainState, parts: list[Payload]) -> CheckpointRef:
-        if self._restored and self._restored.step == state.step:
-            return self._restored
-        return self._saver.save_and_wait(state, parts, self._finished_epochs(state), self._train_seconds())
+        if self._restored_step != state.step:
+            self._saver.save_and_wait(state, parts, self._finished_epochs(state), self._train_seconds())
+        chosen = self._run.record.chosen
+        assert chosen
+        return self._run.record.ref(chosen)
 
     def stop(self, state: TrainState, parts: list[Payload]) -> NoReturn:
         """Save the last step, and say whether that worked."""

@@ -46,7 +46,7 @@ def train_alone(
     origin: Origin | None = None,
     should_stop: Callable[[int], bool] = lambda step: False,
 ) -> CheckpointRef:
-    """Train a run to its end in this process, from wherever it stands, and return its last checkpoint.
+    """Train a run to its end in this process, from wherever it stands, and return the checkpoint to publish.
 
     Args:
         origin: what started the run, for its record.
@@ -73,7 +73,7 @@ def train_alone(
 
 
 def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrders) -> CheckpointRef | None:
-    """Do one rank's part of a run. Returns the last checkpoint on rank 0, None elsewhere.
+    """Do one rank's part of a run. Returns the checkpoint to publish on rank 0, None elsewhere.
 
     Raises:
         RankLostError: another rank is gone, or `orders` say restart.
@@ -109,7 +109,7 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
 
 
 def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | None:
-    """Check, before any work, that a run can be trained. Returns the last checkpoint if the run is already finished.
+    """Check, before any work, that a run can be trained. Returns what it ended with if the run is already finished.
 
     Raises:
         ConfigError, ResumeMismatchError, StorageError: as `train_alone`.
@@ -119,10 +119,10 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
     check_loss(job.config, job.dataset.classes)
     with suppress(RunNotFoundError):
         record, _ = read_record(workspace.store, job.run_id)
-        if record.status == "finished" and record.checkpoints:
+        if record.status == "finished" and record.chosen:
             check_matches(record, job.config, job.dataset)
             progress.current().say(f"run {job.run_id} is finished: nothing to train")
-            return record.ref(record.checkpoints[-1])
+            return record.ref(record.chosen)
     workspace.store.check_fencing()
     return None
 

@@ -30,9 +30,10 @@ from nightshift.checkpoints.payload import Payload
 from nightshift.checkpoints.retention import retained
 from nightshift.config.sections import SavingConfig
 from nightshift.errors import StorageError
+from nightshift.records.curve import CurvePoint
 from nightshift.records.keys import payload_key
 from nightshift.records.lease import Run
-from nightshift.records.run import Checkpoint, CheckpointMetrics, CurvePoint, RunRecord
+from nightshift.records.run import Checkpoint, CheckpointMetrics, RunRecord
 from nightshift.refs import CheckpointRef
 from nightshift.tracking.metrics import MetricsLog
 from nightshift.training.snapshot import Snapshot
@@ -44,7 +45,8 @@ class Saver:
 
     At a step boundary the loop copies the state; a background thread does the rest. One save is in flight at a time:
     one that is due meanwhile is skipped and counted, never queued. A save that fails is retried for `retry_seconds`.
-    Then training goes on, and the log and the record say that it is not protected.
+    Then training goes on, and the log and the record say that it is not protected. Only a save that is needed is never
+    skipped; if it fails, training does not go on, for the run has to be taken up again from the checkpoint before.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Saver:
         self._abandoned = threading.Event()
         self._saved: CheckpointRef | None = None
         self._error: Exception | None = None
+        self._is_needed = False
         self._skipped = self._failed = self._failed_in_a_row = 0
         self._unprotected = ""
         self._told: set[tuple[str, type[BaseException]]] = set()
@@ -71,22 +74,33 @@ class Saver:
         """Allocate memory for the copies, in the background. The optimizer must have done a step, to have a state."""
         self._snapshot.prepare(state.capture())
 
-    def save(self, state: TrainState, parts: list[Payload], epoch: int, train_seconds: float) -> None:
+    def check(self) -> None:
+        """Raise the error that the last save has ended with, if training cannot go on without it."""
+        if self._error and (self._is_needed or not isinstance(self._error, StorageError)):
+            raise self._error
+
+    def save(
+        self, state: TrainState, parts: list[Payload], epoch: int, train_seconds: float, is_needed: bool = False
+    ) -> None:
         """Begin to save this step, unless the previous save is still in flight.
 
         Args:
             parts: every rank's (`TrainState.part`), in order.
             epoch: finished epochs.
             train_seconds: seconds trained so far, over all resumes.
+            is_needed: whether the run is of no use without this checkpoint. Then the previous save is waited for.
 
         Raises:
             LeaseLostError: the previous save found that another trainer has taken the run over.
+            StorageError: the previous save was needed, and has failed.
         """
+        if is_needed:
+            self._wait_for_the_previous()
         if self._thread and self._thread.is_alive():
             self._skipped += 1
             return
-        if self._error and not isinstance(self._error, StorageError):
-            raise self._error
+        self.check()
+        self._is_needed = is_needed
         started = time.perf_counter()
         self._snapshot.take(state.capture(parts))
         stall_seconds = time.perf_counter() - started
@@ -106,10 +120,10 @@ class Saver:
 
         Raises:
             LeaseLostError: another trainer has taken the run over; nothing was committed.
-            StorageError: it could not be stored.
+            StorageError: it could not be stored, or a needed one before it.
         """
-        self._abandoned.set()  # the previous save ends with its current attempt
-        self._wait()
+        self._wait_for_the_previous()
+        self.check()
         if self._saved is None or self._saved.step != state.step:
             self.save(state, parts, epoch, train_seconds)
             self._wait()
@@ -118,6 +132,11 @@ class Saver:
         assert self._saved is not None
         assert self._saved.step == state.step
         return self._saved
+
+    def _wait_for_the_previous(self) -> None:
+        if not self._is_needed:
+            self._abandoned.set()  # it ends with its current attempt
+        self._wait()
 
     def _wait(self) -> None:
         if self._thread:
@@ -203,7 +222,8 @@ class Saver:
 
         def commit(record: RunRecord) -> RunRecord:
             others = [known for known in record.checkpoints if known.key != checkpoint.key]
-            record = record.changed(checkpoints=retained([*others, checkpoint], self._config), curve=curve)
+            record = record.changed(checkpoints=[*others, checkpoint], curve=curve)
+            record = record.changed(checkpoints=retained(record.checkpoints, self._config, record.chosen))
             if self._unprotected:
                 record = record.with_event("unprotected", checkpoint.written_at, f"until here: {self._unprotected}")
             return record

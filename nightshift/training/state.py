@@ -16,7 +16,7 @@ from nightshift.data import batches
 from nightshift.data.datasets import Dataset
 from nightshift.errors import CheckpointCorruptError
 from nightshift.networks import build_network, head_of
-from nightshift.records.run import CurvePoint
+from nightshift.records.curve import CurvePoint
 from nightshift.training.optimizers import build_optimizer, state_names
 from nightshift.training.ranks import Ranks
 

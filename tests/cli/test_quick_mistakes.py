@@ -26,6 +26,8 @@ MISTAKES = {
     ("train", "--set", "crop=2"): "augment.crop='2' is not valid",
     ("train", "--set", "accumulate=512"): "more parts than data.batch_size=256 has images",
     ("train", "--set", "loss=binary"): "loss.name=binary is for two classes, and cifar10 has 10",
+    ("train", "--set", "validate_every=1"): "needs validation images, and cifar10 has none",
+    ("train", "--set", "keep=best"): "set evaluation.validate_every=1",
     ("train", "--set", "dataset=mnist"): "The data sets are: cifar10",
     ("train", "--images", "/no/such/folder"): "there is nothing at /no/such/folder",
     ("train", "--images", "/no/such/table.csv"): "there is nothing at /no/such/table.csv",

@@ -58,6 +58,10 @@ OTHER: dict[str, Any] = {
     "loss.gamma": 1.0,
     "loss.label_smoothing": 0.2,
     "evaluation.tta": "flip",
+    "evaluation.validate_every": 2,
+    "evaluation.metric": "loss",
+    "evaluation.keep": "best",
+    "evaluation.patience": 3,
     "saving.checkpoint_every_steps": 5,
     "saving.checkpoint_every_seconds": None,
     "saving.keep_last": 9,
@@ -76,6 +80,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "loss.gamma": {"loss.name": "focal"},
     "optimizer.layer_decay": {"optimizer.name": "adam"},
     "schedule.frozen_epochs": {"optimizer.name": "adam"},
+    "evaluation.keep": {"evaluation.validate_every": 1},
+    "evaluation.patience": {"evaluation.validate_every": 1},
 }
 CONTRADICTING = {"augment.trivialaugment", "loss.class_weights"}
 

@@ -19,9 +19,10 @@ from nightshift.cli.common import app
 from nightshift.errors import NightshiftError
 from nightshift.judging import gate
 from nightshift.records import champions, orphans, recovery
+from nightshift.records.curve import CurvePoint
 from nightshift.records.history import copy_key, history_key
 from nightshift.records.keys import record_key, report_key
-from nightshift.records.run import Checkpoint, CheckpointMetrics, CurvePoint, Origin, Result, RunRecord, list_records
+from nightshift.records.run import Checkpoint, CheckpointMetrics, Origin, Result, RunRecord, list_records
 from nightshift.records.versions import card_key
 from nightshift.refs import ModelRef
 from nightshift.settings import GateSettings

@@ -26,11 +26,12 @@ from nightshift.errors import (
     StorageUnreachableError,
     TrainingInterrupted,
 )
+from nightshift.records.curve import CurvePoint
 from nightshift.records.keys import RECORDS
 from nightshift.records.lease import Run, RunSpec
 from nightshift.records.lease import acquire as acquire_run
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import CurvePoint, Origin, Result, RunRecord, list_records, read_record
+from nightshift.records.run import Origin, Result, RunRecord, list_records, read_record
 from nightshift.refs import DatasetRef
 from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store

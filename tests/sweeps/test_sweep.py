@@ -9,8 +9,9 @@ import pytest
 
 from nightshift.cli.config import parse_space
 from nightshift.errors import ConfigError, PreconditionFailedError, ResumeMismatchError, StorageError
+from nightshift.records.curve import CurvePoint
 from nightshift.records.lease import RunSpec, acquire
-from nightshift.records.run import CurvePoint, Result, RunRecord, Status, read_record
+from nightshift.records.run import Result, RunRecord, Status, read_record
 from nightshift.storage import documents
 from nightshift.storage.store import Store
 from nightshift.sweeps.stored import Sweep, begin, best_model, end, results

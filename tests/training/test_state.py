@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nightshift.checkpoints.payload import Payload, weights_sha256
 from nightshift.config.recipes import make_config
-from nightshift.records.run import CurvePoint
+from nightshift.records.curve import CurvePoint
 from nightshift.training.optimizers import build_optimizer
 from nightshift.training.snapshot import Snapshot
 from nightshift.training.state import TrainState, seed_everything, seed_step
