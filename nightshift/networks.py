@@ -217,12 +217,8 @@ class Attempt:
         return torch.randn(count, 3, self.image_size, self.image_size).to(memory_format=torch.channels_last)
 
     def _tried(self, what: str, call: Callable[[], Any]) -> Any:
-        try:
+        with plugins.told(f"model {self.name!r} {what}", self.package):
             return call()
-        except ConfigError:
-            raise
-        except (Exception, SystemExit) as error:  # whatever somebody's code does
-            raise self._wrong(f"{what}: {plugins.explained(error, self.package)}") from error
 
     def _wrong(self, what: str) -> ConfigError:
         return ConfigError(f"model {self.name!r} {what}. {_PAGE}")

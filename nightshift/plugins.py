@@ -1,4 +1,4 @@
-"""The networks that a config may name, those of the team's own among them, and what each of them is: without torch.
+"""The networks, losses and transforms that a config may name, and what code of the team's own each is: without torch.
 
 Only the project file of this machine admits code of the team's own, by the packages in its `plugins`. It is read here,
 whenever it matters, so that nobody can hand in another list: no stored record, card or sweep, no parameter of a flow
@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +19,46 @@ from typing import Any, NamedTuple
 
 from models.names import MODELS, TORCHVISION, known_models, sizes_of
 from nightshift.config.project import load_project
+from nightshift.config.sections import LOSSES
+from nightshift.config.train import TrainConfig
 from nightshift.errors import ConfigError
 from nightshift.explain import near_miss
 from nightshift.settings import Settings
 
-GROUP = "nightshift.models"
-"""The entry points by which an installed package gives its networks a short name."""
+
+class Kind(NamedTuple):
+    """What code of the team's own may be, and what it has to be called with."""
+
+    title: str
+    """What it is called in messages."""
+    group: str
+    """The entry points by which an installed package gives it a short name."""
+    takes: str
+    others: Callable[[], list[str]]
+    """The names that need no plug-in."""
+    hint: str = ""
+
+
+MODEL = Kind(
+    "model",
+    "nightshift.models",
+    "the number of classes and the side of the images, and returns a torch.nn.Module",
+    known_models,
+    "; and those of torchvision, timm and your own that `nightshift models` lists",
+)
+LOSS = Kind(
+    "loss",
+    "nightshift.losses",
+    "the number of classes and the training images' labels, and returns a function of logits and targets",
+    lambda: list(LOSSES),
+    "; and your own",
+)
+TRANSFORM = Kind(
+    "transform",
+    "nightshift.transforms",
+    "the side of the images, and returns a function of an image",
+    list,
+)
 LIBRARIES = ("torchvision", "timm")
 """Whose networks a config may name as LIBRARY:NAME, whatever the project file says."""
 _PLACE = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -71,20 +106,37 @@ def check_network_name(name: str) -> None:
             raise ConfigError(f"{error}.{miss} `nightshift models` lists those it has") from None
 
 
-def place_of(name: str) -> Place:
-    """Where a network of the team's own is, whose package the project file admits and this machine has.
+def check_names_of_code(config: TrainConfig) -> None:
+    """Find out, without importing it, whether all code that a config names may run on this machine, and is here.
 
     Raises:
         ConfigError: as `check_network_name`.
     """
-    text = name if ":" in name else _entry_point(name)
+    check_network_name(config.model.name)
+    for kind, name in own_of(config):
+        place_of(name, kind)
+
+
+def own_of(config: TrainConfig) -> list[tuple[Kind, str]]:
+    """All code of the team's own that a config names, the network aside."""
+    named = [(LOSS, config.loss.name)] if config.loss.name not in LOSSES else []
+    return named + ([(TRANSFORM, config.augment.transform)] if config.augment.transform is not None else [])
+
+
+def place_of(name: str, kind: Kind = MODEL) -> Place:
+    """Where code of the team's own is, whose package the project file admits and this machine has.
+
+    Raises:
+        ConfigError: as `check_network_name`.
+    """
+    text, what = name if ":" in name else _entry_point(name, kind), f"{kind.title} {name!r}"
     if not _PLACE.fullmatch(text):
-        raise ConfigError(f"model {name!r} is not valid: a network of your own is named PACKAGE.MODULE:NAME")
+        raise ConfigError(f"{what} is not valid: one of your own is named PACKAGE.MODULE:NAME")
     module, _, attribute = text.partition(":")
     place, project = Place(module, attribute), Settings.load().project
     if place.package not in load_project(project).plugins:
         raise ConfigError(
-            f"model {name!r} names code of the package {place.package}, which `plugins` of {project} does not admit on "
+            f"{what} names code of the package {place.package}, which `plugins` of {project} does not admit on "
             f'this machine, so none of it is run. If you trust it, write there: plugins = ["{place.package}"]'
         )
     # Last, so that nothing that is installed is hidden. Whoever can write beside the file can write the file too.
@@ -92,40 +144,40 @@ def place_of(name: str) -> Place:
         sys.path.append(folder)
     if not find_spec(place.package):
         raise ConfigError(
-            f"model {name!r}: the package {place.package} is not installed on this machine. Install it, or put "
+            f"{what}: the package {place.package} is not installed on this machine. Install it, or put "
             f"{place.package}.py beside {project}"
         )
     return place
 
 
-def load(name: str) -> Callable[..., Any]:
-    """What makes a network of the team's own.
+def load(name: str, kind: Kind = MODEL) -> Callable[..., Any]:
+    """What makes a network, a loss or a transform of the team's own.
 
     Raises:
         ConfigError: as `place_of`; or it cannot be imported, is not there, or is nothing that can be called; or it was
             defined in a package that the project file does not admit.
     """
-    place = place_of(name)
+    place, what = place_of(name, kind), f"{kind.title} {name!r}"
     try:
         module = import_module(place.module)
         found = getattr(module, place.attribute, None)
     except (Exception, SystemExit) as error:  # whatever somebody's code does when it is imported
-        raise ConfigError(f"model {name!r} cannot be imported: {explained(error, place.package)}") from error
+        raise ConfigError(f"{what} cannot be imported: {explained(error, place.package)}") from error
     if found is None:
         public = [other for other in vars(module) if not other.startswith("_")]
         raise ConfigError(
-            f"model {name!r}: there is no {place.attribute} in {module.__name__}.{near_miss(place.attribute, public)} "
+            f"{what}: there is no {place.attribute} in {module.__name__}.{near_miss(place.attribute, public)} "
             f"Define it in {getattr(module, '__file__', None)}, or name another"
         )
     if not callable(found):
         raise ConfigError(
-            f"model {name!r} is a {type(found).__name__}, which cannot be called: name a class or function that takes "
-            "the number of classes and the side of the images, and returns a torch.nn.Module"
+            f"{what} is a {type(found).__name__}, which cannot be called: name a class or function that takes "
+            f"{kind.takes}"
         )
     defined_in = found.__module__ if inspect.isroutine(found) or inspect.isclass(found) else None
     if defined_in and defined_in.partition(".")[0] not in load_project(Settings.load().project).plugins:
         raise ConfigError(
-            f"model {name!r} is {defined_in}:{found.__qualname__}, and `plugins` of the project file does not admit "
+            f"{what} is {defined_in}:{found.__qualname__}, and `plugins` of the project file does not admit "
             f"{defined_in.partition('.')[0]}, so it is not called. Define a function of your own that calls it"
         )
     return found  # type: ignore[no-any-return]
@@ -144,7 +196,21 @@ def described(name: str) -> str | None:
     check_network_name(name)
     if library := library_of(name):
         return f"{library} {metadata.version(library)}"
-    package = place_of(name).package
+    return _described(place_of(name).package)
+
+
+def all_described(config: TrainConfig) -> dict[str, str]:
+    """For the run record: which code a config names that is not nightshift's own. When it changes, a resume warns.
+
+    Raises:
+        ConfigError: as `check_names_of_code`.
+    """
+    network = described(config.model.name)
+    own = {kind.title: _described(place_of(name, kind).package) for kind, name in own_of(config)}
+    return own if network is None else {"network": network, **own}
+
+
+def _described(package: str) -> str:
     digest = hashlib.sha256()
     for shown, file in sorted(_sources(package)):
         digest.update(f"{shown} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
@@ -154,7 +220,7 @@ def described(name: str) -> str | None:
 def own_networks() -> list[str]:
     """The names of the team's own networks that are known without running them: entry points, and those of recipes."""
     project = load_project(Settings.load().project)
-    points = {point.name for point in metadata.entry_points(group=GROUP)}
+    points = {point.name for point in metadata.entry_points(group=MODEL.group)}
     recipes = {recipe.overrides.get(field) for recipe in project.recipes.values() for field in ("model", "model.name")}
     names = []
     for name in sorted(points | {name for name in recipes if isinstance(name, str)}):
@@ -177,17 +243,27 @@ def explained(error: BaseException, package: str) -> str:
     return said
 
 
-def _entry_point(name: str) -> str:
-    places = {point.value for point in metadata.entry_points(group=GROUP, name=name)}
+@contextmanager
+def told(what: str, package: str) -> Iterator[None]:
+    """Raise ConfigError for whatever somebody's code raises within: it says what, and why in a line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{what}: {explained(error, package)}") from error
+
+
+def _entry_point(name: str, kind: Kind) -> str:
+    places = {point.value for point in metadata.entry_points(group=kind.group, name=name)}
     if len(places) == 1:
         return places.pop()
     if places:
-        raise ConfigError(f"model {name!r} is the name of several networks: say {' or '.join(sorted(places))}")
-    known = known_models()
-    raise ConfigError(
-        f"there is no model {name!r}.{near_miss(name, known)} The models are: {', '.join(known)}; and those of "
-        "torchvision, timm and your own that `nightshift models` lists"
-    )
+        raise ConfigError(f"{kind.title} {name!r} is the name of several: say {' or '.join(sorted(places))}")
+    known = kind.others()
+    plural = f"{kind.title}{'es' if kind is LOSS else 's'}"
+    listed = f"The {plural} are: {', '.join(known)}{kind.hint}" if known else "Yours is named PACKAGE.MODULE:NAME"
+    raise ConfigError(f"there is no {kind.title} {name!r}.{near_miss(name, known)} {listed}")
 
 
 def _sources(package: str) -> Iterator[tuple[str, Path]]:

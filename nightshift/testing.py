@@ -1,5 +1,6 @@
-"""For the tests of a team: whether a network of its own is what nightshift needs."""
+"""For the tests of a team: whether a network, a loss or a transform of its own is what nightshift needs."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -7,9 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.protocols import NetworkFactory
+from nightshift.data import transforms
+from nightshift.data.transforms import Transform
 from nightshift.errors import ConfigError
 from nightshift.networks import Attempt
 from nightshift.publishing.export import FORMATS, export
+from nightshift.training.losses import LossFactory, check_own_loss
 
 
 def check_model(make: NetworkFactory, classes: int = 10, image_size: int = 32) -> None:
@@ -41,6 +45,32 @@ def check_model(make: NetworkFactory, classes: int = 10, image_size: int = 32) -
         for kind in FORMATS:
             if kind != "onnx" or all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
                 export(first.eval(), second, images, kind)
+
+
+def check_loss(make: LossFactory, classes: int = 10, mixed: bool = True) -> None:
+    """Check that a loss can be trained with, by any number of processes, and resumed to the same bits.
+
+    Args:
+        make: what a config would name; called with the number of classes and the labels of all training images.
+        mixed: whether it is to take the targets of mixup and cutmix as well.
+
+    Raises:
+        ConfigError: it cannot. The message names the first promise that it breaks.
+    """
+    name = getattr(make, "__qualname__", type(make).__name__)
+    check_own_loss(name, torch.arange(20 * classes) % classes, classes, mixed, make)
+
+
+def check_transform(make: Callable[[int], Transform], image_size: int = 32) -> None:
+    """Check that a transform makes images of images, and the same of the same, as a function of the seed.
+
+    Args:
+        make: what a config would name; called with the side of the images in pixels.
+
+    Raises:
+        ConfigError: it does not. The message names the first promise that it breaks.
+    """
+    transforms.check_transform(getattr(make, "__qualname__", type(make).__name__), image_size, make)
 
 
 def _seeded(attempt: Attempt, make: NetworkFactory) -> nn.Module:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nightshift.data import transforms
+
 NETWORK = '''
 from pathlib import Path
 
@@ -37,6 +39,42 @@ class PartsNet(nn.Module):
 '''
 
 
+OTHERS = '''
+import random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Dust:
+    """Draws from every generator that there is."""
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        row, column = random.randrange(self.image_size), np.random.randint(self.image_size)
+        image = image.roll((row, column), (1, 2))
+        return torch.where(torch.rand(image.shape) < 0.1, 0, image).to(torch.uint8)
+
+
+class Poly(nn.Module):
+    """PolyLoss (Leng et al., arXiv 2204.12511), with classes weighed by how rare they are."""
+
+    def __init__(self, num_classes: int, labels: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weights", len(labels) / (1 + labels.bincount(minlength=num_classes)))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        shares = targets if targets.ndim == 2 else F.one_hot(targets, logits.shape[1]).float()
+        log_p = logits.float().log_softmax(1)
+        return ((1 - log_p.exp() - log_p) * shares * self.weights).sum(1).mean()
+'''
+"""A transform and a loss."""
+
+
 @contextmanager
 def forgotten(*packages: str) -> Iterator[None]:
     """Afterwards, this process has neither imported these packages nor knows where they are."""
@@ -48,6 +86,7 @@ def forgotten(*packages: str) -> Iterator[None]:
         sys.path[:] = path
         for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
             del sys.modules[name]
+        transforms._transform.cache_clear()
 
 
 def write_project(

@@ -6,18 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from nightshift.config.project import load_project
+from nightshift.data.names import named_config
 from nightshift.networks import build_network
 from nightshift.records.run import read_record
+from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.commands import Finished
+from tests.made_up import in_memory
 from tests.own_images import write_images
 from tests.own_network import forgotten
+from tests.training import choices
 
-PAGE = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "networks.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -51,3 +57,24 @@ def test_the_class_of_the_page_passes_the_test_of_the_page(folder: Path) -> None
     found: dict[str, Callable[[], None]] = {}
     exec(test, found)
     found["test_parts_net_can_be_trained_and_published"]()
+
+
+def test_the_transform_and_the_loss_of_the_page_pass_its_test_and_are_trained_with_by_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (DOCS / "training.md").read_text()
+    ours, test = blocks("python", page)
+    (tmp_path / "ournets.py").write_text(ours)
+    (tmp_path / "nightshift.toml").write_text(next(text for text in blocks("toml", page) if "plugins" in text))
+    monkeypatch.chdir(tmp_path)
+    project = load_project(Path("nightshift.toml"))
+    with forgotten("ournets"):
+        config = named_config("parts-own", {"epochs": 1}, project=project)
+        found: dict[str, Callable[[], None]] = {}
+        exec(test, found)
+        found["test_our_training_can_be_resumed"]()
+        workspace = in_memory(tmp_path / "home")
+        ref = choices.images(workspace, tmp_path / "images")
+        train_alone(workspace, "run", config, ref)
+        environment = read_record(workspace.store, "run")[0].environment
+        assert {"loss", "transform"} <= environment.keys()

@@ -14,6 +14,7 @@ from nightshift.data.names import checked_config
 from nightshift.errors import ConfigError
 from nightshift.judging import evaluation
 from nightshift.networks import build_network
+from nightshift.plugins import LOSS, MODEL, TRANSFORM
 from nightshift.publishing.prediction import Classifier
 from nightshift.publishing.publish import export_run, publish_model
 from nightshift.records.run import RunRecord, read_record, write_record
@@ -28,6 +29,17 @@ from tests.records.test_versions import replace_card
 
 STRANGE = "strangers.nets:PartsNet"
 REFUSED = "model 'strangers.nets:PartsNet' names code of the package strangers, which `plugins` of nightshift.toml"
+KINDS = [MODEL, LOSS, TRANSFORM]
+FIELDS = ["model", "loss", "transform"]
+
+
+def refused(field: str) -> str:
+    return REFUSED.replace("model", field, 1)
+
+
+def naming(field: str) -> dict[str, object]:
+    """What names code of the strangers in a field."""
+    return {field: STRANGE, "label_smoothing": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +51,21 @@ def no_plugin_stays() -> Iterator[None]:
 @pytest.fixture
 def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package that is installed and works, and that the project file does not admit. It is not run."""
-    install(tmp_path / "site", "strangers", NETWORK, "1.0", "[nightshift.models]\nstrange = strangers.nets:PartsNet\n")
+    points = "".join(f"[{kind.group}]\nstrange = {STRANGE}\n" for kind in KINDS)
+    install(tmp_path / "site", "strangers", NETWORK, "1.0", points)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     write_project(monkeypatch, tmp_path)
     yield tmp_path
     assert "strangers" not in sys.modules
     assert not list(tmp_path.rglob("it-was-run"))
+
+
+@pytest.mark.parametrize("name", [STRANGE, "strange"])
+@pytest.mark.parametrize("kind", KINDS, ids=FIELDS)
+def test_code_of_any_kind_is_refused_under_any_name(strangers: Path, name: str, kind: plugins.Kind) -> None:
+    for ask in (plugins.load, plugins.place_of):
+        with pytest.raises(ConfigError, match=f"{kind.title} '{name}' names code of the package strangers"):
+            ask(name, kind)
 
 
 @pytest.mark.parametrize("name", [STRANGE, "strange"])
@@ -55,20 +76,25 @@ def test_code_that_the_project_file_does_not_admit_is_refused_under_any_name(str
     assert plugins.own_networks() == []
 
 
-def test_a_value_for_a_field_cannot_name_it(strangers: Path) -> None:
-    with pytest.raises(ConfigError, match=REFUSED):
-        checked_config("quick", {"model": STRANGE})
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_value_for_a_field_cannot_name_it(strangers: Path, field: str) -> None:
+    with pytest.raises(ConfigError, match=refused(field)):
+        checked_config("quick", naming(field))
 
 
-def test_a_recipe_of_the_project_file_cannot_name_it(strangers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_project(monkeypatch, strangers, text=f'[recipes.parts]\nmodel = "{STRANGE}"\n')
-    with pytest.raises(ConfigError, match=REFUSED):
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_recipe_of_the_project_file_cannot_name_it(
+    strangers: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    write_project(monkeypatch, strangers, text=f'[recipes.parts]\n{field} = "{STRANGE}"\nlabel_smoothing = 0\n')
+    with pytest.raises(ConfigError, match=refused(field)):
         checked_config("parts", project=load_project(Path("nightshift.toml")))
 
 
-def test_a_sweep_cannot_name_it(strangers: Path) -> None:
-    with pytest.raises(ConfigError, match=REFUSED):
-        plan("tuned", "quick", {"model": ["quick_cnn", STRANGE]})
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_sweep_cannot_name_it(strangers: Path, field: str) -> None:
+    with pytest.raises(ConfigError, match=refused(field)):
+        plan("tuned", "quick", {field: [STRANGE, STRANGE + "s"]}, {"label_smoothing": 0})
 
 
 @pytest.fixture
@@ -81,17 +107,32 @@ def trained(strangers: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     return workspace
 
 
-def renamed(workspace: Workspace) -> RunRecord:
-    """The run's record after somebody who may write to the bucket has put another network into it."""
+def renamed(workspace: Workspace, field: str) -> RunRecord:
+    """The run's record after somebody who may write to the bucket has put other code into it."""
     record, etag = read_record(workspace.store, "run")
-    config = record.train_config().override({"model": STRANGE})
+    config = record.train_config().override(naming(field))
     changed = record.changed(config=config.model_dump(), config_digest=config.digest, status="interrupted")
     write_record(workspace.store, changed, etag)
     return read_record(workspace.store, "run")[0]
 
 
+@pytest.mark.parametrize("field", ["loss", "transform"])
+def test_a_stored_record_cannot_name_what_is_trained_with(trained: Workspace, field: str) -> None:
+    record = renamed(trained, field)
+    with pytest.raises(ConfigError, match=refused(field)):
+        train_alone(trained, "run", record.train_config(), record.dataset)
+
+
+@pytest.mark.parametrize("field", ["loss", "transform"])
+def test_a_card_can_name_what_is_trained_with_and_none_of_it_is_run_to_predict(trained: Workspace, field: str) -> None:
+    card = read_card(trained.store, NAME, "run")
+    section, name = ("loss", "name") if field == "loss" else ("augment", "transform")
+    replace_card(trained.store, card.changed(config={**card.config, section: {**card.config[section], name: STRANGE}}))
+    Classifier(trained.store, NAME, "run")
+
+
 def test_a_stored_record_cannot_name_it(trained: Workspace) -> None:
-    record = renamed(trained)
+    record = renamed(trained, "model")
     for ask in (
         lambda: train_alone(trained, "run", record.train_config(), record.dataset),
         lambda: export_run(trained, record, "state_dict"),
@@ -174,7 +215,7 @@ def test_what_a_network_of_a_library_is_has_the_librarys_version_and_nightshifts
         ("ournets:PartsNets", "there is no PartsNets in ournets. Did you mean PartsNet?"),
         ("ournets.more:PartsNet", "cannot be imported: ModuleNotFoundError"),
         ("ournets:WIDTH", "is a int, which cannot be called"),
-        ("ournets:", "is not valid: a network of your own is named PACKAGE.MODULE:NAME"),
+        ("ournets:", "is not valid: one of your own is named PACKAGE.MODULE:NAME"),
         ("ournets:a.b", "is not valid"),
         (":PartsNet", "is not valid"),
         ("ourvision:PartsNet", "the package ourvision is not installed on this machine"),

@@ -134,6 +134,9 @@ class AugmentConfig(Section):
     erasing: Decisive[float] = Field(
         0.0, ge=0, le=1, description="Cover a random rectangle with the mean colour, with this probability."
     )
+    transform: Decisive[str | None] = Field(
+        None, min_length=1, description="Change each image by code of your own, named PACKAGE.MODULE:NAME."
+    )
     mixup: Decisive[float] = Field(
         0.0, ge=0, le=10, description="Blend images and their labels; alpha of the Beta distribution; 0: off."
     )
@@ -143,8 +146,9 @@ class AugmentConfig(Section):
 
     @property
     def per_image(self) -> bool:
-        """Whether torchvision's transforms change each image, besides flips and shifts."""
-        return bool(self.crop < 1 or self.randaugment or self.trivialaugment or self.jitter or self.hue or self.erasing)
+        """Whether each image is changed by itself, besides flips and shifts."""
+        of_torchvision = self.randaugment or self.trivialaugment or self.jitter or self.hue or self.erasing
+        return bool(self.crop < 1 or of_torchvision or self.transform)
 
     @property
     def mixes(self) -> bool:
@@ -152,11 +156,18 @@ class AugmentConfig(Section):
         return bool(self.mixup or self.cutmix)
 
 
+LOSSES = ("cross_entropy", "focal", "binary")
+"""The losses that need no plug-in."""
+
+
 class LossConfig(Section):
     """What training makes small."""
 
-    name: Decisive[Literal["cross_entropy", "focal", "binary"]] = Field(
-        "cross_entropy", description="focal: hard images count more; binary: sigmoid, for two classes."
+    name: Decisive[str] = Field(
+        "cross_entropy",
+        min_length=1,
+        description="cross_entropy; focal: hard images count more; binary: sigmoid, for two classes; or your own, as "
+        "PACKAGE.MODULE:NAME.",
     )
     label_smoothing: Decisive[float] = Field(
         0.0, ge=0, lt=1, description="Share of the target spread over all classes."

@@ -12,12 +12,13 @@ from typing import Any
 from models.names import check_image_size
 from nightshift.config.project import DatasetConfig, Project
 from nightshift.config.recipes import make_config
+from nightshift.config.sections import LOSSES
 from nightshift.config.train import TrainConfig
 from nightshift.data.specs import SPECS
 from nightshift.errors import ConfigError, SourceError
 from nightshift.explain import near_miss
 from nightshift.ids import parse_dataset_name
-from nightshift.plugins import check_network_name, is_own, library_of
+from nightshift.plugins import check_names_of_code, is_own, library_of
 from nightshift.text import is_utf8
 from nightshift.values import LARGEST_IMAGE, LONGEST_CLASS_NAME, LONGEST_CLASS_NAMES, MOST_CLASSES, SMALLEST_IMAGE
 
@@ -146,15 +147,21 @@ def _whole(place: str) -> str:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raise ConfigError if network or loss do not exist or do not fit the data set, or if the data set's name is none.
+    """Raise ConfigError if network, loss or transform do not exist or do not fit, or if the data set's name is none.
 
-    Also if the network is code that the project file of this machine does not admit. The message lists the networks
+    Also if one of them is code that the project file of this machine does not admit. The message lists the networks
     that exist, or that fit. What a team's own data set is like, its snapshot says.
     """
     name = config.data.dataset
     if name not in SPECS:
         parse_dataset_name(name)
-    check_network_name(config.model.name)
+    check_names_of_code(config)
+    loss = config.loss
+    if loss.name not in LOSSES and (loss.label_smoothing or loss.class_weights != "off"):
+        raise ConfigError(
+            f"loss.label_smoothing and loss.class_weights are not handed to a loss of your own, as {loss.name} is one: "
+            "set label_smoothing=0 and class_weights=off, and let it do so itself"
+        )
     libraries_only = {"data.normalization=network": config.data.normalization == "network"}
     libraries_only["start.weights=hub"] = (config.start.name, config.start.weights) == ("pretrained", "hub")
     for what, is_asked in libraries_only.items():

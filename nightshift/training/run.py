@@ -7,11 +7,13 @@ from dataclasses import replace
 from pydantic import BaseModel
 
 from nightshift import plugins, progress
+from nightshift.config.sections import LOSSES
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.batches import Plan
 from nightshift.data.datasets import Dataset, open_dataset
 from nightshift.data.names import check_extras, check_fits, check_loss, check_names
+from nightshift.data.transforms import check_transform
 from nightshift.errors import RunNotFoundError
 from nightshift.hardware import Hardware, failures_explained, find_device, ranks_here
 from nightshift.ids import RunId
@@ -21,6 +23,7 @@ from nightshift.records.run import Origin, read_record
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.signals import StopSignals
 from nightshift.training.loop import Loop, RankOrders
+from nightshift.training.losses import check_own_loss
 from nightshift.training.ranks import ALONE, Ranks
 from nightshift.training.recorder import Recorder, RunRecorder
 from nightshift.training.starts import parent_of
@@ -86,13 +89,13 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
         plan = batches.make_plan(config, dataset)
         ranks.check_batches(plan.smallest_batch)
         if ranks.leads:
-            _check_network(config, dataset, plan)
+            _check_code(config, dataset, plan)
         hardware = Hardware.resolve(config.hardware, plan.total_steps)
         with hardware.numerics():
             if not ranks.leads:
                 with failures_explained(device):
                     return Loop(config, dataset, plan, hardware, ranks, Recorder()).run(orders)
-            environment = {**hardware.describe(ranks.world_size), **_network_described(config)}
+            environment = {**hardware.describe(ranks.world_size), **plugins.all_described(config)}
             parent = parent_of(workspace.store, job.run_id, config, dataset)
             spec = RunSpec(job.run_id, config, job.dataset, environment, plan.total_steps, job.origin, parent)
             if orders.process:
@@ -127,7 +130,13 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
     return None
 
 
-def _check_network(config: TrainConfig, dataset: Dataset, plan: Plan) -> None:
+def _check_code(config: TrainConfig, dataset: Dataset, plan: Plan) -> None:
+    """Try the network, and what else there is of the team's own, before the first step."""
+    if config.augment.transform is not None:
+        check_transform(config.augment.transform, dataset.image_size)
+    if config.loss.name not in LOSSES:
+        labels = dataset.train_labels[: plan.images]
+        check_own_loss(config.loss.name, labels, len(dataset.classes), mixed=config.augment.mixes)
     check_network(
         config.model.name,
         len(dataset.classes),
@@ -138,15 +147,11 @@ def _check_network(config: TrainConfig, dataset: Dataset, plan: Plan) -> None:
     )
 
 
-def _network_described(config: TrainConfig) -> dict[str, str]:
-    """For the run record: which code the network is, if it is not nightshift's own. When it changes, a resume warns."""
-    found = plugins.described(config.model.name)
-    return {"network": found} if found else {}
-
-
 def check_config(config: TrainConfig) -> None:
-    """Raise ConfigError if something that a config names does not exist here: network, data set, package or device."""
+    """Raise ConfigError if something that a config names does not exist here: code, data set, package or device."""
     check_names(config)
     check_extras(config)
     network_factory(config.model.name)
+    for kind, name in plugins.own_of(config):
+        plugins.load(name, kind)
     ranks_here(config.hardware)

@@ -51,6 +51,7 @@ OTHER: dict[str, Any] = {
     "augment.jitter": 0.4,
     "augment.hue": 0.1,
     "augment.erasing": 0.25,
+    "augment.transform": "ours:Dust",
     "augment.mixup": 0.2,
     "augment.cutmix": 1.0,
     "loss.name": "focal",
@@ -158,7 +159,7 @@ def refusal_of(overrides: dict[str, Any]) -> str:
         ("mixup", -1, "greater than or equal to 0"),
         ("clip_norm", 0, "greater than 0"),
         ("accumulate", 0, "greater than or equal to 1"),
-        ("loss", "hinge", "'cross_entropy', 'focal' or 'binary'"),
+        ("class_weights", "some", "'off' or 'balanced'"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_field_the_value_and_what_is_allowed(

@@ -32,10 +32,11 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: Pref
     assert not list(tmp_path.rglob("it-was-run"))
 
 
+@pytest.mark.parametrize("field", ["model", "loss", "transform"])
 @pytest.mark.parametrize("flow", [train_cifar, retrain], ids=["train-cifar", "retrain"])
-def test_a_parameter_of_a_flow_cannot_name_it(flow: Callable[..., object]) -> None:
-    with pytest.raises(ConfigError, match=REFUSED):
-        flow("quick", {"model": STRANGE})
+def test_a_parameter_of_a_flow_cannot_name_it(flow: Callable[..., object], field: str) -> None:
+    with pytest.raises(ConfigError, match=REFUSED.replace("model", field, 1)):
+        flow("quick", {field: STRANGE, "label_smoothing": 0})
 
 
 @pytest.mark.parametrize("flow", [train_cifar, retrain], ids=["train-cifar", "retrain"])
