@@ -11,6 +11,8 @@ from PIL import Image
 from nightshift import progress
 from nightshift.checkpoints.payload import read_payload
 from nightshift.config.train import TrainConfig
+from nightshift.data.batches import make_plan
+from nightshift.data.datasets import open_dataset
 from nightshift.errors import ConfigError, RunNotFoundError, TrainingInterrupted
 from nightshift.judging import evaluation
 from nightshift.networks import build_network, check_network
@@ -20,6 +22,8 @@ from nightshift.publishing.publish import export_run, publish_model
 from nightshift.records.run import read_record
 from nightshift.records.versions import read_card
 from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.training import run as training
+from nightshift.training.ranks import ALONE, Ranks
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.made_up import NAME, config_of, in_memory, known
@@ -142,6 +146,18 @@ def test_one_image_is_also_refused_where_only_a_part_of_a_batch_has_so_few(
     (folder / "ournets.py").write_text(f"from torch import nn\n{source}\n")
     with pytest.raises(ConfigError, match=told):
         train_alone(workspace, "run", config(model="ournets:net", drop_last=True, accumulate=16), dataset)
+
+
+def test_as_few_images_as_a_part_has_over_all_ranks_are_tried(
+    folder: Path, workspace: Workspace, dataset: DatasetRef
+) -> None:
+    source, told = MISTAKES["one image"]
+    (folder / "ournets.py").write_text(f"from torch import nn\n{source}\n")
+    chosen, images = config(model="ournets:net", drop_last=True, accumulate=16), open_dataset(workspace, dataset)
+    plan = make_plan(chosen, images)
+    training._check_code(chosen, images, plan, Ranks(world_size=2))  # one image on each, and batch norm over both
+    with pytest.raises(ConfigError, match=told):
+        training._check_code(chosen, images, plan, ALONE)
 
 
 def stopped_at(workspace: Workspace, dataset: DatasetRef, step: int, **overrides: object) -> None:

@@ -113,8 +113,7 @@ class Loop:
         if self._config.schedule.frozen_epochs:
             freeze_statistics(state.model, state.step < frozen_steps(self._config, plan.total_steps))
         state.optimizer.zero_grad()
-        # As many parts on every rank, none of them empty: shares differ by an image.
-        parts = min(self._config.optimizer.accumulate, batch // self._ranks.world_size)
+        parts = self._ranks.parts_of(batch, self._config.optimizer.accumulate)
         for number, part in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)):
             is_last = number == parts - 1
             with nullcontext() if is_last else self._ranks.unaveraged(self._forward):

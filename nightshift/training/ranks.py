@@ -33,6 +33,10 @@ class Ranks:
         """Which images of a batch are this rank's. Shares differ by at most one image."""
         return slice(self.rank * batch // self.world_size, (self.rank + 1) * batch // self.world_size)
 
+    def parts_of(self, batch: int, most: int) -> int:
+        """Into how many parts each rank divides its share of a batch: as many on every rank, and none of them empty."""
+        return min(most, batch // self.world_size)
+
     def check_batches(self, smallest: int) -> None:
         """Raise ConfigError if the smallest batch of an epoch has no image for some rank."""
         if smallest < self.world_size:

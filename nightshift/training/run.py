@@ -89,7 +89,7 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
         plan = batches.make_plan(config, dataset)
         ranks.check_batches(plan.smallest_batch)
         if ranks.leads:
-            _check_code(config, dataset, plan)
+            _check_code(config, dataset, plan, ranks)
         hardware = Hardware.resolve(config.hardware, plan.total_steps)
         with hardware.numerics():
             if not ranks.leads:
@@ -130,7 +130,7 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
     return None
 
 
-def _check_code(config: TrainConfig, dataset: Dataset, plan: Plan) -> None:
+def _check_code(config: TrainConfig, dataset: Dataset, plan: Plan, ranks: Ranks) -> None:
     """Try the network, and what else there is of the team's own, before the first step."""
     if config.augment.transform is not None:
         check_transform(config.augment.transform, dataset.image_size)
@@ -141,7 +141,8 @@ def _check_code(config: TrainConfig, dataset: Dataset, plan: Plan) -> None:
         config.model.name,
         len(dataset.classes),
         dataset.image_size,
-        max(1, plan.smallest_batch // config.optimizer.accumulate),
+        # Over all ranks, whose batch norms are one.
+        plan.smallest_batch // ranks.parts_of(plan.smallest_batch, config.optimizer.accumulate),
         averaged=bool(config.optimizer.ema_decay),
         build_optimizer=lambda network: optimizer_of(network, config, len(dataset.classes), dataset.image_size),
     )
