@@ -1,5 +1,6 @@
 """Fine-tuning: the head is trained first, then all, the first layers slowest; a function of the step, so it resumes."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,19 @@ import torch
 from torch import nn
 
 from models import build_model
-from nightshift.checkpoints.payload import read_payload
+from nightshift.checkpoints.payload import read_payload, read_weights
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
+from nightshift.data.datasets import open_dataset
 from nightshift.data.names import check_names
 from nightshift.errors import ConfigError, TrainingInterrupted
 from nightshift.networks import head_of, statistics_of
 from nightshift.training.layers import freeze_statistics
 from nightshift.training.optimizers import apply_schedule, build_optimizer, learning_rate
+from nightshift.training.ranks import ALONE
 from nightshift.training.run import train_alone
-from nightshift.training.state import optimizer_of
+from nightshift.training.state import build_state, optimizer_of
 from nightshift.workspace import Workspace
 from tests.made_up import in_memory, known, made_up
 from tests.train_part import state_sha256
@@ -125,6 +128,41 @@ def test_a_fine_tuning_stopped_in_and_after_the_frozen_epochs_ends_with_the_same
     for stop in (1, 2, 3):  # there are two steps an epoch
         stopped_at(workspace, config, ref, stop)
     assert end_of("parts") == whole
+
+
+def test_a_fine_tuning_is_that_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same rates, frozen layers, statistics and decay: only the rounding differs."""
+    workspace = in_memory(tmp_path)
+    ref, config = known(monkeypatch, workspace, 16, 3, train=32), tuned(max_train_images=32, warmup=0.3)
+    dataset = open_dataset(workspace, ref)
+    model = build_state(config, dataset, torch.device("cpu"), ALONE, lambda check: None).model
+    head = list(model.fc.parameters())  # type: ignore[union-attr]
+    layers = [layer for layer in model.modules() if layer is not model.fc and [*layer.parameters(recurse=False)]]
+    rate, decay = config.optimizer.lr, config.optimizer.layer_decay
+    scales = [decay ** (1 - at * 12 // len(layers) / 12) for at in range(len(layers))]
+    groups = [{"params": [*layer.parameters(recurse=False)]} for layer in layers]
+    optimizer = torch.optim.AdamW([*groups, {"params": head}], weight_decay=config.optimizer.weight_decay)
+    plan = batches.make_plan(config, dataset)
+    total, frozen = plan.total_steps, plan.steps_per_epoch
+
+    def share(step: int, total: int) -> float:
+        done, warmup = (step + 0.5) / total, config.schedule.warmup
+        return done / warmup if done < warmup else (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+
+    for step in range(total):
+        model.requires_grad_(step >= frozen).train(step >= frozen)
+        model.fc.requires_grad_(True)
+        for group, scale in zip(optimizer.param_groups, [*scales, None], strict=True):
+            group["lr"] = rate * (scale * share(step - frozen, total - frozen) if scale else share(step, total))
+        images, labels = batches.training_batch(dataset, config, plan, step, slice(None))
+        inputs = batches.to_input(images, *batches.normalizer(dataset, config))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), labels, label_smoothing=config.loss.label_smoothing)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    ours = read_weights(workspace.store, train_alone(workspace, "run", config, ref))
+    for name, theirs in model.state_dict().items():
+        assert torch.allclose(ours[name].float(), theirs.float(), rtol=1e-3, atol=1e-5), name
 
 
 def stopped_at(workspace: Workspace, config: TrainConfig, ref: Any, stop: int) -> None:
