@@ -140,7 +140,7 @@ def place_of(name: str, kind: Kind = MODEL) -> Place:
             f'this machine, so none of it is run. If you trust it, write there: plugins = ["{place.package}"]'
         )
     # Last, so that nothing that is installed is hidden. Whoever can write beside the file can write the file too.
-    if (folder := str(project.absolute().parent)) not in sys.path:
+    if (folder := str(project_folder())) not in sys.path:
         sys.path.append(folder)
     if not find_spec(place.package):
         raise ConfigError(
@@ -215,6 +215,11 @@ def _described(package: str) -> str:
     for shown, file in sorted(_sources(package)):
         digest.update(f"{shown} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return f"{' '.join(filter(None, (package, _version(package))))}, sha256 {digest.hexdigest()}"
+
+
+def project_folder() -> Path:
+    """Where this machine's project file is, or would be."""
+    return Settings.load().project.absolute().parent
 
 
 def own_networks() -> list[str]:

@@ -27,6 +27,7 @@ from nightshift.errors import (
     RunNotFoundError,
 )
 from nightshift.networks import build_network, head_of, pretrained_weights
+from nightshift.plugins import project_folder
 from nightshift.records.champions import champion_of, read_card_of
 from nightshift.records.history import read_history
 from nightshift.records.keys import weights_key
@@ -147,12 +148,18 @@ def _pretrained(store: Store, config: TrainConfig) -> Parent:
 
 
 def _found(store: Store, place: str) -> bytes | None:
-    """The bytes of a file or of an object; None if there is none."""
+    """The bytes of a file, relative to the project file's folder or to the working directory, or of an object.
+
+    None if there is none.
+    """
     try:
         if place.startswith("s3://"):
             elsewhere, key = store.at(place)
             return elsewhere.download_bytes(key, _MAX_BYTES)
+        # A worker is rarely in the folder of the project file, and a person mostly is.
         path = Path(place).expanduser()
+        if (beside := project_folder() / path).exists():
+            path = beside
         if path.stat().st_size > _MAX_BYTES:
             raise ObjectTooLargeError(f"it has {path.stat().st_size:,} bytes, and at most {_MAX_BYTES:,} are read")
         return path.read_bytes()

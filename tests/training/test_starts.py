@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models import build_model
 from nightshift import networks
-from nightshift.checkpoints.payload import read_payload
+from nightshift.checkpoints.payload import read_payload, weights_sha256
 from nightshift.config.train import TrainConfig
 from nightshift.data.datasets import open_dataset
 from nightshift.errors import ConfigError, DataCorruptError, DataUnavailableError, TrainingInterrupted
@@ -130,6 +130,28 @@ def test_a_run_killed_before_its_first_checkpoint_begins_with_the_same_parent_ag
     go_live(workspace, "second", seed=2)
     torch.save(weights_of(8), file)
     assert end_of(workspace, "run", config, ref) == whole
+
+
+def test_a_relative_file_is_found_beside_the_project_file_or_where_the_command_is_typed(
+    workspace: Workspace, ref: DatasetRef, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("NIGHTSHIFT_PROJECT", str(tmp_path / "project" / "nightshift.toml"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = small("pretrained", weights="w.pth")
+    with pytest.raises(ConfigError, match="there is no such file here"):
+        begun(workspace, ref, config)
+    torch.save(weights_of(8), tmp_path / "elsewhere" / "w.pth")
+    expected = sha256_of(begun(workspace, ref, small("pretrained", weights=str(file))))
+    typed = sha256_of(begun(workspace, ref, config))
+    assert typed != expected
+    file.rename(tmp_path / "project" / "w.pth")
+    assert sha256_of(begun(workspace, ref, config)) == expected
+
+
+def sha256_of(network: nn.Module) -> str:
+    return weights_sha256(network.state_dict())
 
 
 def test_the_weights_of_a_file_are_those_of_the_network_but_for_a_head_of_another_size(
