@@ -31,7 +31,7 @@ import typer
 from common import Summary, machine, show, tell, temporary_home, write_json
 from first_step import MARK
 
-from nightshift.data.datasets import fetch, pack
+from nightshift.data.known import fetch, pack
 from nightshift.errors import RunNotFoundError
 from nightshift.local.prefect import local_prefect
 from nightshift.local.s3 import embedded_s3

@@ -44,7 +44,8 @@ if __name__ == "__main__":  # and not in the processes that decode: each imports
     from common import Summary, copy_data_cache, installed, machine, show, tell, temporary_home, write_json
 
     from nightshift.config.project import DatasetConfig
-    from nightshift.data.datasets import fetch, open_dataset, pack
+    from nightshift.data.datasets import open_dataset
+    from nightshift.data.known import fetch, pack
     from nightshift.data.snapshot import make_snapshot
     from nightshift.local.s3 import embedded_s3
     from nightshift.storage.s3 import S3

@@ -52,7 +52,8 @@ from models import build_model
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
-from nightshift.data.datasets import Dataset, fetch, open_dataset, pack
+from nightshift.data.datasets import Dataset, open_dataset
+from nightshift.data.known import fetch, pack
 from nightshift.errors import TrainingInterrupted
 from nightshift.hardware import Hardware, find_device
 from nightshift.local.s3 import embedded_s3

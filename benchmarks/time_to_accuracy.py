@@ -39,7 +39,8 @@ from models.simple_cnn import SimpleCNN
 from nightshift.checkpoints.payload import read_weights
 from nightshift.config.recipes import make_config
 from nightshift.data import batches
-from nightshift.data.datasets import Dataset, fetch, open_dataset, pack
+from nightshift.data.datasets import Dataset, open_dataset
+from nightshift.data.known import fetch, pack
 from nightshift.judging import evaluation
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.run import read_record

@@ -10,6 +10,7 @@ from flows.night import check_recoveries, flow_run_name, run_id_of, stopped, tra
 from flows.nights import this_start
 from nightshift.config.project import load_project
 from nightshift.data.names import check_flow, checked_config
+from nightshift.records.run import dataset_of
 from nightshift.refs import ModelRef
 from nightshift.settings import Settings
 from nightshift.training.run import check_config
@@ -49,7 +50,9 @@ def train_cifar(
     with open_workspace(settings) as workspace:
         check_recoveries(workspace, run_id, settings)
         try:
-            dataset = preprocess(workspace, download(workspace, config.data.dataset))
+            dataset = dataset_of(workspace.store, run_id)
+            if not dataset:
+                dataset = preprocess(workspace, download(workspace, config.data.dataset))
             return train_and_judge(workspace, run_id, config, dataset, promote, settings)
         except TerminationSignal as stop:
             return stopped(workspace, run_id, stop)

@@ -1,8 +1,12 @@
-"""How much room there is on a disk of this machine, and the sentence for when there is too little."""
+"""Files that are whole or not there; how much room a disk has, and the sentence for when there is too little."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import IO
 
 _NOTHING_BYTES = 1_000_000
 _LITTLE_SHARE = 0.01
@@ -16,6 +20,21 @@ class Room(IntEnum):
     LITTLE = 1
     """Something, but the embedded S3 server takes no new data."""
     ENOUGH = 2
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
 
 
 def free_bytes(directory: Path) -> int:

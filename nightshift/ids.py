@@ -13,7 +13,8 @@ RUN_ID = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|(?<!\.)\.){0,99}"
 """Of a run id, as a pattern for a part of a key."""
 DATASET = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
 """Of a data set's name: shorter than a sha256, which names a packed data set under the same prefix."""
-_TAKEN = {"cifar10", "shards"}
+_OURS = "cifar10"
+_TAKEN = "shards"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -34,17 +35,24 @@ def parse_run_id(text: str) -> str:
 
 
 def parse_dataset_name(text: str) -> str:
-    """`text`, if it can name a data set of the user's own.
+    """`text`, if it can name a data set.
 
     Raises:
         ConfigError: it is not 1 to 63 letters, digits, '_' and '-', beginning with a letter or a digit, or is taken.
     """
-    if not re.fullmatch(DATASET, text) or text in _TAKEN:
+    if not re.fullmatch(DATASET, text) or text == _TAKEN:
         raise ConfigError(
             f"data set {text!r} is not a valid name: use up to 63 letters, digits, '_' and '-', beginning with a "
-            f"letter or a digit, and none of {', '.join(sorted(_TAKEN))}"
+            f"letter or a digit, and not {_TAKEN}"
         )
     return text
+
+
+def parse_own_dataset_name(text: str) -> str:
+    """`text`, if it can name a data set of the user's own; raises ConfigError if it cannot."""
+    if text == _OURS:
+        raise ConfigError(f"data set {text!r} is nightshift's own: give yours another name")
+    return parse_dataset_name(text)
 
 
 def durable_run_id(run_id: str | None, label: str, scheduled: datetime, flow_run_id: str) -> str:

@@ -18,15 +18,6 @@ class _Ref(BaseModel):
     model_config = FROZEN | ConfigDict(extra="forbid")
 
 
-class RawRef(_Ref):
-    """A data set that is available: packed already, or as raw arrays on this machine's disk."""
-
-    name: Line
-    digest: Sha256
-    source: Line
-    """Where it came from: `cache`, `bucket`, `official archive` or `npm package`."""
-
-
 class Finding(_Ref):
     """What a rule found in a night's images."""
 

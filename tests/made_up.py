@@ -1,6 +1,7 @@
 """Made-up data sets of any size of images and any number of classes, which a small network learns in a few steps."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from nightshift.config.train import TrainConfig
-from nightshift.data import cifar10
-from nightshift.data.datasets import Dataset, channel_statistics, facts_of, fetch, pack
-from nightshift.data.specs import SPECS, Arrays, Spec
+from nightshift.data.datasets import Dataset, channel_statistics
+from nightshift.data.packed import write_packed
+from nightshift.data.specs import Arrays
+from nightshift.disk import complete_file
 from nightshift.errors import TrainingInterrupted
+from nightshift.records.snapshots import rows_key
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
@@ -52,19 +55,22 @@ def made_up(size: int, classes: int, **counts: int) -> Dataset:
         "0" * 64,
         classes_of(classes),
         **tensors,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
+        mean=mean,
+        std=std,
     )
 
 
-def known(monkeypatch: pytest.MonkeyPatch, workspace: Workspace, size: int, classes: int, **counts: int) -> DatasetRef:
-    """Such a data set as nightshift knows it, fetched and packed."""
+def known(workspace: Workspace, size: int, classes: int, **counts: int) -> DatasetRef:
+    """Such a data set, packed on this machine."""
     arrays, names = arrays_of(size, classes, **counts), classes_of(classes)
     sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
-    facts = hashlib.sha256(facts_of(NAME, names, arrays).encode()).hexdigest()
-    monkeypatch.setitem(SPECS, NAME, Spec(NAME, names, sums, facts, size))
-    monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"elsewhere": lambda scratch: arrays})
-    return pack(workspace, fetch(workspace, NAME))
+    digest = hashlib.sha256(json.dumps([sums, names]).encode()).hexdigest()
+    contents = b"".join(hashlib.sha256(image.tobytes()).digest() for image in arrays["test_images"])
+    arrays["test_content"] = np.frombuffer(contents, np.uint8).reshape(-1, 32)
+    with complete_file(workspace.home / "datasets" / f"{digest}.safetensors") as file:
+        write_packed(file.name, NAME, names, arrays, "stretch")
+    key = rows_key(NAME, digest)
+    return DatasetRef(name=NAME, digest=digest, key=key, source="nowhere", classes=classes, image_size=size)
 
 
 def in_memory(home: Path) -> Workspace:

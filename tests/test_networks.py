@@ -116,8 +116,8 @@ def workspace(folder: Path) -> Workspace:
 
 
 @pytest.fixture
-def dataset(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> DatasetRef:
-    return known(monkeypatch, workspace, 32, 3, train=65)
+def dataset(workspace: Workspace) -> DatasetRef:
+    return known(workspace, 32, 3, train=65)
 
 
 def config(**overrides: object) -> TrainConfig:

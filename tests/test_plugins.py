@@ -98,10 +98,10 @@ def test_a_sweep_cannot_name_it(strangers: Path, field: str) -> None:
 
 
 @pytest.fixture
-def trained(strangers: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+def trained(strangers: Path) -> Workspace:
     """A published run."""
     workspace = in_memory(strangers / "home")
-    ref = known(monkeypatch, workspace, 32, 3)
+    ref = known(workspace, 32, 3)
     checkpoint = train_alone(workspace, "run", config_of(epochs=1), ref)
     publish_model(workspace, checkpoint, ref, evaluation.evaluate(workspace, checkpoint, ref))
     return workspace

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from nightshift.config.recipes import recipe_names
 from nightshift.errors import ConfigError
 from nightshift.ids import new_run_id, parse_run_id
-from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef, RawRef
+from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
 
 ALNUM = string.ascii_letters + string.digits
 RUN_IDS = st.builds(str.__add__, st.sampled_from(ALNUM), st.text(ALNUM + "._-", max_size=99)).filter(
@@ -23,7 +23,6 @@ SHARES, LOSSES = st.floats(0, 1), st.floats(allow_nan=False, allow_infinity=Fals
 LINES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=100)
 
 REFS = {
-    RawRef: st.builds(RawRef, name=LINES, digest=SHA256, source=LINES),
     DatasetRef: st.builds(DatasetRef, name=LINES, digest=SHA256, key=LINES, source=LINES),
     CheckpointRef: st.builds(CheckpointRef, run_id=RUN_IDS, key=LINES, sha256=SHA256),
     Evaluation: st.builds(Evaluation, accuracy=SHARES, loss=LOSSES, weights_sha256=SHA256, key=LINES),

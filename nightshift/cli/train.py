@@ -66,7 +66,7 @@ def train(
         if not snapshot:  # its images may be gone by now
             check_source(place)
     elif snapshot:
-        raise ConfigError(f"--snapshot {snapshot}: {config.data.dataset} never changes, and so has no snapshots")
+        raise ConfigError(f"--snapshot {snapshot}: {config.data.dataset} never changes, and so has one snapshot")
     run_id = parse_run_id(run_id) if run_id is not None else new_run_id(recipe, datetime.now(UTC))
     _run_and_print(run_id, config, as_json, verbose, images=images, snapshot=snapshot)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nightshift.errors import ConfigError
 from nightshift.explain import problem_of
-from nightshift.ids import parse_dataset_name
+from nightshift.ids import parse_own_dataset_name
 from nightshift.values import ImageSize, Resize
 
 PackageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -127,7 +127,7 @@ class Project(Table):
     def _names_are_names(self) -> Self:
         for name in self.datasets:
             try:
-                parse_dataset_name(name)
+                parse_own_dataset_name(name)
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self

@@ -1,7 +1,8 @@
 """Training data that is known by its content, and batches that depend on nothing but seed, epoch and step.
 
-`specs` lists the data sets with the sha256 of their arrays; nothing else is ever stored or trained on. `datasets` finds
-one in the first source that has it (`sources` are those outside), packs it once into an immutable object, and maps it
-into memory. `batches` makes each batch as a pure function, so a resumed run sees the images that an uninterrupted one
-sees. `images` opens the image files of others. `names` refuses a wrong name before anything heavy is imported.
+Images come from `sources`. A `snapshot` says which there were and stores their pixels; `packed` collects these on a
+machine, and a `datasets.Dataset` is what training and judging see of them. `known` and `specs` have the data sets of
+which nightshift knows what they must be. `batches` makes each batch as a pure function, so a resumed run sees the
+images that an uninterrupted one sees. `images` opens the image files of others. `names` refuses a wrong name before
+anything heavy is imported.
 """

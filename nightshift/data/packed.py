@@ -9,6 +9,7 @@ rests on; when it is opened, the file with its own.
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from safetensors.numpy import save_file
 from nightshift import progress
 from nightshift.config.project import Effect
 from nightshift.data import rows as table
-from nightshift.data.datasets import Dataset, Pair, channel_statistics, complete_file
+from nightshift.data.datasets import Dataset, Pair, channel_statistics
 from nightshift.data.near import near_pairs
 from nightshift.data.snapshot import read_rows
+from nightshift.data.specs import SPECS
+from nightshift.disk import complete_file
 from nightshift.errors import DataCorruptError, DatasetRejectedError, ObjectNotFoundError, ObjectTooLargeError
 from nightshift.records import snapshots
 from nightshift.records.snapshots import SPLITS
 from nightshift.refs import DatasetRef, SnapshotRef
 from nightshift.storage.store import Store
+from nightshift.values import Resize
 from nightshift.workspace import Workspace
 
 _MAX_SHARD = 1024**3
@@ -92,29 +96,52 @@ def _in_cache(workspace: Workspace, ref: DatasetRef) -> tuple[Path, dict[str, An
     path = workspace.home / "datasets" / f"{ref.digest}.safetensors"
     if path.exists():
         try:
-            return path, _facts(path)
+            facts = _facts(path)
+            _check_known(ref.name, facts)
+            return path, facts
         except DataCorruptError as error:
             progress.current().warn(f"{path} is damaged or of an older nightshift ({error}): packing it again")
             path.unlink()
     manifest, rows = read_rows(workspace.store, ref.name, ref.digest)
     classes = sorted(manifest.classes)
     arrays = _assembled(workspace.store, rows, classes, manifest.image_size)
+    near = [] if ref.name in SPECS else _near(arrays)
+    with complete_file(path) as file:
+        facts = write_packed(file.name, ref.name, classes, arrays, manifest.resize, near)
+        _check_known(ref.name, facts)
+    return path, facts
+
+
+def write_packed(
+    path: str,
+    name: str,
+    classes: Sequence[str],
+    arrays: dict[str, np.ndarray],
+    resize: Resize,
+    near: Sequence[tuple[str, int, int, float]] = (),
+) -> dict[str, Any]:
+    """Write the arrays of all splits to a file, and return what it says of them."""
     mean, std = channel_statistics(arrays["train_images"])
-    sums = {name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()}
-    near = _near(arrays)
     facts = {
-        "name": ref.name,
+        "name": name,
         "classes": classes,
         "mean": mean,
         "std": std,
-        "resize": manifest.resize,
-        "sha256": sums,
+        "resize": resize,
+        "sha256": {name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()},
         "near": near,
     }
-    with complete_file(path) as file:
-        # One metadata entry, because safetensors writes several in an order that varies.
-        save_file(arrays, file.name, metadata={"nightshift": json.dumps(facts)})
-    return path, facts
+    # One metadata entry, because safetensors writes several in an order that varies.
+    save_file(arrays, path, metadata={"nightshift": json.dumps(facts)})
+    return facts
+
+
+def _check_known(name: str, facts: dict[str, Any]) -> None:
+    """Raise DataCorruptError if a data set that is known by content is another, whoever has stored it."""
+    if spec := SPECS.get(name):
+        if tuple(facts["classes"]) != spec.classes:
+            raise DataCorruptError(f"the classes of {name} are not the known ones")
+        spec.check_sums(facts["sha256"])
 
 
 def _near(arrays: dict[str, np.ndarray]) -> list[tuple[str, int, int, float]]:

@@ -71,19 +71,23 @@ class Look:
     """The keys of what an interrupted snapshot has left."""
 
 
-def look_at(store: Store, name: str, config: DatasetConfig, reader: Reader | None = None) -> Look:
+def look_at(
+    store: Store, name: str, config: DatasetConfig, reader: Reader | None = None, source: Source | None = None
+) -> Look:
     """List a source and read what is new since the last snapshot.
 
     Args:
         reader: what reads, and stores what was read. Without one it is read here, and nothing is stored.
+        source: it is read whole, whatever is known of it. Without one, what is new in the source that `config` names.
 
     Raises:
         NoImagesError, SourceError: the source has nothing to offer, or is not what it has to be.
         StorageError: the source or the store does not answer. What was kept is not read again.
     """
-    source, history = open_source(config, store), snapshots.read_history(store, name)
+    history = snapshots.read_history(store, name)
+    newest = None if source else _stored(store, history, history.newest)
+    source = source or open_source(config, store)
     listing = _listing(source)
-    newest = _stored(store, history, history.newest)
     shape = _shape(config, source, listing, newest)
     parts = pending(store, name, shape)
     known = [_together(parts.values())]
@@ -104,20 +108,23 @@ def look_at(store: Store, name: str, config: DatasetConfig, reader: Reader | Non
     return Look(rows, shape, before, new, findings, list(parts))
 
 
-def make_snapshot(store: Store, name: str, config: DatasetConfig, reader: Reader = read_parts) -> SnapshotRef:
+def make_snapshot(
+    store: Store, name: str, config: DatasetConfig, reader: Reader = read_parts, source: Source | None = None
+) -> SnapshotRef:
     """Tonight's snapshot of a data set, in the store and in its history.
 
     Rules that are broken raise nothing: they are in the snapshot's findings.
 
     Args:
         reader: what reads the new images, on this machine or on others.
+        source: as of `look_at`.
 
     Raises:
         DatasetRejectedError: there is nothing to train on, or to test with.
         NoImagesError, SourceError, StorageError: as `look_at`.
     """
     started = time.monotonic()
-    look = look_at(store, name, config, reader)
+    look = look_at(store, name, config, reader, source)
     for finding in look.findings:
         if finding.rule == "fit":
             raise DatasetRejectedError(f"{name} cannot be trained on: {finding.detail}")

@@ -1,7 +1,8 @@
-"""The data sets that are known by content: their classes, and what the sha256 of arrays and facts must be."""
+"""The data sets that are known by content: their classes, and what the sha256 of their arrays must be."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,20 +20,20 @@ class Spec:
 
     name: str
     classes: tuple[str, ...]
+    """Sorted, as those of a snapshot are."""
     sha256: dict[str, str]
     """The sha256 of the bytes of each array: `train_images`, `train_labels`, `test_images`, `test_labels`."""
-    facts_sha256: str
-    """The sha256 of the packed file's class names, mean and deviation, which the digest leaves out."""
     image_size: int = 32
     """The side of its images, in pixels."""
 
     @property
     def digest(self) -> str:
-        """The data set's name by content: sha256 of the four sums, known before anything is downloaded."""
+        """The arrays' name by content: sha256 of the four sums, known before anything is downloaded."""
         return hashlib.sha256(json.dumps(self.sha256, sort_keys=True).encode()).hexdigest()
 
     @property
     def key(self) -> str:
+        """Where a nightshift of before there were snapshots has stored the arrays, as one object."""
         return f"datasets/{self.digest}/packed.safetensors"
 
     def check(self, arrays: Arrays) -> None:
@@ -41,8 +42,11 @@ class Spec:
         Raises:
             DataCorruptError: naming the arrays that differ.
         """
-        wrong = [name for name, expected in self.sha256.items() if _sha256(arrays[name]) != expected]
-        if wrong:
+        self.check_sums({name: _sha256(arrays[name]) for name in self.sha256})
+
+    def check_sums(self, sums: Mapping[str, str]) -> None:
+        """As `check`, of arrays whose sums are known."""
+        if wrong := [name for name, expected in self.sha256.items() if sums[name] != expected]:
             raise DataCorruptError(f"{', '.join(wrong)} of {self.name} do not have the known sha256")
 
 
@@ -56,7 +60,6 @@ SPECS = {
             "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
             "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
         },
-        facts_sha256="04c044f7eecb439f3c13b177fbded20afa4f57420def12b1d377a57a202ea6cb",
     )
 }
 
@@ -66,6 +69,14 @@ def get_spec(name: str) -> Spec:
     if name not in SPECS:
         raise ConfigError(f"there is no data set {name!r}. The data sets are: {', '.join(sorted(SPECS))}")
     return SPECS[name]
+
+
+def is_same_data(name: str, digest: str, other: str) -> bool:
+    """Whether two digests of a data set of this name are of the same images.
+
+    One may be that of the arrays, by which an older nightshift calls what is known by content.
+    """
+    return digest == other or (name in SPECS and SPECS[name].digest in (digest, other))
 
 
 def _sha256(array: "np.ndarray") -> str:

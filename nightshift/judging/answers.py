@@ -15,7 +15,7 @@ from safetensors.numpy import load as load_safetensors
 from nightshift import progress
 from nightshift.data import rows as table
 from nightshift.data.snapshot import read_rows
-from nightshift.data.specs import SPECS
+from nightshift.data.specs import SPECS, is_same_data
 from nightshift.errors import (
     CheckpointCorruptError,
     ConfigError,
@@ -86,7 +86,7 @@ def pair(store: Store, ours: Predictions, card: ModelCard, answer: Answer) -> Pa
         StorageError: something cannot be read.
     """
     everything = np.arange(len(ours.labels))
-    if card.dataset_digest == ours.card.dataset_digest:
+    if is_same_data(card.name, card.dataset_digest, ours.card.dataset_digest):
         theirs = read_predictions(store, card)
         if not np.array_equal(ours.labels, theirs.labels):
             raise _of_other_images(ours.card, card)

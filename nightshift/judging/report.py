@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from nightshift import progress
 from nightshift.data.datasets import open_dataset
+from nightshift.data.specs import is_same_data
 from nightshift.judging import evaluation
 from nightshift.judging.evaluation import ClassMetrics, Metrics
 from nightshift.judging.goodput import Goodput, account
@@ -135,7 +136,7 @@ def build_report(
     store = workspace.store
     url = store.url(report_key(record.run_id, "report.html"))
     found, lines = evaluation.read_metrics(store, record.run_id), read_lines(store, record.run_id)
-    champion = _metrics_of_champion(store, verdict, found)
+    champion = _metrics_of_champion(store, record.dataset.name, verdict, found)
     nights = _nights(workspace, record, verdict, found)
     spent = account(record, lines, None if record.status == "finished" else store.now())
     plots = _plots(workspace, record, found, lines, nights, spent)
@@ -172,13 +173,15 @@ def build_report(
     )
 
 
-def _metrics_of_champion(store: Store, verdict: Verdict | None, found: Metrics | None) -> Metrics | None:
+def _metrics_of_champion(store: Store, name: str, verdict: Verdict | None, found: Metrics | None) -> Metrics | None:
     """What was measured of the champion, if it was on the same images: else the two columns would not compare."""
     if not verdict or not verdict.comparison:
         return None
     # A version is named after its run; its card may be gone by now.
     champion = evaluation.read_metrics(store, verdict.comparison.champion)
-    return champion if champion and found and champion.dataset_digest == found.dataset_digest else None
+    if champion and found and is_same_data(name, champion.dataset_digest, found.dataset_digest):
+        return champion
+    return None
 
 
 def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, found: Metrics | None) -> list[Night]:
@@ -228,11 +231,12 @@ def _plots(
         figures["confusion"] = plots.confusion(found.confusion, [metric.name for metric in found.classes])
     if found:
         figures["reliability"] = plots.reliability(found.reliability)
-    dataset = open_dataset(workspace, record.dataset) if found else None
-    if found and found.mistakes and dataset:
-        images = dataset.test_images[[mistake.image for mistake in found.mistakes]]
-        figures["mistakes"] = plots.mistakes(found.mistakes, images.numpy())
-    if dataset and (near := dataset.near[:_NEAR]):
+    if not found or not found.mistakes:
+        return figures
+    dataset = open_dataset(workspace, record.dataset)
+    images = dataset.test_images[[mistake.image for mistake in found.mistakes]]
+    figures["mistakes"] = plots.mistakes(found.mistakes, images.numpy())
+    if near := dataset.near[:_NEAR]:
         judged = [dataset.images_of(pair.split)[pair.image].numpy() for pair in near]
         figures["near"] = plots.near(near, judged, dataset.train_images[[pair.train for pair in near]].numpy())
     return figures

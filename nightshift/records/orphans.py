@@ -46,7 +46,7 @@ def find(store: Store, older_than: timedelta, forgotten: Collection[tuple[str, s
 
     The objects are payloads that no record names, reports of runs without a record, versions without a card that
     neither a run may still finish nor a champion's history names, weights that neither a run nor a version began with,
-    probes of the store, and what interrupted snapshots have left. CIFAR-10 is a cache and stays.
+    probes of the store, and what interrupted snapshots have left. CIFAR-10 as an older nightshift has stored it stays.
 
     Raises:
         StorageError: the store cannot be listed.

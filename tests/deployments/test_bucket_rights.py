@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from models import build_model
 from nightshift.config.project import DatasetConfig
-from nightshift.data.datasets import facts_of, fetch, pack
+from nightshift.data.known import fetch, pack
 from nightshift.data.packed import pack_snapshot
 from nightshift.data.snapshot import make_snapshot
 from nightshift.data.specs import SPECS, Arrays, Spec
@@ -155,12 +155,11 @@ def unused(policy: dict[str, Any], requests: set[Request]) -> list[Request]:
 def tiny(monkeypatch: pytest.MonkeyPatch, cifar10: DatasetRef, home: Path) -> None:
     """A data set of a few images and one outside source, so that it is stored and read in no time."""
     whole = load_file(home / "datasets" / f"{cifar10.digest}.safetensors")
-    few: Arrays = {name: array[:64].copy() for name, array in whole.items()}
+    few: Arrays = {name: whole[name][:64].copy() for name in SPECS["cifar10"].sha256}
     sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in few.items()}
     classes = SPECS["cifar10"].classes
-    facts = hashlib.sha256(facts_of("tiny", classes, few).encode()).hexdigest()
-    monkeypatch.setitem(SPECS, "tiny", Spec("tiny", classes, sums, facts))
-    monkeypatch.setattr("nightshift.data.cifar10.OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
+    monkeypatch.setitem(SPECS, "tiny", Spec("tiny", classes, sums))
+    monkeypatch.setattr("nightshift.data.sources.cifar10.OUTSIDE_SOURCES", {"elsewhere": lambda scratch: dict(few)})
 
 
 class Torn(io.BytesIO):

@@ -33,7 +33,7 @@ from nightshift.cli.screen import Screen
 from nightshift.cli.terminal import TerminalProgress
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
-from nightshift.data.datasets import fetch, pack
+from nightshift.data.known import fetch, pack
 from nightshift.errors import LeaseHeldError, ModelNotFoundError, NightshiftError
 from nightshift.ids import durable_run_id
 from nightshift.judging import evaluation, gate

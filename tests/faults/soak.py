@@ -40,7 +40,7 @@ from nightshift.checkpoints.payload import read_weights, weights_sha256
 from nightshift.cli.screen import Screen
 from nightshift.cli.terminal import TerminalProgress
 from nightshift.config.train import TrainConfig
-from nightshift.data.datasets import fetch, pack
+from nightshift.data.known import fetch, pack
 from nightshift.errors import TrainingInterrupted
 from nightshift.local.s3 import embedded_credentials, embedded_s3
 from nightshift.records import orphans

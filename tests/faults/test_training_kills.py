@@ -32,9 +32,9 @@ def train(home: Path, prefix: str, run_id: str, kind: str, killed_at: int = 0) -
             os.kill(os.getpid(), signal.SIGKILL)
         return False
 
-    with embedded_s3(home, prefix) as store, pytest.MonkeyPatch.context() as patch:
+    with embedded_s3(home, prefix) as store:
         workspace = Workspace(store, home, lease_seconds=6, save_retry_seconds=5)
-        dataset = known(patch, workspace, 16, 2 if kind == "binary" else 4, train=100)  # an epoch has seven steps
+        dataset = known(workspace, 16, 2 if kind == "binary" else 4, train=100)  # an epoch has seven steps
         config = config_of(**KINDS.get(kind, BINARY), epochs=2, drop_last=False, checkpoint_every_steps=2)
         if killed_at:  # something is saved, whatever comes
             with pytest.raises(TrainingInterrupted):

@@ -211,7 +211,9 @@ def worse(whole: Finished, run: Callable[..., Finished]) -> Finished:
 
 def test_a_person_sees_epochs_and_a_summary_and_nothing_else(worse: Finished) -> None:
     assert worse.exit_code == 0
-    assert all(part in worse.out for part in ("test accuracy", "cifar10 from the cache", "not promoted", "all images"))
+    assert all(
+        part in worse.out for part in ("test accuracy", "cifar10 from the snapshot", "not promoted", "all images")
+    )
     lines = worse.err.splitlines()
     assert [line for line in lines if not line.startswith(("·", "  epoch"))] == []
     assert len([line for line in lines if line.startswith("  epoch")]) == 1

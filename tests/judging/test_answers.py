@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from nightshift.data.specs import SPECS
 from nightshift.judging.answers import PREDICTIONS
 from nightshift.records import champions
 from nightshift.records.versions import publish_version
@@ -54,6 +55,16 @@ def test_with_too_few_images_in_common_it_is_not_compared_and_the_verdict_says_w
     assert not verdict.promoted
     for part in (f"predictions of {shared} of tonight's", "old can no longer be built here", "nightshift promote new"):
         assert part in verdict.reason
+
+
+def test_a_champion_of_before_cifar10_had_a_snapshot_is_compared_by_what_it_has_said(store: Store) -> None:
+    """It was tested on the same images, and need not be built again."""
+    promote(store, published(store, 0.50, "yesterday", dataset_digest=SPECS["cifar10"].digest))
+    verdict = promote(store, published(store, 0.60, "tonight", dataset_digest="5" * 64))
+    assert verdict.promoted
+    assert verdict.comparison
+    assert (verdict.comparison.champion, verdict.comparison.images) == ("yesterday", IMAGES)
+    assert verdict.comparison.only_candidate == IMAGES // 10
 
 
 LABELS = np.zeros(IMAGES, np.uint8)

@@ -167,7 +167,7 @@ def test_figures_of_a_champion_that_was_measured_on_other_images_do_not_stand_be
     for digest, is_shown in (("0" * 64, True), ("1" * 64, False)):
         champion = found.model_copy(update={"dataset_digest": digest})
         store.put("reports/champion/evaluation.json", champion.model_dump_json().encode())
-        assert bool(report._metrics_of_champion(store, verdict, found)) == is_shown
+        assert bool(report._metrics_of_champion(store, "photos", verdict, found)) == is_shown
 
 
 @pytest.fixture(scope="module")

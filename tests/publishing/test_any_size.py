@@ -1,6 +1,5 @@
 """From training to a prediction: images of any size, any number of classes, and classes of any name."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,20 +47,19 @@ class Night:
 
 
 @pytest.fixture(scope="module", params=SETS, ids=str)
-def night(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Night]:
+def night(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Night:
     size, classes, test = request.param
     workspace = in_memory(tmp_path_factory.mktemp("home"))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        ref = known(monkeypatch, workspace, size, classes, test=test)
-        for seed, run_id in enumerate(("first", "second")):
-            config = config_of(seed=seed, tta="crops", translate=2, epochs=6)
-            checkpoint = train_alone(workspace, run_id, config, ref)
-            evaluated = evaluation.evaluate(workspace, checkpoint, ref)
-            model = publish_model(workspace, checkpoint, ref, evaluated)
-            verdict = gate.promote(workspace.store, model, GateSettings(max_regression=1))
-            report = publish_report(workspace, checkpoint, evaluated, model, verdict, None)
-        card = read_card(workspace.store, NAME, "second")
-        yield Night(workspace, open_dataset(workspace, ref), model, card, verdict, report)
+    ref = known(workspace, size, classes, test=test)
+    for seed, run_id in enumerate(("first", "second")):
+        config = config_of(seed=seed, tta="crops", translate=2, epochs=6)
+        checkpoint = train_alone(workspace, run_id, config, ref)
+        evaluated = evaluation.evaluate(workspace, checkpoint, ref)
+        model = publish_model(workspace, checkpoint, ref, evaluated)
+        verdict = gate.promote(workspace.store, model, GateSettings(max_regression=1))
+        report = publish_report(workspace, checkpoint, evaluated, model, verdict, None)
+    card = read_card(workspace.store, NAME, "second")
+    return Night(workspace, open_dataset(workspace, ref), model, card, verdict, report)
 
 
 def test_the_card_says_what_the_network_takes_and_names_its_classes(night: Night) -> None:

@@ -26,9 +26,9 @@ def here(tmp_path: Path) -> Workspace:
 
 @pytest.mark.parametrize(("size", "classes"), SETS)
 def test_a_run_on_images_of_any_size_stopped_and_resumed_ends_with_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, here: Workspace, size: int, classes: int
+    here: Workspace, size: int, classes: int
 ) -> None:
-    dataset = known(monkeypatch, here, size, classes, train=97)  # the last batch of an epoch has one image
+    dataset = known(here, size, classes, train=97)  # the last batch of an epoch has one image
     config = config_of(flip="alternating", translate=4, drop_last=False)
     whole, parts = whole_and_in_parts(here, config, dataset, (1, 9))
     ends = [state_sha256(read_payload(here.store, end)) for end in (whole, parts)]
@@ -36,16 +36,14 @@ def test_a_run_on_images_of_any_size_stopped_and_resumed_ends_with_the_same_bits
     assert ends[0] == ends[1]
 
 
-def test_a_network_learns_made_up_images_of_another_size(monkeypatch: pytest.MonkeyPatch, here: Workspace) -> None:
-    train_alone(here, "run", config_of(), known(monkeypatch, here, 24, 3))
+def test_a_network_learns_made_up_images_of_another_size(here: Workspace) -> None:
+    train_alone(here, "run", config_of(), known(here, 24, 3))
     curve = read_record(here.store, "run")[0].curve
     assert curve[-1].loss < curve[0].loss
 
 
-def test_a_stored_run_says_how_many_classes_there_are_so_that_its_payloads_can_be_checked(
-    monkeypatch: pytest.MonkeyPatch, here: Workspace
-) -> None:
-    train_alone(here, "run", config_of(epochs=1), known(monkeypatch, here, 48, 300))
+def test_a_stored_run_says_how_many_classes_there_are_so_that_its_payloads_can_be_checked(here: Workspace) -> None:
+    train_alone(here, "run", config_of(epochs=1), known(here, 48, 300))
     record, _ = read_record(here.store, "run")
     assert (record.dataset.classes, record.dataset.image_size) == (300, 48)
     for classes, bad in ((300, False), (10, True)):
@@ -62,9 +60,9 @@ def test_a_stored_run_says_how_many_classes_there_are_so_that_its_payloads_can_b
     ],
 )
 def test_what_does_not_fit_the_images_is_refused_before_anything_is_recorded(
-    monkeypatch: pytest.MonkeyPatch, here: Workspace, size: int, overrides: dict[str, Any], told: str
+    here: Workspace, size: int, overrides: dict[str, Any], told: str
 ) -> None:
-    dataset = known(monkeypatch, here, size, 3)
+    dataset = known(here, size, 3)
     with pytest.raises(ConfigError, match=told):
         train_alone(here, "run", config_of(**overrides), dataset)
     assert not list(here.store.list("runs/"))

@@ -115,11 +115,9 @@ def test_a_warm_up_rises_straight_and_then_comes_the_schedule() -> None:
     assert rates[20:] == pytest.approx([learning_rate(tuned(warmup=0.0, lr=1.0), step, 80) for step in range(80)])
 
 
-def test_a_fine_tuning_stopped_in_and_after_the_frozen_epochs_ends_with_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_fine_tuning_stopped_in_and_after_the_frozen_epochs_ends_with_the_same_bits(tmp_path: Path) -> None:
     workspace = in_memory(tmp_path)
-    ref, config = known(monkeypatch, workspace, 16, 3, train=16), tuned(model="quick_cnn")
+    ref, config = known(workspace, 16, 3, train=16), tuned(model="quick_cnn")
 
     def end_of(run_id: str) -> str:
         return state_sha256(read_payload(workspace.store, train_alone(workspace, run_id, config, ref)))

@@ -40,8 +40,8 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture
-def ref(monkeypatch: pytest.MonkeyPatch, workspace: Workspace) -> DatasetRef:
-    return known(monkeypatch, workspace, SIZE, CLASSES, train=48)
+def ref(workspace: Workspace) -> DatasetRef:
+    return known(workspace, SIZE, CLASSES, train=48)
 
 
 def weights_of(seed: int, classes: int = CLASSES, name: str = "quick_cnn", size: int = SIZE) -> dict[str, Tensor]:

@@ -68,9 +68,9 @@ PLAIN: dict[str, Any] = {"model": "simple_cnn", "optimizer": "adam", "lr": 0.001
     ],
 )
 def test_a_step_takes_bit_for_bit_the_weights_where_a_plain_loop_takes_them(
-    monkeypatch: pytest.MonkeyPatch, here: Workspace, overrides: dict[str, Any], parts: int
+    here: Workspace, overrides: dict[str, Any], parts: int
 ) -> None:
-    dataset = known(monkeypatch, here, 32, 3)
+    dataset = known(here, 32, 3)
     config = config_of(**PLAIN, **overrides)
     last = train_alone(here, "run", config, dataset)
     found = read_payload(here.store, last)["model"]
@@ -82,20 +82,16 @@ def losses(workspace: Workspace, config: TrainConfig, dataset: DatasetRef, run_i
     return [point.loss for point in read_record(workspace.store, run_id)[0].curve]
 
 
-def test_a_batch_in_parts_has_the_losses_of_the_whole_within_rounding(
-    monkeypatch: pytest.MonkeyPatch, here: Workspace
-) -> None:
-    dataset = known(monkeypatch, here, 32, 3, train=97)  # the last batch has one image, fewer than there are parts
+def test_a_batch_in_parts_has_the_losses_of_the_whole_within_rounding(here: Workspace) -> None:
+    dataset = known(here, 32, 3, train=97)  # the last batch has one image, fewer than there are parts
     config = config_of(**{**PLAIN, "optimizer": "sgd", "drop_last": False, "class_weights": "balanced", "mixup": 0.2})
     whole = losses(here, config, dataset, "whole")
     assert losses(here, config.override({"accumulate": 5}), dataset, "parts") == pytest.approx(whole, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "binary"])
-def test_a_run_stopped_and_resumed_within_an_epoch_ends_with_the_same_bits(
-    kind: str, monkeypatch: pytest.MonkeyPatch, here: Workspace
-) -> None:
-    dataset = known(monkeypatch, here, 16, 2 if kind == "binary" else 4, train=40)
+def test_a_run_stopped_and_resumed_within_an_epoch_ends_with_the_same_bits(kind: str, here: Workspace) -> None:
+    dataset = known(here, 16, 2 if kind == "binary" else 4, train=40)
     config = config_of(**KINDS.get(kind, BINARY), epochs=2, drop_last=False, checkpoint_every_steps=2)
     whole, parts = whole_and_in_parts(here, config, dataset, (1, 4))  # an epoch has three steps
     ends = [state_sha256(read_payload(here.store, end)) for end in (whole, parts)]
@@ -107,9 +103,9 @@ def test_a_run_stopped_and_resumed_within_an_epoch_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("kind", [*KINDS, "binary"])
 def test_each_kind_of_training_changes_the_bits_and_none_keeps_a_network_from_learning(
-    kind: str, monkeypatch: pytest.MonkeyPatch, here: Workspace
+    kind: str, here: Workspace
 ) -> None:
-    dataset = known(monkeypatch, here, 16, 2 if kind == "binary" else 4, train=64)
+    dataset = known(here, 16, 2 if kind == "binary" else 4, train=64)
     ends = []
     for run_id, overrides in (("plain", {}), ("other", KINDS.get(kind, BINARY))):
         last = train_alone(here, run_id, config_of(**overrides, epochs=4), dataset)
@@ -119,10 +115,8 @@ def test_each_kind_of_training_changes_the_bits_and_none_keeps_a_network_from_le
     assert curve[-1].loss < curve[0].loss
 
 
-def test_a_loss_for_two_classes_is_refused_before_anything_is_recorded(
-    monkeypatch: pytest.MonkeyPatch, here: Workspace
-) -> None:
-    dataset = known(monkeypatch, here, 16, 3)
+def test_a_loss_for_two_classes_is_refused_before_anything_is_recorded(here: Workspace) -> None:
+    dataset = known(here, 16, 3)
     with pytest.raises(ConfigError, match=r"binary is for two classes, and made-up has 3: set loss.name=cross_entropy"):
         train_alone(here, "run", config_of(loss="binary"), dataset)
     assert not list(here.store.list("runs/"))

