@@ -275,11 +275,16 @@ def _shape(config: DatasetConfig, source: Source, listing: pa.Table, newest: tup
         return Shape(config.image_size, config.resize)
     if newest:
         return Shape(newest[0].size, config.resize)
+    first = listing.filter(compute.equal(listing["refused"], "")).slice(0, _FIRST)
     with Decoders(source, Shape(SMALLEST_IMAGE, "stretch"), processes=1) as decoders:
-        first = decoders.read(islice(listed_of(listing), _FIRST))
-        sides = [min(image.width, image.height) for image in first if not image.refused]
+        images = list(decoders.read(listed_of(first)))
+    sides = [min(image.width, image.height) for image in images if not image.refused]
     if not sides:
-        raise NoImagesError("none of the first images can be read: look at them, or set image_size in nightshift.toml")
+        unreadable = zip(first["id"].to_pylist(), (image.refused for image in images), strict=True)
+        raise NoImagesError(
+            f"none of the first images can be read ({_some([*refusals_of(listing), *unreadable])}): mend them, or set "
+            "image_size in nightshift.toml if others can"
+        )
     size = min(max(statistics.median_low(sides), SMALLEST_IMAGE), _LARGEST_AUTO)
     progress.current().say(
         f"images are stored as {size} x {size} pixels, as the first ones are (image_size sets another)"
@@ -343,9 +348,8 @@ def _unfit(rows: pa.Table) -> str:
     """Why nothing can be trained on these images at all, or ''."""
     counts = classes_of(rows)
     splits = compute.unique(table.kept(rows, "split")["split"]).to_pylist()
-    some = "; ".join(f"{name}: {reason}" for name, reason in islice(refusals_of(rows), 3))
     if not counts:
-        return f"none of its {len(rows):,} images can be used ({some})"
+        return f"none of its {len(rows):,} images can be used ({_some(refusals_of(rows))})"
     if len(counts) == 1:
         return f"all its images are of one class, {next(iter(counts))}: put those of another into a folder of their own"
     try:
@@ -356,6 +360,11 @@ def _unfit(rows: pa.Table) -> str:
         if split not in splits:
             return f"no image is in the split {split!r}: add images, or change [datasets.NAME.split]"
     return ""
+
+
+def _some(refusals: Iterable[tuple[str, str]]) -> str:
+    """The first few, with their reasons."""
+    return "; ".join(f"{name}: {reason}" for name, reason in islice(refusals, 3))
 
 
 def refusals_of(rows: pa.Table) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,55 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path: Path) -> No
         list(images)
 
 
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Be a user whom permissions bind, as they do not bind root."""
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A folder that everybody may reach, as they may not reach pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+        for path in Path(folder).rglob("*"):
+            path.chmod(0o755)
+
+
+def test_what_may_not_be_read_is_one_image_and_what_may_not_be_listed_ends_the_listing(open_to_all: Path) -> None:
+    write(open_to_all, album(range(4)))
+    (open_to_all / "ant" / "00002.png").chmod(0)
+    with nobody():
+        source = open_source(config(open_to_all), MemoryStore())
+        images = {image.id: image for image in source.list()}
+        with pytest.raises(UnreadableImageError, match="Permission denied"):
+            source.read(images["ant/00002.png"])
+        assert source.read(images["ant/00000.png"]) == picture(0)
+    (open_to_all / "bee").chmod(0)
+    with nobody(), pytest.raises(SourceError, match=r"bee cannot be listed \(Permission denied\)"):
+        listed(open_to_all)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, album(range(2)))
+    source = open_source(config(tmp_path), MemoryStore())
+    image = next(iter(source.list()))
+
+    def another_writes(size: int) -> None:
+        with open(tmp_path / image.id, "ab") as file:
+            file.write(b"more")
+
+    monkeypatch.setattr("nightshift.data.sources.files.check_size", another_writes)  # between the look and the read
+    with pytest.raises(UnreadableImageError, match="it changed while it was read"):
+        source.read(image)
+
+
 def test_a_file_that_changes_after_it_was_listed_is_refused(tmp_path: Path) -> None:
     write(tmp_path, album(range(2)))
     source = open_source(config(tmp_path), MemoryStore())
@@ -195,6 +246,18 @@ def test_a_bad_row_of_a_table_is_refused_by_name(
     bad, good = listed(tmp_path / "data" / name).values()
     assert reason in bad.refused
     assert not good.refused
+
+
+def test_labels_that_are_no_text_are_taken_as_text_and_nan_and_null_as_none(tmp_path: Path) -> None:
+    write(tmp_path, album(range(3)))
+    names = pa.array(sorted(album(range(3))))
+    for labels, kept in (([7.5, float("nan"), None], "7.5"), ([7, None, None], "7"), ([True, None, None], "True")):
+        parquet.write_table(pa.table({"image": names, "label": pa.array(labels)}), tmp_path / "labels.parquet")
+        assert [(image.label, image.refused) for image in listed(tmp_path / "labels.parquet").values()] == [
+            (kept, ""),
+            ("", "it has no label"),
+            ("", "it has no label"),
+        ]
 
 
 @WRITERS
