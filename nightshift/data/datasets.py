@@ -1,7 +1,7 @@
 """A data set on this machine, mapped into memory: what training and judging see of the images."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -12,17 +12,20 @@ from nightshift.values import Resize
 from nightshift.workspace import Workspace
 
 RGB = tuple[float, float, float]
+Judged = Literal["validation", "test"]
+"""The splits that are not trained on."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image to judge by and one to train on, by their numbers in their splits, and how alike they are, up to 1."""
+    """An image to judge by and one to train on, by their numbers in their splits, and how alike their pixels are."""
 
-    split: str
-    """`validation` or `test`: that of the first."""
+    split: Judged
+    """That of the first."""
     image: int
     train: int
     alike: float
+    """Their correlation: 1 where they are the same."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,15 @@ class Dataset:
     """The sha256 of each test image's file, uint8 (N, 32), by which an image is known on other nights; none where an
     older nightshift has packed them."""
     near: tuple[Pair, ...] = ()
-    """Images to train on that are nearly the same as ones to judge by, most alike first."""
+    """Images to train on that may be nearly the same as ones to judge by, most alike first."""
 
     @property
     def image_size(self) -> int:
         """The side of the images, in pixels."""
         return self.train_images.shape[1]
 
-    def images_of(self, split: str) -> Tensor:
-        """The images of `validation` or `test`."""
+    def images_of(self, split: Judged) -> Tensor:
+        """The images of a split that is not trained on."""
         images = self.test_images if split == "test" else self.validation_images
         assert images is not None
         return images

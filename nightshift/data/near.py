@@ -1,7 +1,8 @@
 """Images of the training split that are nearly the same as ones to validate or test on.
 
-Candidates have perceptual hashes (imagehash's difference hash, 64 bits) that differ in few bits. Of those, the pairs
-count whose pixels go together: a correlation of at least `_LEAST`.
+Candidates have perceptual hashes (imagehash's difference hash, 64 bits) that differ in few bits, and pixels that go
+together somewhat. Those whose pixels go together well, with a correlation of at least `LEAST_ALIKE`, are nearly the
+same. Of the others, a trained network tells more (`judging.near`).
 """
 
 from collections.abc import Iterator
@@ -10,16 +11,17 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from nightshift.data.datasets import Pair
+from nightshift.data.datasets import Judged, Pair
 
+LEAST_ALIKE = 0.9
+_POSSIBLY = 0.5
 _MOST_BITS = 10
-_LEAST = 0.9
 _MOST_OTHERS = 100
 """With how many others an image is compared at most: a plain one has the hash of all plain ones."""
 
 
-def near_pairs(split: str, images: np.ndarray, train: np.ndarray) -> list[Pair]:
-    """The pairs of uint8 images (N, size, size, 3) and (M, size, size, 3) that are nearly the same, most alike first.
+def near_pairs(split: Judged, images: np.ndarray, train: np.ndarray) -> list[Pair]:
+    """The candidates among uint8 images (N, size, size, 3) and (M, size, size, 3), most alike first.
 
     Exact copies are among them.
     """
@@ -31,7 +33,7 @@ def near_pairs(split: str, images: np.ndarray, train: np.ndarray) -> list[Pair]:
         for image, other in _candidates(ours, theirs)
     ]
     return sorted(
-        (pair for pair in pairs if pair.alike >= _LEAST), key=lambda pair: (-pair.alike, pair.image, pair.train)
+        (pair for pair in pairs if pair.alike >= _POSSIBLY), key=lambda pair: (-pair.alike, pair.image, pair.train)
     )
 
 

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 from nightshift import progress
 from nightshift.config.project import Effect
 from nightshift.data import rows as table
-from nightshift.data.datasets import Dataset, Pair, channel_statistics
-from nightshift.data.near import near_pairs
+from nightshift.data.datasets import Dataset, Judged, Pair, channel_statistics
+from nightshift.data.near import LEAST_ALIKE, near_pairs
 from nightshift.data.snapshot import read_rows
 from nightshift.data.specs import SPECS
 from nightshift.disk import complete_file
@@ -59,8 +59,8 @@ def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef, near_duplicates: 
         image_size=manifest.image_size,
     )
     _, facts = _in_cache(workspace, ref)
-    if (near := facts["near"]) and near_duplicates != "off":
-        judged = {(split, image) for split, image, *_ in near}
+    judged = {(split, image) for split, image, _, alike in facts["near"] if alike >= LEAST_ALIKE}
+    if judged and near_duplicates != "off":
         detail = f"{len(judged):,} images to validate or test on are nearly the same as ones to train on"
         if near_duplicates == "stop":
             raise DatasetRejectedError(
@@ -146,10 +146,9 @@ def _check_known(name: str, facts: dict[str, Any]) -> None:
 
 def _near(arrays: dict[str, np.ndarray]) -> list[tuple[str, int, int, float]]:
     with progress.current().transfer("looking for near duplicates", None):
+        judged: tuple[Judged, ...] = ("test", "validation")
         pairs = [
-            pair
-            for split in ("test", "validation")
-            for pair in near_pairs(split, arrays[f"{split}_images"], arrays["train_images"])
+            pair for split in judged for pair in near_pairs(split, arrays[f"{split}_images"], arrays["train_images"])
         ]
     return [astuple(pair) for pair in pairs[:_MOST_PAIRS]]
 

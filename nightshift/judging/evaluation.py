@@ -17,6 +17,7 @@ from nightshift.data.datasets import Dataset, open_dataset
 from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError, StorageError
 from nightshift.hardware import failures_explained, find_device
 from nightshift.ids import Sha256
+from nightshift.judging.near import MOST_NEAR, Near, embedding_of, near_images
 from nightshift.networks import build_network
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
@@ -105,6 +106,8 @@ class Metrics(_Part):
     """The fifty pairs of classes that are confused most often. What an older nightshift has measured has none."""
     mistakes: list[Mistake] = Field(max_length=_MISTAKES)
     """The ten most confident mistakes."""
+    near: list[Near] = Field([], max_length=MOST_NEAR)
+    """Images to judge by that are nearly the same as ones to train on. An older nightshift has looked for none."""
 
     @model_validator(mode="after")
     def _check_confusion(self) -> Self:
@@ -324,6 +327,7 @@ def _evaluate(
     with failures_explained(device):
         model = load_model(config, weights, len(dataset.classes), device, dataset.image_size)
         answers = answer_test_images(model, dataset, config)
+        near = _near(model, dataset, config)
     body = predictions_file(answers, dataset)
     key = report_key(checkpoint.run_id, "predictions.safetensors")
     workspace.store.put(key, body)
@@ -333,6 +337,7 @@ def _evaluate(
         predictions=key,
         predictions_sha256=hashlib.sha256(body).hexdigest(),
         **measure(answers, dataset.classes),
+        near=near,
     )
 
 
@@ -349,3 +354,16 @@ def answer_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) 
     return Answers(
         **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
     )
+
+
+def _near(model: nn.Module, dataset: Dataset, config: TrainConfig) -> list[Near]:
+    if not dataset.near:
+        return []
+    scale, shift = batches.normalizer(dataset, config)
+    size = images_at_a_time(dataset.image_size, len(dataset.classes))
+    embed = embedding_of(model, config.model.name, len(dataset.classes), dataset.image_size)
+
+    def embed_all(images: Tensor) -> Tensor:
+        return torch.cat([embed(batches.to_input(part, scale, shift)) for part in torch.split(images, size)])
+
+    return near_images(dataset, embed_all)

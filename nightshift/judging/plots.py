@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nightshift.data.datasets import Pair
 from nightshift.judging.evaluation import Bin, Mistake
 from nightshift.judging.goodput import Goodput
+from nightshift.judging.near import Near
 from nightshift.records.curve import kept_of
 from nightshift.records.run import RunRecord
 from nightshift.text import figure_label
@@ -175,17 +175,20 @@ def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
     return _svg(figure)
 
 
-def near(pairs: Sequence[Pair], judged: Sequence[np.ndarray], train: np.ndarray) -> str:
+def near(pairs: Sequence[Near], judged: Sequence[np.ndarray], train: np.ndarray) -> str:
     """Pairs that are nearly the same: uint8 (side, side, 3) each, the image to judge by on the left of the other."""
     columns = min(5, len(pairs))
     rows = -(-len(pairs) // columns)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(2.4 * columns, 1.6 * rows), layout="constrained")
+        figure = Figure(figsize=(2.4 * columns, 1.8 * rows), layout="constrained")
         for place, (pair, one, other) in enumerate(zip(pairs, judged, train, strict=True)):
             axes = figure.add_subplot(rows, columns, place + 1)
             axes.imshow(np.concatenate([one, other], axis=1), interpolation="auto")
             axes.set_axis_off()
-            axes.set_title(f"{pair.split} {pair.image}, train {pair.train}", fontsize=12)
+            title = (
+                f"{pair.split} {pair.image}, train {pair.train}\npixels {pair.pixels:.2f}, network {pair.network:.2f}"
+            )
+            axes.set_title(title, fontsize=10)
     return _svg(figure)
 
 

@@ -231,12 +231,13 @@ def _plots(
         figures["confusion"] = plots.confusion(found.confusion, [metric.name for metric in found.classes])
     if found:
         figures["reliability"] = plots.reliability(found.reliability)
-    if not found or not found.mistakes:
+    if not found or not (found.mistakes or found.near):
         return figures
     dataset = open_dataset(workspace, record.dataset)
-    images = dataset.test_images[[mistake.image for mistake in found.mistakes]]
-    figures["mistakes"] = plots.mistakes(found.mistakes, images.numpy())
-    if near := dataset.near[:_NEAR]:
+    if found.mistakes:
+        images = dataset.test_images[[mistake.image for mistake in found.mistakes]]
+        figures["mistakes"] = plots.mistakes(found.mistakes, images.numpy())
+    if near := found.near[:_NEAR]:
         judged = [dataset.images_of(pair.split)[pair.image].numpy() for pair in near]
         figures["near"] = plots.near(near, judged, dataset.train_images[[pair.train for pair in near]].numpy())
     return figures
