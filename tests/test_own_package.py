@@ -71,9 +71,9 @@ def train(home: Path, prefix: str, site: Path, run_id: str, killed_at: int = 0) 
 
     os.chdir(site)
     sys.path.insert(0, str(site / "site"))
-    with embedded_s3(home, prefix) as store, pytest.MonkeyPatch.context() as patch:
+    with embedded_s3(home, prefix) as store:
         workspace = Workspace(store, home, lease_seconds=6, save_retry_seconds=5)
-        ref = known(patch, workspace, 32, 3, train=100)
+        ref = known(workspace, 32, 3, train=100)
         config = config_of(**OURS, mixup=0.2, epochs=2, drop_last=False, checkpoint_every_steps=2)
         if killed_at:  # something is saved, whatever comes
             with pytest.raises(TrainingInterrupted):
@@ -96,7 +96,7 @@ def test_it_is_trained_with_killed_resumed_to_the_same_bits_exported_predicted_w
 
     with embedded_s3(home, prefix) as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
-        ref = known(monkeypatch, workspace, 32, 3, train=100)
+        ref = known(workspace, 32, 3, train=100)
         record, _ = read_record(store, "run")
         assert {"network", "loss", "transform"} <= record.environment.keys()
         assert record.chosen
@@ -152,11 +152,9 @@ def test_a_change_of_its_code_changes_what_the_record_says_of_each(site: Path) -
         ({"transform": "ourvision.nets:nothing"}, "there is no nothing in ourvision.nets"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_is_stored(
-    overrides: dict[str, Any], told: str, site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_wrong_is_told_before_anything_is_stored(overrides: dict[str, Any], told: str, site: Path) -> None:
     workspace = in_memory(site / "home")
-    ref = known(monkeypatch, workspace, 32, 3)
+    ref = known(workspace, 32, 3)
     with pytest.raises(ConfigError, match=told):
         train_alone(workspace, "run", config_of(**{**OURS, **overrides}), ref)
     assert not list(workspace.store.list("runs/"))

@@ -360,7 +360,7 @@ def _near(model: nn.Module, dataset: Dataset, config: TrainConfig) -> list[Near]
     if not dataset.near:
         return []
     scale, shift = batches.normalizer(dataset, config)
-    size = images_at_a_time(dataset.image_size, len(dataset.classes))
+    size = batches.images_at_a_time(dataset.image_size, len(dataset.classes))
     embed = embedding_of(model, config.model.name, len(dataset.classes), dataset.image_size)
 
     def embed_all(images: Tensor) -> Tensor:

@@ -128,10 +128,10 @@ def test_a_fine_tuning_stopped_in_and_after_the_frozen_epochs_ends_with_the_same
     assert end_of("parts") == whole
 
 
-def test_a_fine_tuning_is_that_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_fine_tuning_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     """The same rates, frozen layers, statistics and decay: only the rounding differs."""
     workspace = in_memory(tmp_path)
-    ref, config = known(monkeypatch, workspace, 16, 3, train=32), tuned(max_train_images=32, warmup=0.3)
+    ref, config = known(workspace, 16, 3, train=32), tuned(max_train_images=32, warmup=0.3)
     dataset = open_dataset(workspace, ref)
     model = build_state(config, dataset, torch.device("cpu"), ALONE, lambda check: None).model
     head = list(model.fc.parameters())  # type: ignore[union-attr]
