@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from nightshift import progress
 from nightshift.config.project import Effect
 from nightshift.data import rows as table
+from nightshift.data.arrays import write_arrays
 from nightshift.data.datasets import Dataset, Judged, Pair, channel_statistics
 from nightshift.data.near import LEAST_ALIKE, near_pairs
 from nightshift.data.snapshot import read_rows
@@ -132,7 +132,7 @@ def write_packed(
         "near": near,
     }
     # One metadata entry, because safetensors writes several in an order that varies.
-    save_file(arrays, path, metadata={"nightshift": json.dumps(facts)})
+    write_arrays(path, arrays, {"nightshift": json.dumps(facts)})
     return facts
 
 

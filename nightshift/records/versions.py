@@ -51,7 +51,9 @@ class ModelCard(Document):
     """
 
     title: ClassVar[str] = "card of a published model"
-    if_damaged: ClassVar[str] = "To make it again from its run's checkpoint: nightshift republish RUN, the name of its folder"
+    if_damaged: ClassVar[str] = (
+        "To make it again from its run's checkpoint: nightshift republish RUN, the name of its folder"
+    )
     max_bytes: ClassVar[int] = 16 * documents.MIB
     sealed_since: ClassVar[int] = 3
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from nightshift import progress
+from nightshift.data.arrays import write_arrays
 from nightshift.data.images import open_image
 from nightshift.data.sources.listed import Listed
 from nightshift.data.specs import Arrays, Spec
@@ -91,7 +91,7 @@ def arrays_of(workspace: Workspace, spec: Spec) -> tuple[str, Path]:
         return "bucket", path
     place, arrays = _from_outside(workspace, spec)
     with complete_file(path) as file:
-        save_file(arrays, file.name)
+        write_arrays(file.name, arrays)
     return place, path
 
 
