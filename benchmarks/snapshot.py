@@ -1,8 +1,10 @@
-"""What a snapshot of many small images costs: the first one, the one after a few more came, and a listing of a million.
+"""What a snapshot of many images costs: the first one, the one after a few more came, and a listing of a million.
 
-CIFAR-10's training images as files in class folders, nine of ten PNG and the tenth JPEG:
+CIFAR-10's training images as files in class folders, nine of ten PNG and the tenth JPEG; with `--height`, enlarged to
+JPEG files as large as photographs, four wide by three high, of which the snapshot keeps 64 by 64 pixels:
 
-    Pillow, one thread   opens each file, decodes it to RGB, and keeps nothing: what the first snapshot is compared with
+    Pillow, one thread   opens each file, decodes it to RGB, and keeps nothing (it also makes photographs smaller): what
+                         the first snapshot is compared with
     first snapshot       `make_snapshot` of a new data set: listing, reading, decoding, sha256 of file and pixels,
                          splits, rules, shards and rows in the embedded S3 server
     1 % more             `make_snapshot` again after so many more files: its share of the first one's reads and time
@@ -19,7 +21,7 @@ memory.
 Server and snapshot share the same cores. 2 cores, n = 3, 50,000 images and 1,000,000 keys take an estimated 10
 minutes.
 
-    python benchmarks/snapshot.py [--images N] [--keys N] [--rounds N] [--quick] [--json FILE]
+    python benchmarks/snapshot.py [--images N] [--height N] [--keys N] [--rounds N] [--quick] [--json FILE]
 """
 
 import json
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +57,8 @@ if __name__ == "__main__":  # and not in the processes that decode: each imports
 _PEERS = {"litdata": ("litdata",), "hf datasets": ("datasets",)}
 _ORDER = ("Pillow, one thread", "first snapshot", "1 % more", *_PEERS)
 _CHUNK = "64MB"
+_KEPT = 64
+"""The side of what a snapshot keeps of a photograph, in pixels."""
 _MADE_UP = Path(__file__).with_name("made_up.py")
 
 
@@ -67,7 +72,7 @@ class Turn:
     """How many images it read."""
 
 
-def write_images(home: Path, folder: Path, count: int) -> tuple[list[Path], list[tuple[Path, bytes]]]:
+def write_images(home: Path, folder: Path, count: int, height: int) -> tuple[list[Path], list[tuple[Path, bytes]]]:
     """Write so many images into folders of their classes. Returns them, and 1 % more that are not written yet."""
     with embedded_s3(home, "cifar10") as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=60)
@@ -77,24 +82,32 @@ def write_images(home: Path, folder: Path, count: int) -> tuple[list[Path], list
         raise typer.BadParameter(f"CIFAR-10 has fewer than {count + more:,} images")
     images = np.concatenate([dataset.train_images.numpy(), dataset.test_images.numpy()])
     labels = np.concatenate([dataset.train_labels.numpy(), dataset.test_labels.numpy()])
-    written, later = [], []
+    paths = []
     for number in range(count + more):
-        kind = "jpg" if number % 10 == 0 else "png"
-        path = folder / dataset.classes[labels[number]] / f"{number:05}.{kind}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images[number]).save(path)
-        if number < count:
-            written.append(path)
-        else:
-            later.append((path, path.read_bytes()))
-            path.unlink()
-    return written, later
+        kind = "jpg" if height or number % 10 == 0 else "png"
+        paths.append(folder / dataset.classes[labels[number]] / f"{number:05}.{kind}")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        for _ in pool.map(partial(_write, height), images, paths, chunksize=500):
+            pass
+    later = [(path, path.read_bytes()) for path in paths[count:]]
+    for path, _ in later:
+        path.unlink()
+    return paths[:count], later
 
 
-def with_pillow(paths: list[Path]) -> int:
+def _write(height: int, pixels: np.ndarray, path: Path) -> None:
+    image = Image.fromarray(pixels)
+    if height:
+        image = image.resize((height * 4 // 3, height), Image.Resampling.BICUBIC)
+    image.save(path, quality=90)
+
+
+def with_pillow(paths: list[Path], side: int = 0) -> int:
     for path in paths:
         with Image.open(path) as image:
-            image.convert("RGB").tobytes()
+            decoded = image.convert("RGB")
+            (decoded.resize((side, side)) if side else decoded).tobytes()
     return len(paths)
 
 
@@ -134,8 +147,11 @@ def with_hf_datasets(folder: Path) -> int:
         return len(images)
 
 
-def measure(store: "S3", folder: Path, paths: list[Path], later: list[tuple[Path, bytes]], rounds: int) -> list[Turn]:
-    config = DatasetConfig(source=str(folder), image_size=32)
+def measure(
+    store: "S3", folder: Path, paths: list[Path], later: list[tuple[Path, bytes]], rounds: int, height: int
+) -> list[Turn]:
+    side = _KEPT if height else 0
+    config = DatasetConfig(source=str(folder), image_size=side or 32)
     peers: dict[str, Callable[[], int]] = {
         "litdata": lambda: with_litdata(paths),
         "hf datasets": lambda: with_hf_datasets(folder),
@@ -160,7 +176,7 @@ def measure(store: "S3", folder: Path, paths: list[Path], later: list[tuple[Path
 
     for number in range(rounds):
         contenders: list[Callable[[], None]] = [
-            partial(take, "Pillow, one thread", partial(with_pillow, paths)),
+            partial(take, "Pillow, one thread", partial(with_pillow, paths, side)),
             partial(snapshots, number),
             *(partial(take, name, peers[name]) for name in there),
         ]
@@ -184,12 +200,13 @@ def diff_made_up(keys: int) -> dict[str, Any]:
 
 def main(
     images: Annotated[int, typer.Option(help="How many files.")] = 50_000,
+    height: Annotated[int, typer.Option(help="Of photographs, in pixels; 0: the images as they are.")] = 0,
     keys: Annotated[int, typer.Option(help="How many keys are made up.")] = 1_000_000,
     rounds: Annotated[int, typer.Option(help="How often each has its turn.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="10,000 images, 100,000 keys and 2 rounds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
 ) -> None:
-    """What a snapshot of many small images costs."""
+    """What a snapshot of many images costs."""
     if quick:
         images, keys, rounds = 10_000, 100_000, 2
     facts = machine()
@@ -198,13 +215,13 @@ def main(
         copy_data_cache(home)
         folder = home / "images"
         tell(f"writing {images:,} files")
-        paths, later = write_images(home, folder, images)
+        paths, later = write_images(home, folder, images, height)
         with embedded_s3(home) as store:
             with_pillow(paths[:1000])
-            turns = measure(store, folder, paths, later, rounds)
+            turns = measure(store, folder, paths, later, rounds, height)
         shutil.rmtree(folder)
     found = diff_made_up(keys)
-    report(turns, found, {"images": images, "rounds": rounds, **facts}, json_file)
+    report(turns, found, {"images": images, "height": height or 32, "rounds": rounds, **facts}, json_file)
 
 
 def report(turns: list[Turn], found: dict[str, Any], facts: dict[str, Any], json_file: Path | None) -> None:
