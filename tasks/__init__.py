@@ -15,12 +15,15 @@ from prefect import Task, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
 from nightshift import progress
 from nightshift.errors import Interrupted, LeaseExpiredError, NightshiftError, StorageUnreachableError
 from nightshift.progress import StepReport
+from nightshift.records.run import Origin
 
 _TRIES = 2
 _STORE_TRIES, _STORE_PAUSE = 45, 20
@@ -57,6 +60,18 @@ def crashed_because(stop: TerminationSignal) -> State[Any]:
     if not isinstance(stop.__cause__, Interrupted):
         raise stop
     return Crashed(message=str(stop.__cause__), data=stop.__cause__)
+
+
+def origin_of_this_run(promote: bool) -> Origin:
+    """What the record of a run says of the flow run that trains it."""
+    name, context = deployment.get_name(), FlowRunContext.get()
+    return Origin(
+        flow_run_id=flow_run.get_id(),
+        deployment=f"{flow_run.get_flow_name()}/{name}" if name else None,
+        promote=promote,
+        scheduled_at=flow_run.get_scheduled_start_time(),
+        began_at=context.start_time if context else None,
+    )
 
 
 def progress_artifact(run_id: str) -> Callable[[StepReport], object]:

@@ -160,6 +160,8 @@ def test_a_run_of_which_a_rank_is_killed_ends_with_the_same_bits(
     rank: int, workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
 ) -> None:
     seen = Warnings()
+    with struck_by(Blow(0, 10, signal.SIGTERM)), pytest.raises(TrainingInterrupted):  # so that this step is saved
+        train(workspace, cifar10, "run", TWO)
     with struck_by(Blow(rank, 15, signal.SIGKILL)):
         assert train(workspace, cifar10, "run", TWO, seen) == uninterrupted[0]
     assert record_of(workspace, "run").resumed_from_step == 10
