@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
-from statistics import median
+
+import numpy as np
 
 from nightshift.records.run import Attempt, RunRecord
 from nightshift.tracking.metrics import CheckpointLine, Line, TrainingLine
@@ -43,7 +44,7 @@ class Goodput:
     """Seconds from schedule to verdict."""
     parts: Parts
     goodput: float
-    """Kept steps times the median time of a step, as a share of `wall`."""
+    """Kept steps times the median time of a step, at most their own time, as a share of `wall`."""
     attempts: int
 
     @property
@@ -73,7 +74,7 @@ def account(record: RunRecord, lines: Sequence[Line], until: datetime | None = N
     parts.training -= parts.stalls
     wall = max((heard - begin).total_seconds(), 1e-9)
     useful = record.step * _median_step(lines)
-    return Goodput(wall, parts, min(useful or parts.training, wall) / wall, len(record.attempts))
+    return Goodput(wall, parts, min(useful or parts.training, parts.training) / wall, len(record.attempts))
 
 
 def _add(parts: Parts, attempt: Attempt, heard: datetime, ended: datetime, kept: float, is_last: bool) -> None:
@@ -95,11 +96,14 @@ def _add(parts: Parts, attempt: Attempt, heard: datetime, ended: datetime, kept:
 
 
 def _median_step(lines: Sequence[Line]) -> float:
-    """The median time of a step, in seconds, between two lines about the training; 0 if there are not two."""
+    """The median time of a step, in seconds, from the lines about the training; 0 if there are not two.
+
+    Each line counts with its steps: lines come every few seconds, so slow steps have more of them.
+    """
     training = [line for line in lines if isinstance(line, TrainingLine)]
-    times = [
-        (after.train_seconds - before.train_seconds) / (after.step - before.step)
-        for before, after in pairwise(training)
-        if after.step > before.step and after.train_seconds > before.train_seconds
-    ]
-    return median(times) if times else 0.0
+    steps, seconds = [], []
+    for before, after in pairwise(training):
+        if after.step > before.step and after.train_seconds > before.train_seconds:
+            steps.append(after.step - before.step)
+            seconds.append((after.train_seconds - before.train_seconds) / steps[-1])
+    return float(np.median(np.repeat(seconds, steps))) if steps else 0.0

@@ -88,7 +88,7 @@ def test_the_parts_of_an_undisturbed_night_are_its_wall_time() -> None:
         "evaluation": 11,
     }
     assert found.wall == 126
-    assert found.goodput == pytest.approx(100 / 126)
+    assert found.goodput == pytest.approx(98 / 126)
 
 
 def test_the_parts_of_a_night_that_was_interrupted_five_times_add_up_and_show_what_was_lost() -> None:
@@ -131,3 +131,18 @@ def test_the_record_of_an_older_nightshift_has_no_account() -> None:
     night.attempt(trains=5, ends="finished")
     record = read_record(night.store, "run")[0]
     assert account(record.changed(attempts=[]), []) is None
+
+
+def test_steps_that_were_slow_for_a_while_are_no_goodput() -> None:
+    """Ninety steps of 0.1 s and ten of 2 s: lines come every two seconds, so most of them are about the slow ones."""
+    night = Night()
+    night.attempt(trains=29, ends="finished")
+    record = read_record(night.store, "run")[0]
+    common: dict[str, Any] = {"at": night.now, "epoch": 1, "loss": 1.0, "accuracy": 0.5, "learning_rate": 0.1}
+    fast = [(step, step / 10) for step in range(0, 91, 20)] + [(90, 9.0)]
+    slow = [(90 + number, 9.0 + 2 * number) for number in range(1, 11)]
+    lines = [TrainingLine(step=step, train_seconds=at, images_per_second=1.0, **common) for step, at in fast + slow]
+    checkpoint = record.checkpoints[0].changed(step=100)
+    found = account(record.changed(checkpoints=[checkpoint]), lines)
+    assert found
+    assert found.goodput == pytest.approx(100 * 0.1 / found.wall)
