@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
 
-import numpy as np
-
 from nightshift.records.run import Attempt, RunRecord
 from nightshift.tracking.metrics import CheckpointLine, Line, TrainingLine
 
@@ -100,6 +98,8 @@ def _median_step(lines: Sequence[Line]) -> float:
 
     Each line counts with its steps: lines come every few seconds, so slow steps have more of them.
     """
+    import numpy as np  # here, because the command line imports this file
+
     training = [line for line in lines if isinstance(line, TrainingLine)]
     steps, seconds = [], []
     for before, after in pairwise(training):

@@ -141,6 +141,7 @@ def training(disk: Path) -> dict[str, Any]:
         train_alone(workspace, "undisturbed", config, dataset)
         with progress.shown_by(Told()):
             train_alone(workspace, "disturbed", config, dataset, should_stop=fill_once)
+        seconds_until_it_writes(store)  # its server may just be started anew
         payloads = [
             store.get(read_record(store, run)[0].checkpoints[-1].key)[0] for run in ("undisturbed", "disturbed")
         ]
