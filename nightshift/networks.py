@@ -159,7 +159,7 @@ class Attempt:
         what = f"cannot be made for {self.classes} classes and images of {self.image_size} pixels"
         network = self._tried(what, lambda: factory(self.classes, self.image_size))
         if not isinstance(network, nn.Module):
-            raise self._wrong(f"is made as {_kind(network)}, which is no torch.nn.Module")
+            raise self._wrong(f"is made as {kind_of(network)}, which is no torch.nn.Module")
         return network
 
     def check(self, network: nn.Module, smallest_batch: int, averaged: bool, exported: bool) -> None:
@@ -173,7 +173,7 @@ class Attempt:
             raise self._wrong("has no parameters that are trained")
         for key, value in self._tried("has no state_dict", network.state_dict).items():
             if not isinstance(value, Tensor):
-                raise self._wrong(f"keeps {_kind(value)} as {key} in its state_dict, where only tensors are stored")
+                raise self._wrong(f"keeps {kind_of(value)} as {key} in its state_dict, where only tensors are stored")
         if averaged:
             self._tried("cannot be copied, as optimizer.ema_decay needs it", lambda: copy.deepcopy(network))
         network.to(memory_format=torch.channels_last)
@@ -207,11 +207,9 @@ class Attempt:
     def _check_logits(self, logits: object, count: int) -> None:
         expected = (count, self.classes)
         if not isinstance(logits, Tensor):
-            raise self._wrong(f"returns {_kind(logits)}, not one tensor of logits {expected}")
+            raise self._wrong(f"returns {kind_of(logits)}, not one tensor of logits {expected}")
         if logits.shape != expected or not logits.is_floating_point():
-            raise self._wrong(
-                f"returns {logits.dtype} {tuple(logits.shape)} for {count} images, not float logits {expected}"
-            )
+            raise self._wrong(f"returns {kind_of(logits)} for {count} images, not float logits {expected}")
 
     def _images(self, count: int) -> Tensor:
         return torch.randn(count, 3, self.image_size, self.image_size).to(memory_format=torch.channels_last)
@@ -229,5 +227,8 @@ def _attempt(name: str, classes: int, image_size: int) -> Attempt:
     return Attempt(name, package, classes, image_size)
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What somebody's code has returned, for a message: dtype and shape of a tensor, else the name of its type."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
     return f"a {type(value).__name__}"

@@ -18,6 +18,7 @@ from nightshift import plugins
 from nightshift.config.sections import AugmentConfig
 from nightshift.data.chance import key_of
 from nightshift.errors import ConfigError
+from nightshift.networks import kind_of
 
 Transform = Callable[[Tensor], Tensor]
 """An image, uint8 (3, side, side), → another, of the same shape and dtype."""
@@ -103,16 +104,14 @@ def own_transform(name: str, make: Callable[[int], Transform], side: int) -> Tra
     with plugins.told(f"{what} cannot be made for images of {side} pixels", package):
         transform = make(side)
     if not callable(transform):
-        raise ConfigError(f"{what} is made as a {type(transform).__name__}, which cannot be called. {_PAGE}")
+        raise ConfigError(f"{what} is made as {kind_of(transform)}, which cannot be called. {_PAGE}")
 
     def changed(image: Tensor) -> Tensor:
         shape = image.shape
         with plugins.told(f"{what} fails", package):
             found = transform(image)
         if not isinstance(found, Tensor) or (found.dtype, found.shape) != (torch.uint8, shape):
-            is_tensor = isinstance(found, Tensor)
-            kind = f"{found.dtype} {tuple(found.shape)}" if is_tensor else f"a {type(found).__name__}"
-            raise ConfigError(f"{what} returns {kind}, not an image, torch.uint8 {tuple(shape)}. {_PAGE}")
+            raise ConfigError(f"{what} returns {kind_of(found)}, not an image, torch.uint8 {tuple(shape)}. {_PAGE}")
         return found
 
     return changed

@@ -343,7 +343,7 @@ def _new_record(spec: RunSpec, lease: Lease, now: datetime) -> RunRecord:
             created_at=now,
             updated_at=now,
         )
-        .held_by(spec.origin, now)
+        .held_anew(now)
         .with_event("started", now, f"with {spec.parent}" if spec.parent else "")
     )
 
@@ -374,6 +374,6 @@ def _taken_over(found: RunRecord, spec: RunSpec, lease: Lease, now: datetime) ->
             lease=lease.changed(token=found.lease.token + 1),
             updated_at=now,
         )
-        .held_by(spec.origin, now)
+        .held_anew(now)
         .with_event("resumed", now, ", ".join(changes))
     )

@@ -8,9 +8,10 @@ Whoever is interrupted is followed by another who goes on: what is half deleted 
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from nightshift import progress
 from nightshift.errors import NightshiftError, StorageDeniedError, StorageError, StorageUnreachableError
@@ -24,6 +25,7 @@ from nightshift.settings import KeepSettings
 from nightshift.storage import documents
 from nightshift.storage.store import Contents, Store, Stored
 
+T = TypeVar("T")
 CHAMPIONS = 10
 """So many of the last champions stay, whatever their age."""
 _COMPARED = timedelta(days=30)
@@ -58,7 +60,7 @@ def find(store: Store, keep: KeepSettings) -> Spent:
     records = list(newest_records(store))
     once_live: dict[str, Collection[str]] = {}
     spent: dict[str, RunRecord] = {}
-    for name, of_name in _by_data_set(records).items():
+    for name, of_name in _grouped((record.dataset.name, record) for record in records).items():
         try:
             history = read_history(store, name)
         except StorageError as error:
@@ -100,10 +102,7 @@ def tidy(store: Store, keep: KeepSettings, older_than: timedelta, dry_run: bool 
 
 
 def _let_go(store: Store, spent: Spent) -> list[Stored]:
-    retired = defaultdict[str, list[str]](list)
-    for name, version in spent.retired:
-        retired[name].append(version)
-    for name, versions in retired.items():
+    for name, versions in _grouped(spent.retired).items():
         _retire(store, name, versions)
     gone: list[Stored] = []
     for run_id in spent.runs:
@@ -115,10 +114,7 @@ def _let_go(store: Store, spent: Spent) -> list[Stored]:
             progress.current().warn(f"run {run_id} is left alone: {error}")
     for item in spent.sweeps:
         store.delete(item.key)
-    forgotten = defaultdict[str, set[str]](set)
-    for name, digest in spent.snapshots:
-        forgotten[name].add(digest)
-    for name, digests in forgotten.items():
+    for name, digests in _grouped(spent.snapshots).items():
         snapshots.forget(store, name, digests)
     return gone + spent.sweeps
 
@@ -144,10 +140,11 @@ def _needed(history: History, now: datetime) -> set[str]:
     return {entry.version for entry in transitions}
 
 
-def _by_data_set(records: list[RunRecord]) -> dict[str, list[RunRecord]]:
-    found = defaultdict[str, list[RunRecord]](list)
-    for record in records:
-        found[record.dataset.name].append(record)
+def _grouped(named: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """What belongs to each name."""
+    found = defaultdict[str, list[T]](list)
+    for name, item in named:
+        found[name].append(item)
     return found
 
 

@@ -212,11 +212,11 @@ class RunRecord(Document):
             return self
         return self.changed(events=[*self.events, event])
 
-    def held_by(self, origin: Origin, now: datetime) -> Self:
-        """The record with another attempt, which goes on from the newest checkpoint."""
+    def held_anew(self, now: datetime) -> Self:
+        """The record with another attempt, by its origin, which goes on from the newest checkpoint."""
         attempt = Attempt(
-            scheduled_at=origin.scheduled_at,
-            began_at=origin.began_at,
+            scheduled_at=self.origin.scheduled_at,
+            began_at=self.origin.began_at,
             held_at=now,
             heard_at=now,
             from_step=self.step,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from nightshift import plugins
 from nightshift.config.sections import LOSSES, LossConfig
 from nightshift.errors import ConfigError
+from nightshift.networks import kind_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits, float32 or bfloat16 (batch, classes), and targets → the mean loss, a scalar.
@@ -56,7 +57,7 @@ def own_loss(name: str, make: LossFactory, labels: Tensor, classes: int, device:
     with plugins.told(f"{what} cannot be made for {classes} classes", package):
         loss: Any = make(classes, labels.cpu().long())
     if not callable(loss):
-        raise ConfigError(f"{what} is made as a {type(loss).__name__}, which cannot be called. {_PAGE}")
+        raise ConfigError(f"{what} is made as {kind_of(loss)}, which cannot be called. {_PAGE}")
     if isinstance(loss, nn.Module):
         if any(parameter.requires_grad for parameter in loss.parameters()):
             raise ConfigError(
@@ -68,9 +69,9 @@ def own_loss(name: str, make: LossFactory, labels: Tensor, classes: int, device:
         with plugins.told(f"{what} fails", package):
             found = loss(logits, targets)
         if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
-            is_tensor = isinstance(found, Tensor)
-            kind = f"{found.dtype} {tuple(found.shape)}" if is_tensor else f"a {type(found).__name__}"
-            raise ConfigError(f"{what} returns {kind}, not one number, a tensor of floats with the shape (). {_PAGE}")
+            raise ConfigError(
+                f"{what} returns {kind_of(found)}, not one number, a tensor of floats with the shape (). {_PAGE}"
+            )
         return found
 
     return mean
