@@ -226,6 +226,8 @@ def hold(store: Store, spec: RunSpec, lease_seconds: float, patience: float = 0)
         try:
             run.end("interrupted" if passes else "failed", why)
         except NightshiftError as unrecorded:
+            if isinstance(error, LeaseExpiredError) and isinstance(unrecorded, LeaseLostError):
+                raise unrecorded from error  # taken over, not only late: trying again would be refused
             _unrecorded[run.record.lease.owner] = why
             progress.current().warn(f"how run {run.run_id} ended could not be recorded: {unrecorded}")
         raise

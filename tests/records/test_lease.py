@@ -195,15 +195,19 @@ def test_why_a_lease_expired_is_recorded_when_the_store_answers_again(store: Sto
     assert "no answer" in record.events[-1].detail
 
 
-def test_an_expired_owner_writes_nothing_over_the_one_who_has_taken_the_run_over(store: Store) -> None:
+def test_an_expired_owner_neither_writes_over_the_one_who_has_taken_the_run_over_nor_tries_again(store: Store) -> None:
     taken: list[RunRecord] = []
 
     def take_over() -> None:
         wait_until(store, run.record.lease.expires_at)
         taken.append(acquire_run(store, replace(spec(), process="another process"), 60).record)
 
-    with pytest.raises(LeaseLostError), hold(store, lease_seconds=short_lease(store)) as run:
+    with (
+        pytest.raises(LeaseLostError, match="was taken over by") as lost,
+        hold(store, lease_seconds=short_lease(store)) as run,
+    ):
         expire(run, take_over)
+    assert not lost.value.transient
     assert [read_record(store, "run")[0]] == taken
 
 
