@@ -38,7 +38,7 @@ test-fast: setup
 soak: setup
 	@.venv/bin/python -m tests.faults.soak
 	@.venv/bin/python -m pytest -m soak --numprocesses 0
-	@FUZZ_CASES=5000 .venv/bin/python -m pytest tests/fuzz --timeout 3600
+	@FUZZ_CASES=2000 .venv/bin/python -m pytest tests/fuzz --timeout 3600
 	@.venv/bin/python -m tests.faults.nights --minutes $(MINUTES)
 
 bench: setup

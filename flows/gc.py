@@ -20,7 +20,7 @@ def gc(older_than_hours: Annotated[float, Field(ge=0, le=876_000)] = 24) -> dict
         older_than_hours: Leave what is younger of the first; it may be about to be used.
     """
     settings = Settings.load()
-    with open_workspace(settings) as workspace:
+    with open_workspace(settings, to_make_room=True) as workspace:
         spent, found = retention.tidy(workspace.store, settings.keep, timedelta(hours=older_than_hours))
     progress.current().say(
         f"deleted {len(found.objects):,} objects, {found.bytes / 1e6:,.1f} MB, with {len(spent.runs):,} runs and "

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nightshift.local.s3 import embedded_s3
+from nightshift.local.s3 import embedded_s3, give_up_reserve
 from nightshift.settings import NodesSettings, Settings
 from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store
@@ -23,14 +23,19 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(settings: Settings) -> Iterator[Workspace]:
+def open_workspace(settings: Settings, to_make_room: bool = False) -> Iterator[Workspace]:
     """The workspace these settings describe, on the embedded S3 unless they name another store.
+
+    Args:
+        to_make_room: objects will be deleted, which a full disk below the embedded S3 would not allow.
 
     Raises:
         StorageError: the store cannot be used. This is checked here, before any work.
         LocalServiceError: the embedded S3 does not start.
     """
     if settings.s3.embedded:
+        if to_make_room:
+            give_up_reserve(settings.home)
         with embedded_s3(settings.home, settings.s3.prefix) as store:
             yield _workspace(settings, store)
     else:

@@ -95,12 +95,12 @@ def print_error(error: NightshiftError) -> None:
 
 
 @contextmanager
-def configured_workspace() -> Iterator["Workspace"]:
+def configured_workspace(to_make_room: bool = False) -> Iterator["Workspace"]:
     """The workspace that the environment's settings describe."""
     from nightshift.settings import Settings
     from nightshift.workspace import open_workspace
 
-    with open_workspace(Settings.load()) as workspace:
+    with open_workspace(Settings.load(), to_make_room) as workspace:
         yield workspace
 
 

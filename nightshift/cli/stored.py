@@ -190,15 +190,12 @@ def gc(
     """Delete what interrupted runs left behind, and of finished nights what NIGHTSHIFT_KEEP__… keeps no longer."""
     from datetime import timedelta
 
-    from nightshift.local.s3 import give_up_reserve
     from nightshift.records import retention
     from nightshift.settings import Settings
 
-    settings = Settings.load()
-    if settings.s3.embedded and not dry_run:
-        give_up_reserve(settings.home)
-    with configured_workspace() as workspace:
-        spent, found = retention.tidy(workspace.store, settings.keep, timedelta(hours=older_than_hours), dry_run)
+    keep = Settings.load().keep
+    with configured_workspace(to_make_room=not dry_run) as workspace:
+        spent, found = retention.tidy(workspace.store, keep, timedelta(hours=older_than_hours), dry_run)
     if as_json:
         print_json(
             {
