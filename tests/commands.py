@@ -60,7 +60,7 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def finish(self, timeout: float = 240) -> Finished:
+    def finish(self, timeout: float = 400) -> Finished:
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"not ended after {timeout} s: {self._err.text}"
         return Finished(self.process.exitcode, self._out.until_its_end(), self._err.until_its_end())

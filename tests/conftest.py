@@ -1,8 +1,7 @@
-"""One real S3 server, one real Prefect server and the real CIFAR-10 a process of the tests; a fresh prefix a test."""
+"""One real S3 server, one real Prefect server and the real CIFAR-10 for all tests; a fresh prefix for each."""
 
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,9 +74,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NIGHTSHIFT_HOME of the whole session: servers and the cached data set."""
-    return tmp_path_factory.mktemp("home")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of all processes of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def home(shared: Path) -> Path:
+    """NIGHTSHIFT_HOME of all tests: servers and the cached data set. A server lives as long as one of them uses it."""
+    home = shared / "home"
+    home.mkdir(exist_ok=True)
+    return home
 
 
 @pytest.fixture(scope="session")
@@ -111,28 +119,17 @@ def store(request: pytest.FixtureRequest) -> Store:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of both processes of the tests."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
-@pytest.fixture(scope="session")
 def cifar10(home: Path, server: S3, shared: Path) -> DatasetRef:
-    """CIFAR-10 in the session's local cache, from wherever it is to be had; one process has it from the other."""
-    fetched = shared / "datasets"
-    with FileLock(f"{fetched}.lock"), embedded_s3(home, "shared-data") as store:
-        if fetched.exists():
-            shutil.copytree(fetched, home / "datasets")
-            know_snapshot(store, shared)
+    """CIFAR-10 in the local cache, from wherever it is to be had; the first process to ask for it fetches it."""
+    snapshot = shared / "snapshot"
+    with FileLock(f"{snapshot}.lock"), embedded_s3(home, "shared-data") as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
         dataset = pack(workspace, fetch(workspace, "cifar10"))
-        if not fetched.exists():
+        if not snapshot.exists():
             for item in store.list("datasets/cifar10/"):
-                copy = shared / "snapshot" / item.key
+                copy = snapshot / item.key
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(store.get(item.key)[0])
-            shutil.copytree(home / "datasets", fetched)
         return dataset
 
 
@@ -147,7 +144,7 @@ def know_snapshot(store: Store, shared: Path) -> None:
 
 @pytest.fixture(scope="session")
 def prefect_server(home: Path) -> Iterator[PrefectServer]:
-    """The session's Prefect server, and the login it asks for."""
+    """The Prefect server of all tests, and the login it asks for."""
     with local_prefect(home) as (prefect, wait):
         wait()
         yield prefect
@@ -211,10 +208,10 @@ def candidates(
 ) -> Iterator[tuple[Workspace, dict[int, ModelRef]]]:
     """Published models of one, two and three epochs, each better than the one before, and where they lie.
 
-    One process trains them, and the other has a copy.
+    One process trains them, and each of the others has a copy.
     """
     trained = shared / "candidates"
-    with embedded_s3(home, "candidates") as store:
+    with embedded_s3(home, f"candidates-{os.getpid()}") as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
         with FileLock(f"{trained}.lock"):
             if not trained.exists():

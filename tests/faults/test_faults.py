@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,15 +195,16 @@ def test_a_stop_while_nothing_can_be_stored_says_which_step_is_the_newest_that_i
 
 
 def test_a_server_killed_in_the_middle_of_a_run_does_not_end_it(
-    workspace: Workspace, home: Path, cifar10: DatasetRef, expected: str
+    workspace: Workspace, tmp_path: Path, cifar10: DatasetRef, expected: str
 ) -> None:
     def kill_server(step: int) -> bool:
         if step == 15:
-            os.kill(int((home / "s3" / "server.pid").read_text().split()[2]), signal.SIGKILL)
+            os.kill(int((tmp_path / "s3" / "server.pid").read_text().split()[2]), signal.SIGKILL)
         return False
 
-    done = train_alone(workspace, "run", CONFIG, cifar10, should_stop=kill_server)
-    assert ending(workspace.store, done) == expected
+    with embedded_s3(tmp_path) as store:  # its own: others use that of the tests
+        done = train_alone(replace(workspace, store=store), "run", CONFIG, cifar10, should_stop=kill_server)
+        assert ending(store, done) == expected
 
 
 def stored(workspace: Workspace) -> RunRecord:

@@ -19,16 +19,8 @@ TRAIN = (
 )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ournets:PartsNet",
-        *(
-            pytest.param(name, marks=pytest.mark.soak)
-            for name in ("torchvision:mobilenet_v3_small", "timm:convnext_atto")
-        ),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["ournets:PartsNet", "torchvision:mobilenet_v3_small", "timm:convnext_atto"])
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights_and_goes_live(
     start: Callable[..., Command],
     workspace: Workspace,

@@ -66,8 +66,11 @@ def seeded(name: str, size: int, seed: int = 0) -> nn.Module:
     [
         ("torchvision:resnet18", 32),
         ("torchvision:mobilenet_v3_small", 33),
-        pytest.param("torchvision:vit_b_16", 32, marks=pytest.mark.soak),
-        *((f"timm:{name}", 32) for name in OF_TIMM[:3]),
+        ("timm:convnext_atto", 32),
+        *(
+            pytest.param(name, 32, marks=pytest.mark.soak)
+            for name in ("torchvision:vit_b_16", "timm:tf_efficientnet_lite0", "timm:vit_tiny_patch16_224")
+        ),
     ],
 )
 def test_the_seed_decides_the_initial_weights_and_the_network_is_exported_to_pt2_and_onnx(name: str, size: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,14 +59,31 @@ def told() -> Iterator[tuple[str, list[dict[str, str]]]]:
 
 
 @pytest.fixture(scope="module")
-def block(prefect_server: PrefectServer, told: tuple[str, list[dict[str, str]]]) -> str:
+def laptop(home: Path, cifar10: DatasetRef, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """NIGHTSHIFT_HOME of the user who types `up`, with servers of its own and the cached data set."""
+    laptop = tmp_path_factory.mktemp("laptop")
+    shutil.copytree(home / "datasets", laptop / "datasets")
+    with embedded_s3(laptop):
+        yield laptop
+
+
+@pytest.fixture(scope="module")
+def its_server(laptop: Path) -> Iterator[PrefectServer]:
+    """Its Prefect server, and the login that asks for."""
+    with local.local_prefect(laptop) as (server, wait):
+        wait()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def block(its_server: PrefectServer, told: tuple[str, list[dict[str, str]]]) -> str:
     """A notification block on the server, which sends to that webhook."""
     make = f"""
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 message = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
 CustomWebhookNotificationBlock(name="webhook", url="{told[0]}", json_data=message).save("nightshift", overwrite=True)
 """
-    subprocess.run([sys.executable, "-c", make], env={**os.environ, **prefect_server.environment}, check=True)
+    subprocess.run([sys.executable, "-c", make], env={**os.environ, **its_server.environment}, check=True)
     return "custom-webhook/nightshift"
 
 
@@ -76,9 +94,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nightshift(home: Path, prefix: str, block: str, directory: Path) -> Nightshift:
+def nightshift(laptop: Path, prefix: str, block: str, directory: Path) -> Nightshift:
     """Run `nightshift`, without a Prefect server configured: it has to find that of `up`."""
-    environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix, "NIGHTSHIFT_NOTIFY": block}
+    environment = {"NIGHTSHIFT_HOME": str(laptop), "NIGHTSHIFT_S3__PREFIX": prefix, "NIGHTSHIFT_NOTIFY": block}
 
     def run(*arguments: str) -> Finished:
         return Command(arguments, environment, directory).finish(timeout=280)
@@ -87,7 +105,7 @@ def nightshift(home: Path, prefix: str, block: str, directory: Path) -> Nightshi
 
 
 @pytest.fixture(scope="module")
-def stack(nightshift: Nightshift, prefect_server: PrefectServer, cifar10: DatasetRef) -> Iterator[dict[str, Any]]:
+def stack(nightshift: Nightshift, its_server: PrefectServer) -> Iterator[dict[str, Any]]:
     """What `nightshift up` says it has started."""
     started = nightshift("up", "--json")
     assert started.exit_code == 0, started.err
@@ -116,7 +134,7 @@ def prefect(stack: dict[str, Any], nightshift: Nightshift) -> Prefect:
 
 
 @pytest.fixture(scope="module")
-def ask(stack: dict[str, Any], prefect_server: PrefectServer) -> Callable[..., Any]:
+def ask(stack: dict[str, Any], its_server: PrefectServer) -> Callable[..., Any]:
     """Ask the server's API: what is at a path, or what it says to a body."""
 
     # SQLite is locked now and then, and the server answers 503, or not within half a minute; Prefect's own client asks
@@ -132,7 +150,7 @@ def ask(stack: dict[str, Any], prefect_server: PrefectServer) -> Callable[..., A
         wait=wait_fixed(0.5),
     )
     def request(path: str, **body: Any) -> Any:
-        return local.ask(prefect_server, path, body or None, timeout=30)
+        return local.ask(its_server, path, body or None, timeout=30)
 
     return request
 
@@ -171,10 +189,10 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def train(ask: Callable[..., Any], home: Path, prefix: str) -> Iterator[Callable[..., Training]]:
+def train(ask: Callable[..., Any], laptop: Path, prefix: str) -> Iterator[Callable[..., Training]]:
     """Start a run on the worker and wait until it has committed its first checkpoint."""
-    with embedded_s3(home, prefix) as store:
-        workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=5)
+    with embedded_s3(laptop, prefix) as store:
+        workspace = Workspace(store, laptop, lease_seconds=60, save_retry_seconds=5)
 
         def start(run_id: str, overrides: Mapping[str, Any] = CONFIG, **environment: str) -> Training:
             parameters = {"recipe": "tutorial", "run_id": run_id, "overrides": overrides}
@@ -193,9 +211,9 @@ def train(ask: Callable[..., Any], home: Path, prefix: str) -> Iterator[Callable
         yield start
 
 
-def worker_of(home: Path) -> tuple[int, int]:
+def worker_of(laptop: Path) -> tuple[int, int]:
     """The pids of the process that stands before the worker, and of the worker."""
-    wrapper = int((home / "worker" / "server.pid").read_text().split()[2])
+    wrapper = int((laptop / "worker" / "server.pid").read_text().split()[2])
     children = Path(f"/proc/{wrapper}/task/{wrapper}/children")
     eventually(lambda: bool(children.read_text()))
     return wrapper, int(children.read_text())

@@ -56,17 +56,17 @@ def two_ranks(train: Callable[..., Training], ask: Callable[..., Any], prefect: 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
 @pytest.mark.soak
-def test_a_neighbour_on_the_machine_gets_nothing_but_refusals(two_ranks: Training, home: Path) -> None:
-    pids = sorted(processes_of(home))
+def test_a_neighbour_on_the_machine_gets_nothing_but_refusals(two_ranks: Training, laptop: Path) -> None:
+    pids = sorted(processes_of(laptop))
     assert two_ranks.pid in pids
     ports = {port: address for pid in pids for port, address in listening(pid).items()}
     assert set(ports.values()) == {"0100007F"}, "somebody listens elsewhere than at 127.0.0.1"
     sockets = sorted({str(path) for pid in pids for path in unix_sockets(pid)})
-    found = as_nobody(look_around, sorted(ports), pids, sockets, str(home))
+    found = as_nobody(look_around, sorted(ports), pids, sockets, str(laptop))
     assert found["ports"], "nothing was tried"
     assert {what: answer for what, answer in found["ports"].items() if not says_nothing(answer)} == {}
     assert found["others"] == []
-    secrets = (login_file(home).read_text(), embedded_credentials(home / "s3").secret_key)
+    secrets = (login_file(laptop).read_text(), embedded_credentials(laptop / "s3").secret_key)
     assert [line for line in found["command lines"] if any(secret in line for secret in secrets)] == []
 
 

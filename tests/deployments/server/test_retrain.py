@@ -29,8 +29,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(stack: dict[str, Any], home: Path, prefix: str) -> Iterator[S3]:
-    with embedded_s3(home, prefix) as store:
+def store(stack: dict[str, Any], laptop: Path, prefix: str) -> Iterator[S3]:
+    with embedded_s3(laptop, prefix) as store:
         yield store
 
 
@@ -88,16 +88,16 @@ def _succeeds(request: Callable[[], httpx.Response]) -> bool:
 
 @pytest.fixture(scope="module")
 def later(
-    first: Finished, nightshift: Nightshift, prefect_server: PrefectServer, ask: Callable[..., Any], directory: Path
+    first: Finished, nightshift: Nightshift, its_server: PrefectServer, ask: Callable[..., Any], directory: Path
 ) -> Finished:
     """`nightshift up` with a project file without the table, on a server whose automations are those of yesterday."""
     for automation in ask("automations/filter", limit=100):
         related = automation["trigger"].get("match_related", {})
         if "retrain" in related.get("prefect.resource.name", []):
             related["prefect.resource.name"].remove("retrain")
-            login = (prefect_server.login or "").split(":", 1)
+            login = (its_server.login or "").split(":", 1)
             changed = {name: automation[name] for name in ("name", "description", "enabled", "trigger", "actions")}
-            url = f"{prefect_server.api_url}/automations/{automation['id']}"
+            url = f"{its_server.api_url}/automations/{automation['id']}"
             put = partial(httpx.put, url, json=changed, auth=(login[0], login[1]), timeout=30)
             # While its SQLite is locked, the server answers 503. Prefect's own client asks again too.
             eventually(partial(_succeeds, put), timeout=120)
@@ -126,8 +126,8 @@ def test_automations_of_yesterday_watch_over_retrain_from_then_on(later: Finishe
 
 
 def test_workers_go_on_with_the_project_file_that_up_was_last_typed_with(
-    later: Finished, home: Path, directory: Path
+    later: Finished, laptop: Path, directory: Path
 ) -> None:
-    wrapper, _ = worker_of(home)
+    wrapper, _ = worker_of(laptop)
     environment = Path(f"/proc/{wrapper}/environ").read_text().split("\0")
     assert f"NIGHTSHIFT_PROJECT={directory / 'other.toml'}" in environment

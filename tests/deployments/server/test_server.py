@@ -26,10 +26,10 @@ from tests.sweeps.test_sweep import trained
 
 
 @pytest.fixture(scope="module", autouse=True)
-def lost(train: Callable[..., Training], home: Path) -> Training:
+def lost(train: Callable[..., Training], laptop: Path) -> Training:
     """A run whose worker and trainer were killed in the middle of it. The supervisor starts a new worker."""
     training = train("lost")
-    wrapper, worker = worker_of(home)
+    wrapper, worker = worker_of(laptop)
     os.kill(worker, signal.SIGKILL)
     training.kill()
     eventually(lambda: processes.identity(wrapper) == "")
@@ -37,10 +37,10 @@ def lost(train: Callable[..., Training], home: Path) -> Training:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def preempted(train: Callable[..., Training], home: Path, lost: Training) -> tuple[Training, RunRecord]:
+def preempted(train: Callable[..., Training], laptop: Path, lost: Training) -> tuple[Training, RunRecord]:
     """A run whose worker was told to stop, and its record when it had. It is started again after 20 s."""
     training = train("preempted")
-    wrapper, _ = worker_of(home)
+    wrapper, _ = worker_of(laptop)
     os.kill(wrapper, signal.SIGTERM)
     eventually(lambda: training.record.status == "interrupted")
     return training, training.record
@@ -283,10 +283,10 @@ def test_a_run_that_is_interrupted_too_often_is_given_up_and_somebody_is_told(
 
 
 def test_a_run_goes_on_while_the_server_is_killed_and_started_again(
-    train: Callable[..., Training], home: Path, undisturbed: RunRecord
+    train: Callable[..., Training], laptop: Path, undisturbed: RunRecord
 ) -> None:
     training = train("unobserved")
-    os.kill(int((home / "prefect" / "server.pid").read_text().split()[2]), signal.SIGKILL)
+    os.kill(int((laptop / "prefect" / "server.pid").read_text().split()[2]), signal.SIGKILL)
     eventually(training.has_ended, timeout=120)
     assert training.events == ["started", "finished"]
     assert training.record.result
