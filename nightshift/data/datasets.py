@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nightshift.records.snapshots import Split
 from nightshift.refs import DatasetRef
 from nightshift.values import Resize
 from nightshift.workspace import Workspace
@@ -61,11 +62,11 @@ class Dataset:
         """The side of the images, in pixels."""
         return self.train_images.shape[1]
 
-    def images_of(self, split: Judged) -> Tensor:
-        """The images of a split that is not trained on."""
-        images = self.test_images if split == "test" else self.validation_images
-        assert images is not None
-        return images
+    def images_of(self, split: Split) -> Tensor:
+        """The images of a split; none of one that there is not."""
+        splits = {"train": self.train_images, "validation": self.validation_images, "test": self.test_images}
+        images = splits[split]
+        return self.train_images[:0] if images is None else images
 
     def resident_on(self, device: torch.device) -> Self:
         """The same data set with its training part in a device's memory, so that no step has to copy images there."""

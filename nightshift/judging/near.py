@@ -82,10 +82,25 @@ def _spread(count: int) -> Tensor:
 
 
 def embedding_of(model: nn.Module, name: str, classes: int, image_size: int) -> Callable[[Tensor], Tensor]:
-    """What the last layer of a network sees of normalized images (batch, 3, side, side).
+    """What the last layer of a network sees of normalized images (batch, 3, side, side), as `watched` has it.
 
-    The function returns vectors of length 1, float32 (batch, features), on the CPU. Where the last layer is not to be
-    found, or sees no single tensor with a part for each image, they are made of the logits.
+    Args:
+        name: of the network, as the config has it.
+    """
+    look = watched(model, name, classes, image_size)
+    device = next(model.parameters()).device
+    return lambda inputs: look(inputs, lambda images: model(images.to(device, memory_format=torch.channels_last)))[1]
+
+
+def watched(
+    model: nn.Module, name: str, classes: int, image_size: int
+) -> Callable[[Tensor, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]:
+    """Watch the last layer of a network while it is asked.
+
+    The function takes normalized images (batch, 3, side, side), and a function that calls the network with them and
+    makes logits (batch, classes). It returns these, and what the last layer saw of the images in the first call:
+    vectors of length 1, float32 (batch, features), on the CPU. Where the last layer is not to be found, or sees no
+    single tensor with a part for each image, they are made of the logits.
 
     Args:
         name: of the network, as the config has it.
@@ -94,19 +109,20 @@ def embedding_of(model: nn.Module, name: str, classes: int, image_size: int) -> 
     head = model.get_submodule(layers.pop()) if len(layers) == 1 else None
 
     @torch.inference_mode()
-    def embed(inputs: Tensor) -> Tensor:
+    def look(inputs: Tensor, answer: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
 
-        def look(layer: nn.Module, arguments: tuple[object, ...]) -> None:
-            if arguments and isinstance(arguments[0], Tensor) and len(arguments[0]) == len(inputs):
+        def note(layer: nn.Module, arguments: tuple[object, ...]) -> None:
+            if not seen and arguments and isinstance(arguments[0], Tensor) and len(arguments[0]) == len(inputs):
                 seen.append(arguments[0])
 
-        hook = head.register_forward_pre_hook(look) if head else None
+        model.eval()
+        hook = head.register_forward_pre_hook(note) if head else None
         try:
-            logits = model.eval()(inputs.to(next(model.parameters()).device, memory_format=torch.channels_last))
+            logits = answer(inputs)
         finally:
             if hook:
                 hook.remove()
-        return F.normalize((seen[0] if seen else logits).flatten(1).float(), dim=1).cpu()
+        return logits, F.normalize((seen[0] if seen else logits).flatten(1).float(), dim=1).cpu()
 
-    return embed
+    return look
