@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 from nightshift.judging import gate
+from nightshift.judging.came_in import note_drift
 from nightshift.judging.tonight import Tonight
 from nightshift.records.lease import attached
 from nightshift.refs import CheckpointRef, ModelRef, Verdict
@@ -18,8 +19,11 @@ def promote(
     """Compare a candidate with the champion on the same images, and make it the champion if it passes.
 
     Its run goes on to be held meanwhile, if it is not finished yet: to test a champion may take longer than a lease.
+    Its report also tells what came in since the champion was trained, which decides nothing.
     """
-    store = workspace.store
+    store, tonight = workspace.store, Tonight(workspace, candidate.run_id)
     held = attached(store, checkpoint, workspace.lease_seconds) if checkpoint else nullcontext()
     with interruptible(), held:
-        return gate.promote(store, candidate, settings, Tonight(workspace, candidate.run_id).predicted)
+        if checkpoint:
+            note_drift(store, candidate, tonight)
+        return gate.promote(store, candidate, settings, tonight.predicted)

@@ -62,6 +62,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
     """Show a run: its record, its checkpoints, its curve."""
     from dataclasses import asdict
 
+    from nightshift.judging.drift import read_drift
     from nightshift.judging.goodput import account
     from nightshift.records.lease import status_of
     from nightshift.records.run import read_record
@@ -71,6 +72,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
         record, _ = read_record(workspace.store, run)
         status = status_of(record, workspace.store.now())
         spent = account(record, read_lines(workspace.store, run))
+        drift = read_drift(workspace.store, run) if as_json else None
     if as_json:
         print_json(
             {
@@ -79,6 +81,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
                 "status": status,
                 "config": record.train_config().model_dump(mode="json"),
                 "goodput": asdict(spent) if spent else None,
+                "drift": drift.model_dump(mode="json", exclude={"sha256"}) if drift else None,
             }
         )
         return

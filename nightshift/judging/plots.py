@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nightshift.judging.drift import Suspect, Unusual
 from nightshift.judging.evaluation import Bin, Mistake
 from nightshift.judging.goodput import Goodput
 from nightshift.judging.near import Near
@@ -161,17 +162,30 @@ def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
 
     All are shown as large, whatever their size: small ones as their pixels are, large ones smoothed.
     """
+    return _taken_for([(mistake.label, mistake.predicted, mistake.probability) for mistake in found], images)
+
+
+def unusual(found: Sequence[Unusual], images: Sequence[np.ndarray]) -> str:
+    """New images that are far from all old ones, uint8 (side, side, 3) each, as those of `mistakes`."""
+    return _taken_for([(image.label, image.predicted, image.confidence) for image in found], images)
+
+
+def suspects(found: Sequence[Suspect], images: Sequence[np.ndarray]) -> str:
+    """Images whose labels are likely wrong, uint8 (side, side, 3) each, as those of `mistakes`."""
+    return _taken_for([(image.label, image.suggested, image.probability) for image in found], images)
+
+
+def _taken_for(found: Sequence[tuple[str, str, float]], images: Sequence[np.ndarray] | np.ndarray) -> str:
+    """Images, each with its class, another, and the probability of that."""
     columns = min(5, len(found))
     rows = -(-len(found) // columns)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(1.7 * columns, 2.4 * rows), layout="constrained")
-        for place, (mistake, pixels) in enumerate(zip(found, images, strict=True)):
+        for place, ((label, other, probability), pixels) in enumerate(zip(found, images, strict=True)):
             axes = figure.add_subplot(rows, columns, place + 1)
             axes.imshow(pixels, interpolation="auto")
             axes.set_axis_off()
-            label, predicted = figure_label(mistake.label), figure_label(mistake.predicted)
-            title = f"{label}\n→ {predicted}\n{mistake.probability:.1%}"
-            axes.set_title(title, fontsize=12)
+            axes.set_title(f"{figure_label(label)}\n→ {figure_label(other)}\n{probability:.1%}", fontsize=12)
     return _svg(figure)
 
 

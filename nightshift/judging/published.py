@@ -1,17 +1,36 @@
-"""Published versions, loaded from their verified weights, and what they predict of images of another night."""
+"""Published versions, loaded from their verified weights, and what they say of images of another night."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nightshift import plugins, progress
 from nightshift.checkpoints.weights import published_weights
 from nightshift.data import batches
 from nightshift.data.images import fit
 from nightshift.judging import evaluation
+from nightshift.judging.near import watched
 from nightshift.records.versions import ModelCard
 from nightshift.storage.store import Store
+
+_MOST_FEATURES = 4096
+"""Of an image. Where a network's last layer sees more, their means in as many groups are taken."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a version says of N images, on the CPU."""
+
+    probabilities: Tensor
+    """Of each of its own classes, float32 (N, classes)."""
+    features: Tensor
+    """What its last layer sees: vectors of length 1, float32 (N, features)."""
 
 
 def load_version(store: Store, card: ModelCard, device: torch.device) -> nn.Module:
@@ -44,6 +63,38 @@ def predicted_by(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
     size, tta = batches.images_at_a_time(card.image_size, len(card.classes)), card.train_config().evaluation.tta
     parts = (batches.to_input(_fitted(part, card), scale, shift) for part in torch.split(images, size))
     return torch.cat([evaluation.predict(model, part, tta).argmax(1) for part in parts])
+
+
+def seen_by(model: nn.Module, card: ModelCard, images: Iterable[Tensor]) -> Seen:
+    """What a version says of images that were stored for another, and what it sees of them.
+
+    Args:
+        model: the version's, from `load_version`.
+        images: one at least, uint8 (side, side, 3) each. A batch of them is in memory at a time.
+    """
+    config, classes = card.train_config(), len(card.classes)
+    scale, shift = batches.scale_and_shift(card.mean, card.std)
+    look = watched(model, config.model.name, classes, card.image_size)
+    parts = [
+        look(
+            batches.to_input(_fitted(part, card), scale, shift),
+            lambda inputs: evaluation.predict(model, inputs, config.evaluation.tta),
+        )
+        for part in _stacked(images, batches.images_at_a_time(card.image_size, classes))
+    ]
+    return Seen(torch.cat([logits.softmax(1) for logits, _ in parts]), torch.cat([_few(seen) for _, seen in parts]))
+
+
+def _stacked(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    left = iter(images)
+    while some := list(islice(left, size)):
+        yield torch.stack(some)
+
+
+def _few(features: Tensor) -> Tensor:
+    if features.shape[1] <= _MOST_FEATURES:
+        return features
+    return F.normalize(F.adaptive_avg_pool1d(features, _MOST_FEATURES), dim=1)
 
 
 def _fitted(images: Tensor, card: ModelCard) -> Tensor:

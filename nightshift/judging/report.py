@@ -4,19 +4,21 @@ It is one HTML file that needs no network, and the same as Markdown.
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Self
+from typing import Self, TypeVar
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nightshift import progress
-from nightshift.data.datasets import open_dataset
+from nightshift.data.datasets import Dataset, open_dataset
 from nightshift.data.specs import is_same_data
 from nightshift.judging import evaluation
+from nightshift.judging.drift import Drift, Suspect, Unusual, read_drift
 from nightshift.judging.evaluation import ClassMetrics, Metrics
 from nightshift.judging.goodput import Goodput, account
 from nightshift.records.curve import best_of, is_enough, kept_of
@@ -29,6 +31,7 @@ from nightshift.text import markdown, plain
 from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
 from nightshift.workspace import Workspace
 
+Named = TypeVar("Named", Unusual, Suspect)
 _NEAR = 20
 """How many pairs of nearly the same images are shown."""
 _NIGHTS = 14
@@ -139,7 +142,8 @@ def build_report(
     champion = _metrics_of_champion(store, record.dataset.name, verdict, found)
     nights = _nights(workspace, record, verdict, found)
     spent = account(record, lines, None if record.status == "finished" else store.now())
-    plots = _plots(workspace, record, found, lines, nights, spent)
+    drift = read_drift(store, record.run_id)
+    plots = _plots(workspace, record, found, lines, nights, spent, drift)
     config = record.train_config()
     images = record.step * config.data.batch_size
     context = {
@@ -159,6 +163,7 @@ def build_report(
         "cost": price_per_hour and price_per_hour * record.train_seconds / 3600,
         "price_per_hour": price_per_hour,
         "goodput": spent,
+        "drift": drift,
         "stalls": [line.stall_seconds for line in lines if isinstance(line, CheckpointLine)],
         "url": url,
     }
@@ -215,6 +220,7 @@ def _plots(
     lines: list[Line],
     nights: list[Night],
     spent: Goodput | None,
+    drift: Drift | None,
 ) -> dict[str, str]:
     from nightshift.judging import plots  # here, because matplotlib takes half a second to import
 
@@ -231,16 +237,32 @@ def _plots(
         figures["confusion"] = plots.confusion(found.confusion, [metric.name for metric in found.classes])
     if found:
         figures["reliability"] = plots.reliability(found.reliability)
-    if not found or not (found.mistakes or found.near):
+    unusual = drift.came_in.unusual if drift and drift.came_in else []
+    suspects = drift.label_errors.suspects if drift and drift.label_errors else []
+    if not (unusual or suspects or (found and (found.mistakes or found.near))):
         return figures
     dataset = open_dataset(workspace, record.dataset)
-    if found.mistakes:
+    if strange := _there(dataset, unusual):
+        figures["unusual"] = plots.unusual(*zip(*strange, strict=True))
+    if doubted := _there(dataset, suspects):
+        figures["suspects"] = plots.suspects(*zip(*doubted, strict=True))
+    if found and found.mistakes:
         images = dataset.test_images[[mistake.image for mistake in found.mistakes]]
         figures["mistakes"] = plots.mistakes(found.mistakes, images.numpy())
-    if near := found.near[:_NEAR]:
+    if found and (near := found.near[:_NEAR]):
         judged = [dataset.images_of(pair.split)[pair.image].numpy() for pair in near]
         figures["near"] = plots.near(near, judged, dataset.train_images[[pair.train for pair in near]].numpy())
     return figures
+
+
+def _there(dataset: Dataset, named: Sequence[Named]) -> list[tuple[Named, np.ndarray]]:
+    """The images that the data set really has, each with its pixels, uint8 (side, side, 3)."""
+    there = []
+    for image in named:
+        pixels = dataset.images_of(image.split)
+        if image.number < len(pixels):
+            there.append((image, pixels[image.number].numpy()))
+    return there
 
 
 def _environment(shown: Callable[[object], str]) -> Environment:

@@ -1,5 +1,6 @@
-"""Tonight's test images, and what published versions predict of them by their own cards."""
+"""Tonight's images, and what published versions say of them by their own cards."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,20 @@ from nightshift.records.versions import ModelCard
 from nightshift.workspace import Workspace
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nightshift.data.datasets import Dataset
+    from nightshift.judging.arrivals import Image
+    from nightshift.judging.published import Seen
 
 
 class Tonight:
-    """The test images of a run. They are opened, and torch is imported, when the first version is tested on them."""
+    """The images of a run. They are opened, and torch is imported, when the first version is asked about them."""
 
     def __init__(self, workspace: Workspace, run_id: str) -> None:
         self._workspace, self._run_id = workspace, run_id
         self._predicted: dict[tuple[str, str | None], np.ndarray] = {}
+        self._loaded: tuple[tuple[str, str | None], nn.Module] | None = None
 
     def predicted(self, card: ModelCard) -> np.ndarray:
         """What a version predicts of all test images: the numbers of its card's classes, int64 (N,).
@@ -39,14 +45,32 @@ class Tonight:
                 self._predicted[key] = self._test(card)
         return self._predicted[key]
 
+    def seen(self, card: ModelCard, images: "Sequence[Image]") -> "Seen":
+        """What a version says and sees of some images of any split, one at least; raises what `predicted` does."""
+        from nightshift.hardware import failures_explained, find_device
+        from nightshift.judging import published
+
+        with failures_explained(find_device()):
+            pixels = (self._dataset.images_of(image.split)[image.number] for image in images)
+            return published.seen_by(self._model(card), card, pixels)
+
     def _test(self, card: ModelCard) -> np.ndarray:
         from nightshift.hardware import failures_explained, find_device
         from nightshift.judging import published
 
-        device = find_device()
-        with failures_explained(device):
-            model = published.load_version(self._workspace.store, card, device)
-            return published.predicted_by(model, card, self._dataset.test_images).numpy()
+        with failures_explained(find_device()):
+            return published.predicted_by(self._model(card), card, self._dataset.test_images).numpy()
+
+    def _model(self, card: ModelCard) -> "nn.Module":
+        """A version's network. The last one is kept, as the champion is asked several times."""
+        from nightshift.hardware import find_device
+        from nightshift.judging import published
+
+        key = (card.version, card.sha256)
+        if not self._loaded or self._loaded[0] != key:
+            self._loaded = None  # two at a time may be too large for a GPU
+            self._loaded = key, published.load_version(self._workspace.store, card, find_device())
+        return self._loaded[1]
 
     @cached_property
     def _dataset(self) -> "Dataset":

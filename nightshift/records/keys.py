@@ -16,7 +16,9 @@ SWEEPS = "sweeps/"
 PROBES = "probe/"
 
 _RUN = rf"(?P<run_id>{RUN_ID})"
-_REPORT_FILES = r"(metrics\.jsonl|evaluation\.json|predictions\.safetensors|report\.html|plots/[A-Za-z0-9_-]+\.svg)"
+_REPORT_FILES = (
+    r"(metrics\.jsonl|evaluation\.json|drift\.json|predictions\.safetensors|report\.html|plots/[A-Za-z0-9_-]+\.svg)"
+)
 _VERSION_FILES = r"(weights\.pth|weights\.safetensors|model\.pt2|predictions\.safetensors|card\.json)"
 _SHAPES = {
     "record": rf"{RECORDS}{_RUN}\.json",

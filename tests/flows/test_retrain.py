@@ -96,6 +96,8 @@ def test_a_night_with_nothing_new_trains_nothing_one_with_more_images_does_and_a
         compared["difference"],
     )
     assert f"testing {first.json['run_id']} on tonight's images" in third.err
+    drift = nightshift("show", third.json["run_id"], "--json").json["drift"]
+    assert (drift["champion"], drift["came_in"]["images"], drift["problems"]) == (first.json["run_id"], 20, [])
     shutil.rmtree(tmp_path / "photos")
     again = night("--snapshot", first.json["snapshot"][:12], "--set=epochs=1")
     assert (again.json["status"], again.json["snapshot"]) == ("finished", first.json["snapshot"])

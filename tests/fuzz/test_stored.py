@@ -18,6 +18,7 @@ from nightshift import workspace as workspaces
 from nightshift.cli.common import app
 from nightshift.errors import NightshiftError
 from nightshift.judging import gate
+from nightshift.judging.drift import drift_key, read_drift
 from nightshift.records import champions, orphans, recovery
 from nightshift.records.curve import CurvePoint
 from nightshift.records.history import copy_key, history_key
@@ -35,6 +36,7 @@ from nightshift.workspace import Workspace
 from tests.fuzz import mutations
 from tests.fuzz.conftest import FUZZ
 from tests.judging.test_gate import published
+from tests.judging.test_report import drift_of
 from tests.records.test_lease import hold
 
 
@@ -225,6 +227,17 @@ def test_a_sweep_of_any_content_is_read_or_refused_in_a_sentence(body: bytes) ->
         ask(store, study, {})
     except NightshiftError:
         pass
+
+
+@FUZZ
+@given(body=changed(json.loads(documents.encoded(drift_of("good", ["bee", "cow"])))))
+def test_an_account_of_what_came_in_of_any_content_stops_no_command(
+    body: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = store_with(drift_key("good"), body)
+    with commands_use(store, tmp_path_factory.getbasetemp()):
+        run("show", "good", "--json")
+    assert read_drift(store, "bad") is None
 
 
 @FUZZ

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,6 +16,20 @@ from markdown_it import MarkdownIt
 
 from nightshift.errors import TrainingInterrupted
 from nightshift.judging import evaluation, gate, plots, report
+from nightshift.judging.drift import (
+    MOST_MOVED,
+    MOST_PROBLEMS,
+    MOST_SHOWN,
+    CameIn,
+    Drift,
+    LabelErrors,
+    LabelShift,
+    Looked,
+    Moved,
+    Suspect,
+    Unusual,
+    drift_key,
+)
 from nightshift.judging.evaluation import ClassMetrics, Metrics, Mistake
 from nightshift.judging.paired import compare
 from nightshift.judging.report import Night, Report, build_report, publish_report
@@ -25,12 +40,15 @@ from nightshift.records.parents import Parent
 from nightshift.records.run import Origin, Result, read_record
 from nightshift.refs import MOST_GUARDS, DatasetRef, Guard, ModelRef, Verdict
 from nightshift.settings import GateSettings
+from nightshift.storage import documents
 from nightshift.storage.memory import MemoryStore
 from nightshift.training.run import train_alone
+from nightshift.values import LONGEST_CLASS_NAME
 from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.hostile import HOSTILE, is_harmless
 from tests.judging.test_evaluation import answers_of, metrics_of
+from tests.made_up import known
 from tests.records.test_lease import DATASET
 
 Candidates = tuple[Workspace, dict[int, ModelRef]]
@@ -107,15 +125,41 @@ def test_a_report_of_a_run_that_is_not_evaluated_has_its_course_so_far(
     assert "no verdict yet" in page.html
 
 
+def drift_of(run_id: str, texts: list[str]) -> Drift:
+    """What came in, in which everything has these names, as far as a class may have them."""
+    texts = [text[:LONGEST_CLASS_NAME] for text in texts]
+    image: dict[str, Any] = {"split": "train", "number": 0}
+    some = Looked(images=9, known=8, accuracy=0.5, interval=(0.4, 0.6), confidence=0.7)
+    unusual = [
+        Unusual(**image, id=text, label=text, predicted=text, confidence=0.5, distance=1.0)
+        for text in texts[:MOST_SHOWN]
+    ]
+    suspects = [
+        Suspect(**image, by="champion", id=text, label=text, suggested=text, given=0.1, probability=0.8)
+        for text in texts[:MOST_SHOWN]
+    ]
+    moved = [Moved(name=text, before=1, tonight=2, moved=0.1) for text in texts[:MOST_MOVED]]
+    return Drift(
+        run_id=run_id,
+        weights_sha256="0" * 64,
+        champion="champion",
+        labels=LabelShift(before=9, tonight=18, came=9, went=0, distance=0.1, p_value=0.01, moved=moved),
+        came_in=CameIn(images=9, new=some, old=some, confidence_p=0.5, discrepancy=0.1, p_value=0.001, unusual=unusual),
+        label_errors=LabelErrors(images=99, found=9, suspects=suspects),
+        problems=texts[:MOST_PROBLEMS],
+    )
+
+
 @pytest.fixture(scope="module")
 def hostile_page(home: Path) -> Report:
     """Of a run in which everything that has a name of somebody's has each of the hostile ones."""
     store, texts = MemoryStore(), list(HOSTILE.values())
+    dataset = known(Workspace(store, home, 60, 5), 32, 2)
     # In some places a record holds no control characters, and no long text.
     lines = [text for text in texts if re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{0,1000}", text)]
     environment = {text: text for text in lines}
     parent = Parent(kind="pretrained", source=lines[0], sha256="0" * 64, detail=lines[-1])
-    with hold_run(store, RunSpec("run", small_config(), DATASET, environment, 40, parent=parent), 60) as run:
+    with hold_run(store, RunSpec("run", small_config(), dataset, environment, 40, parent=parent), 60) as run:
         run.end("failed", texts[0])
         record = run.record
     for text in texts:
@@ -133,6 +177,7 @@ def hostile_page(home: Path) -> Report:
         mistakes=[],
     )
     store.put("reports/run/evaluation.json", metrics.model_dump_json().encode())
+    store.put(drift_key("run"), documents.encoded(drift_of("run", texts)))
     measured = {"images": 9, "difference": -0.5, "low": -0.7, "high": -0.3, "p_value": 0.01, "ok": False}
     guards = [Guard(name=text, kind="class", **measured) for text in texts[: MOST_GUARDS + 1]]
     verdict = Verdict(promoted=False, reason=" ".join(texts), comparison=None, champion=None, guards=guards, guarded=99)
@@ -155,7 +200,7 @@ def test_no_text_becomes_markup_in_markdown_or_a_further_cell_of_a_table(hostile
     assert set(re.findall(r"<(\w+)", html)) == {"h1", "h2", "p", "strong"} | tables
     assert html.count("<strong>") == 1  # our own "Not promoted"
     blocks = re.findall(r"(?:^\|.*\n)+", hostile_page.markdown, re.MULTILINE)
-    assert len(blocks) == 8
+    assert len(blocks) == 11
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines()}) == 1
 

@@ -30,6 +30,7 @@ OBJECTS = [
     "checkpoints/night/1-1.pt",
     "checkpoints/night/2-1.pt",
     "models/cifar10/night/predictions.safetensors",
+    "reports/night/drift.json",
     "reports/night/metrics.jsonl",
     "reports/night/plots/night.svg",
     "reports/night/report.html",
@@ -43,7 +44,7 @@ def fill(store: Store) -> None:
     with hold(store, "night") as run:
         commit(run, "checkpoints/night/1-1.pt")
     store.put("checkpoints/night/2-1.pt", b"of an attempt that was lost")
-    for name in ("metrics.jsonl", "plots/night.svg", "report.html"):
+    for name in ("drift.json", "metrics.jsonl", "plots/night.svg", "report.html"):
         store.put(f"reports/night/{name}", b"of its course")
     run.end("interrupted")
     finish(store, model, promote(store, model))
