@@ -14,6 +14,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.errors import RecoveryLimitError
 from nightshift.ids import durable_run_id
 from nightshift.records import recovery
+from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef, ModelRef
 from nightshift.settings import Settings
 from nightshift.workspace import Workspace
@@ -65,4 +66,5 @@ def train_and_judge(
     if not verdict:
         return Completed(message=f"{run_id}: {model.test_accuracy:.2%}, the gate was not asked", data=model)
     handle_rejection(run_id, verdict, settings.gate.fail_when_rejected)
-    return Completed(message=verdict_message(run_id, verdict), data=model)
+    clock = read_record(workspace.store, run_id)[0].clock
+    return Completed(message=verdict_message(run_id, verdict, clock), data=model)

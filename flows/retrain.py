@@ -14,7 +14,7 @@ from nightshift.config.project import load_project
 from nightshift.data.names import dataset_config, named_config
 from nightshift.data.parts import read_parts
 from nightshift.data.snapshot import check_rules, stored_snapshot
-from nightshift.records.run import dataset_of
+from nightshift.records.run import dataset_of, read_record
 from nightshift.records.snapshots import Trained, note_trained, read_history
 from nightshift.refs import ModelRef
 from nightshift.settings import Settings
@@ -68,7 +68,8 @@ def retrain(
                         return Completed(message=f"{run_id} trains nothing: all is as it was for {last.run_id}")
                 dataset = pack(workspace, made, source.rules.near_duplicates)
             ended = train_and_judge(workspace, run_id, config, dataset, promote, settings)
-            if promote:
+            # What the clock has ended is worth another night.
+            if promote and read_record(workspace.store, run_id)[0].last_step is None:
                 trained = Trained(run_id=run_id, snapshot=dataset.digest, config_digest=config.digest)
                 note_trained(workspace.store, dataset.name, trained)
             return ended

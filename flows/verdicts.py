@@ -11,9 +11,14 @@ _SHOWN = 4
 """How many guards a message shows beside the whole."""
 
 
-def verdict_message(run_id: str, verdict: Verdict) -> str:
-    """The verdict in a line, and a short table if something was compared."""
-    return "\n".join([_sentence(run_id, verdict), *guards_table(verdict, _SHOWN)])
+def verdict_message(run_id: str, verdict: Verdict, clock: str = "") -> str:
+    """The verdict in a line, and a short table if something was compared.
+
+    Args:
+        clock: why the clock has ended the training, if it did.
+    """
+    ended = [plain(f"The clock has ended the training {clock}")] if clock else []
+    return "\n".join([_sentence(run_id, verdict), *ended, *guards_table(verdict, _SHOWN)])
 
 
 def handle_rejection(run_id: str, verdict: Verdict, fail_when_rejected: bool) -> None:

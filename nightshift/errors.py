@@ -33,6 +33,7 @@
     ├── NotPromotedError                     the gate rejected a model, and the settings make that a failure
     ├── ExportError                          an exported file is not what it should be
     ├── TrainingDivergedError                the loss is not a finite number
+    ├── NoTimeError                          a run has no time for a single epoch before its verdict is due
     ├── DiskError                            a local disk is full or cannot be written
     ├── LocalServiceError                    the embedded S3, the local Prefect server or worker does not start
     ├── PrefectServerError                   the Prefect server does not answer, or refuses a request
@@ -195,6 +196,10 @@ class ExportError(NightshiftError):
 
 
 class TrainingDivergedError(NightshiftError):
+    pass
+
+
+class NoTimeError(NightshiftError):
     pass
 
 

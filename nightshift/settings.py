@@ -183,7 +183,9 @@ class Settings(BaseSettings):
         pattern=r"^(tcp|tls)://[^:\s]+:[0-9]{1,5}$",
         description="The scheduler of a Dask cluster that reads the images of snapshots; none: this machine does.",
     )
-    price_per_hour: float | None = Field(None, ge=0, description="What an hour of training costs, for the report.")
+    price_per_hour: float | None = Field(
+        None, ge=0, description="What an hour of training costs, for report and budget."
+    )
     notify: str | None = Field(
         None,
         pattern=r"^[\w-]+/[\w-]+$",

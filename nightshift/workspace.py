@@ -20,6 +20,7 @@ class Workspace:
     lease_seconds: float
     save_retry_seconds: float
     nodes: NodesSettings = field(default_factory=NodesSettings)
+    price_per_hour: float | None = None
 
 
 @contextmanager
@@ -45,4 +46,11 @@ def open_workspace(settings: Settings, to_make_room: bool = False) -> Iterator[W
 
 
 def _workspace(settings: Settings, store: Store) -> Workspace:
-    return Workspace(store, settings.home, settings.lease_seconds, settings.save_retry_seconds, settings.nodes)
+    return Workspace(
+        store,
+        settings.home,
+        settings.lease_seconds,
+        settings.save_retry_seconds,
+        settings.nodes,
+        settings.price_per_hour,
+    )

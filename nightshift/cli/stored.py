@@ -95,6 +95,7 @@ def show(run: RunArgument, as_json: AsJson = False) -> None:
                 "run": styled(record.run_id, "bold"),
                 "status": status_text(status),
                 "step": f"{record.step:,} of {record.total_steps:,}",
+                **({"clock": record.clock} if record.clock else {}),
                 "owner": f"{record.lease.owner}, lease until {record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC",
                 "test accuracy": percent(record.test_accuracy),
                 "training": f"{record.train_seconds:,.1f} s",

@@ -193,7 +193,7 @@ def nights_table(nights: Sequence[Night]) -> Table:
             f"{night.train_seconds / 60:,.1f}",
             "–" if night.goodput is None else f"{night.goodput:.0%}",
             *([f"{night.cost:,.2f}" if night.cost is not None else "–"] if has_cost else []),
-            night.reason,
+            night.reason + (f" (ended by the clock, step {night.last_step:,})" if night.last_step else ""),
         )
     return table
 

@@ -61,6 +61,7 @@ def train(
         changes, images = {"dataset": images, **changes}, None
     config = checked_config(recipe, changes, project=project, images=images)
     check_extras(config)
+    config.budget.hours(Settings.load().price_per_hour)
     if config.data.dataset not in SPECS:
         place = dataset_config(project, config.data.dataset, images)
         if not snapshot:  # its images may be gone by now
@@ -68,6 +69,7 @@ def train(
     elif snapshot:
         raise ConfigError(f"--snapshot {snapshot}: {config.data.dataset} never changes, and so has one snapshot")
     run_id = parse_run_id(run_id) if run_id is not None else new_run_id(recipe, datetime.now(UTC))
+    config = config.begun_at(datetime.now())  # a time of day is that of this machine
     _run_and_print(run_id, config, as_json, verbose, images=images, snapshot=snapshot)
 
 
@@ -88,7 +90,9 @@ def resume(
 
     with configured_workspace() as workspace:
         record, _ = read_record(workspace.store, run)
-        _run_and_print(run, record.train_config().resumed_with(changes), as_json, verbose, record.origin.promote)
+        config = record.train_config().resumed_with(changes).begun_at(datetime.now())
+        config.budget.hours(workspace.price_per_hour)
+        _run_and_print(run, config, as_json, verbose, record.origin.promote)
 
 
 @app.command(rich_help_panel="Train")
@@ -222,6 +226,8 @@ def _print_summary(record: "RunRecord") -> None:
         "verdict": _verdict_text(record.result.verdict),
         "weights_sha256": record.result.weights_sha256,
     }
+    if record.clock:
+        facts["clock"] = record.clock
     if chosen and chosen.epoch != newest.epoch:
         facts["kept"] = f"epoch {chosen.epoch}, the best on the validation images"
     if record.resumed_from_step is not None:

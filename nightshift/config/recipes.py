@@ -161,7 +161,8 @@ def make_config(
     Args:
         overrides: as for `TrainConfig.override`; besides, the seed `date` stands for a number that is another each
             night, such as 20261125. The config has the number.
-        night: whose date that is; now, in UTC, by default.
+        night: whose date that is; now, in UTC, by default. If it is given, the config has the moment of a time of day
+            in `budget.finish_by`, in the zone of `night`.
         project: what else there are recipes in.
 
     Raises:
@@ -172,4 +173,5 @@ def make_config(
         raise ConfigError("recipe cannot be overridden: name the recipe itself (--recipe)")
     if overrides.get("seed") == "date":
         overrides["seed"] = int(f"{night or datetime.now(UTC):%Y%m%d}")
-    return get_recipe(recipe, project).config.override(overrides)
+    config = get_recipe(recipe, project).config.override(overrides)
+    return config.begun_at(night) if night else config

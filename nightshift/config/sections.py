@@ -1,10 +1,14 @@
 """The sections of a config, and which of their fields decide the bits that a run ends with."""
 
+import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from datetime import UTC, datetime, time, timedelta
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
+
+from nightshift.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,75 @@ class SavingConfig(Section):
     keep_every_epochs: Free[int | None] = Field(
         None, ge=1, description="Keep also the first after every so many epochs."
     )
+
+
+class BudgetConfig(Section):
+    """When the verdict has to be there. Training ends early enough for it, whatever steps are left."""
+
+    finish_by: Free[str | None] = Field(
+        None, description="By this time of day, such as 06:30; in a stored config, the date and the zone as well."
+    )
+    max_hours: Free[float | None] = Field(
+        None, gt=0, le=10_000, description="After so many hours; those between two attempts do not count."
+    )
+    max_cost: Free[float | None] = Field(
+        None, gt=0, description="Before these hours have cost more, by NIGHTSHIFT_PRICE_PER_HOUR."
+    )
+
+    @field_validator("finish_by", mode="before")
+    @classmethod
+    def _is_a_time(cls, value: Any) -> Any:
+        text = f"{value:%H:%M}" if isinstance(value, time) else value  # TOML has times of its own
+        if isinstance(text, str) and not _TIME_OF_DAY.fullmatch(text):
+            try:
+                moment = datetime.fromisoformat(text)
+            except ValueError:
+                moment = None
+            if not moment or not moment.tzinfo or not 2000 <= moment.year < 3000:
+                raise ValueError("should be a time of day such as 06:30, or a moment such as 2026-11-27T06:30+01:00")
+        return text
+
+    @property
+    def finish_at(self) -> datetime | None:
+        """The moment of `finish_by`, in UTC; None where it is not set, or only a time of day."""
+        if self.finish_by is None or _TIME_OF_DAY.fullmatch(self.finish_by):
+            return None
+        return datetime.fromisoformat(self.finish_by).astimezone(UTC)
+
+    def begun_at(self, start: datetime) -> Self:
+        """With a time of day in `finish_by` as a moment: the first after `start` when clocks show it.
+
+        Args:
+            start: in the zone whose clocks are meant; without a zone, in that of this machine.
+        """
+        if self.finish_by is None or self.finish_at:
+            return self
+        hour, minute = map(int, self.finish_by.split(":"))
+        days = (
+            (start + timedelta(days=more)).replace(hour=hour, minute=minute, second=0, microsecond=0) for more in (0, 1)
+        )
+        moment = next(day for day in days if day.astimezone(UTC) > start.astimezone(UTC))
+        shown = moment if moment.tzinfo else moment.astimezone()
+        return self.model_copy(update={"finish_by": shown.isoformat(timespec="minutes")})
+
+    def hours(self, price_per_hour: float | None) -> dict[str, float]:
+        """What limits the hours, each by its field as people see it.
+
+        Raises:
+            ConfigError: nobody has said what an hour costs.
+        """
+        found = {} if self.max_hours is None else {f"budget.max_hours={self.max_hours:g}": self.max_hours}
+        if self.max_cost is not None:
+            if price_per_hour is None:
+                raise ConfigError(
+                    f"budget.max_cost={self.max_cost:g} needs to know what an hour costs: set NIGHTSHIFT_PRICE_PER_HOUR"
+                )
+            if price_per_hour:
+                found[f"budget.max_cost={self.max_cost:g}"] = self.max_cost / price_per_hour
+        return found
+
+
+_TIME_OF_DAY = re.compile(r"([01]?\d|2[0-3]):[0-5]\d")
 
 
 class HardwareConfig(Section):

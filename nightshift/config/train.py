@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -12,6 +13,7 @@ from pydantic_core import ErrorDetails
 from nightshift.config.formats import of_newest_format
 from nightshift.config.sections import (
     AugmentConfig,
+    BudgetConfig,
     DataConfig,
     Decisive,
     EvaluationConfig,
@@ -48,6 +50,7 @@ class TrainConfig(Section):
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     saving: SavingConfig = SavingConfig()
+    budget: BudgetConfig = BudgetConfig()
     hardware: HardwareConfig = HardwareConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -125,6 +128,10 @@ class TrainConfig(Section):
                 "start a new run: nightshift train"
             )
         return config
+
+    def begun_at(self, start: datetime) -> Self:
+        """This config for a run that begins at `start`: `budget.finish_by` as the moment that `BudgetConfig` finds."""
+        return self.model_copy(update={"budget": self.budget.begun_at(start)})
 
     @classmethod
     def path_of(cls, name: str) -> str:

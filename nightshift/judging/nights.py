@@ -36,6 +36,8 @@ class Night(BaseModel):
     """95 % interval of the accuracy; None in what an older nightshift has left."""
     test_images: int | None
     train_seconds: float
+    last_step: int | None
+    """The step with which the clock has ended the training; None if it did not."""
     goodput: float | None
     """Which share of the time from schedule to verdict went into steps that were kept; None if it was not noted."""
     cost: float | None
@@ -89,6 +91,7 @@ def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float
         interval=measured.interval if measured else None,
         test_images=measured.images if measured else None,
         train_seconds=record.train_seconds,
+        last_step=record.last_step,
         goodput=spent.goodput if spent else None,
         cost=None if price_per_hour is None else price_per_hour * record.train_seconds / 3600,
         parent=str(record.parent) if record.parent else None,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import islice, takewhile
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -69,7 +69,7 @@ class Checkpoint(Part):
 
 
 class Event(Part):
-    """Something that happened to a run: started, resumed, recovered, skipped, unprotected, or how it ended."""
+    """Something that happened to a run: started, resumed, recovered, skipped, unprotected, clock, or how it ended."""
 
     at: Moment
     what: Line
@@ -149,6 +149,8 @@ class RunRecord(Document):
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     curve: list[CurvePoint] = Field(default_factory=list)
     total_steps: Count
+    last_step: Annotated[Count, Field(ge=1)] | None = None
+    """The step with which the clock has ended the training before all were done. What is trained again ends there."""
     resumed_from_step: Count | None = None
     result: Result | None = None
     events: list[Event] = Field(default_factory=list)
@@ -192,6 +194,11 @@ class RunRecord(Document):
         return self.result.test_accuracy if self.result else None
 
     @property
+    def clock(self) -> str:
+        """Why the clock has ended the training; empty if it did not."""
+        return next((event.detail for event in self.events if event.what == "clock"), "")
+
+    @property
     def recoveries(self) -> list[Event]:
         """The events that say when `recovery` started it again."""
         return [event for event in self.events if event.what == "recovered"]
@@ -211,6 +218,13 @@ class RunRecord(Document):
         if self.events and self.events[-1].changed(at=at) == event:
             return self
         return self.changed(events=[*self.events, event])
+
+    def ended_by_clock(self, step: int, at: datetime, why: str) -> Self:
+        """The record that says with which step the training ends; the one that says so already stays as it is."""
+        if self.last_step is not None:
+            return self
+        event = Event(at=at, what="clock", step=step, owner=self.lease.owner, detail=why)
+        return self.changed(last_step=step, events=[*self.events, event])
 
     def held_anew(self, now: datetime) -> Self:
         """The record with another attempt, by its origin, which goes on from the newest checkpoint."""
@@ -241,6 +255,7 @@ class RunRecord(Document):
             "run_id": self.run_id,
             "status": self.status,
             "step": self.step,
+            "last_step": self.last_step,
             "epochs": self.train_config().schedule.epochs,
             "kept_epoch": chosen and chosen.epoch,
             "test_accuracy": self.test_accuracy,

@@ -77,6 +77,9 @@ class MetricsLog:
         """Go on after the line of `step`; `tensorboard`: where its event files go."""
         self._store, self._run_id = store, run_id
         self.lines = [line for line in read_lines(store, run_id) if line.step <= step] if step else []
+        saves = [line.save_seconds for line in self.lines if isinstance(line, CheckpointLine)]
+        self.longest_save = max(saves, default=0.0)
+        """Seconds that the longest save so far has taken, beside the training."""
         self._last = time.monotonic()
         self._step = step
         self._writer = _writer(tensorboard, step) if tensorboard else None
@@ -123,6 +126,7 @@ class MetricsLog:
 
     def saved(self, checkpoint: Checkpoint, save_seconds: float) -> None:
         """Add a line about a committed checkpoint, and store all lines. If that fails, the next checkpoint does it."""
+        self.longest_save = max(self.longest_save, save_seconds)
         self.lines.append(
             CheckpointLine(
                 at=self._now(),

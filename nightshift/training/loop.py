@@ -51,6 +51,7 @@ class Loop:
     ) -> None:
         self._config, self._dataset, self._plan = config, dataset, plan
         self._hardware, self._ranks, self._recorder = hardware, ranks, recorder
+        self._is_last = False
         self._state = build_state(config, dataset, hardware.device, ranks, recorder.restore, recorder.start)
         model = self._state.model
         compiled = torch.compile(model) if hardware.compiled else model
@@ -71,17 +72,19 @@ class Loop:
         state, plan, ranks, recorder = self._state, self._plan, self._ranks, self._recorder
         recorder.begin(state)
         state.model.train()
+        (self._is_last,) = ranks.any(recorder.is_last(state))
         while not self._is_over():
             share = ranks.share_of(plan.batch_of(state.step))
             self._train_step(*batches.training_batch(self._dataset, self._config, plan, state.step, share))
             recorder.stepped(state)
-            report, restart, stop, save = ranks.any(
+            report, restart, stop, save, self._is_last = ranks.any(
                 recorder.report_is_due(state.step),
                 orders.should_restart(),
                 orders.should_stop(state.step),
                 recorder.save_is_due(state),
+                recorder.is_last(state),
             )
-            if report:
+            if report or self._is_last:
                 recorder.report(state, self._epoch_means())
             if stop or restart:
                 self._epoch_means()  # a diverged state is not worth keeping
@@ -99,8 +102,12 @@ class Loop:
         return recorder.finish(state, parts)
 
     def _is_over(self) -> bool:
-        """Whether all steps are done, or the validation images say that it is enough. A function of the state."""
-        return self._state.step >= self._plan.total_steps or is_enough(self._state.curve, self._config.evaluation)
+        """Whether all steps are done, or the validation images or the clock say that it is enough.
+
+        But for the clock it is a function of the state.
+        """
+        is_done = self._state.step >= self._plan.total_steps or is_enough(self._state.curve, self._config.evaluation)
+        return is_done or self._is_last
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         """Forward, backward, update, on this rank's images and targets, as `training_batch` returns them."""

@@ -20,6 +20,7 @@ from nightshift.records.lease import Run
 from nightshift.refs import CheckpointRef
 from nightshift.tracking.metrics import MetricsLog
 from nightshift.training import starts
+from nightshift.training.clock import Clock, clock_of
 from nightshift.training.optimizers import learning_rate
 from nightshift.training.saver import Saver
 from nightshift.training.state import TrainState
@@ -63,6 +64,14 @@ class Recorder:
         """Whether the loop must call `save` at this step boundary."""
         return False
 
+    def is_last(self, state: TrainState) -> bool:
+        """Whether the clock ends the training with the last step done. Then the record has said so before this returns.
+
+        The loop asks before its first step, and at each step boundary. Raises NoTimeError if there is no time for the
+        first epoch.
+        """
+        return False
+
     def report(self, state: TrainState, means: Means) -> None:
         """Show how far the run is."""
 
@@ -81,9 +90,17 @@ class Recorder:
 class RunRecorder(Recorder):
     """The recorder of rank 0, which holds the run."""
 
-    def __init__(self, run: Run, config: TrainConfig, plan: Plan, hardware: Hardware, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        run: Run,
+        config: TrainConfig,
+        plan: Plan,
+        hardware: Hardware,
+        workspace: Workspace,
+        test_images: int,
+    ) -> None:
         self._run, self._config, self._plan = run, config, plan
-        self._hardware, self._workspace = hardware, workspace
+        self._hardware, self._workspace, self._test_images = hardware, workspace, test_images
         self._restored_step: int | None = None
         self._seconds_before = 0.0
 
@@ -141,10 +158,16 @@ class RunRecorder(Recorder):
         self._saver = Saver(
             self._run, self._config.saving, self._hardware.device, self._workspace.save_retry_seconds, self._metrics
         )
+        last = self._run.record.last_step
+        self._clock: Clock | None = None
+        if last is None:
+            price = self._workspace.price_per_hour
+            self._clock = clock_of(self._run, self._config, self._plan, self._test_images, price, state.step)
         ranks = int(self._run.record.environment["world_size"])
         where = f"{state.device}" if ranks == 1 else f"{ranks} processes ({state.device})"
         progress.current().say(
-            f"training {self._config.model.name} on {where}, from step {state.step:,} to {self._plan.total_steps:,}"
+            f"training {self._config.model.name} on {where}, from step {state.step:,} to "
+            f"{last or self._plan.total_steps:,}"
         )
 
     def stepped(self, state: TrainState) -> None:
@@ -169,6 +192,21 @@ class RunRecorder(Recorder):
         """Whether the weights of this very step would be published if training ended now."""
         kept = kept_of(state.curve, self._config.evaluation)
         return kept is not None and kept.step == state.step
+
+    def is_last(self, state: TrainState) -> bool:
+        if self._is_done(state):
+            return False
+        clock = self._clock if self._run.record.last_step is None else None
+        if clock and (why := clock.reason(state.step, self._metrics.longest_save)):
+            progress.current().say(f"the clock ends the training {why}")
+            now = self._run.store.now()
+            self._run.update(lambda record: record.ended_by_clock(state.step, now, why))
+        last = self._run.record.last_step
+        return last is not None and state.step >= last
+
+    def _is_done(self, state: TrainState) -> bool:
+        """Whether training ends here, whatever the time is."""
+        return state.step >= self._plan.total_steps or is_enough(state.curve, self._config.evaluation)
 
     def report(self, state: TrainState, means: Means) -> None:
         step = state.step
@@ -195,7 +233,7 @@ class RunRecorder(Recorder):
         progress.current().trained(
             progress.StepReport(
                 step=step,
-                total_steps=step if is_enough_now else self._plan.total_steps,
+                total_steps=step if is_enough_now else self._run.record.last_step or self._plan.total_steps,
                 epoch=epoch + 1,
                 epochs=self._plan.epochs,
                 loss=means.loss,

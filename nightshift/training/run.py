@@ -107,7 +107,7 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
                 ranks.loss_explained(),
                 failures_explained(device),
             ):
-                recorder = RunRecorder(run, config, plan, hardware, workspace)
+                recorder = RunRecorder(run, config, plan, hardware, workspace, len(dataset.test_labels))
                 return Loop(config, dataset, plan, hardware, ranks, recorder).run(orders)
 
 
@@ -118,6 +118,7 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
         ConfigError, ResumeMismatchError, StorageError: as `train_alone`.
     """
     check_config(job.config)
+    job.config.budget.hours(workspace.price_per_hour)
     check_fits(job.config, job.dataset.image_size)
     check_loss(job.config, job.dataset.classes)
     with suppress(RunNotFoundError):
