@@ -43,6 +43,15 @@ def test_a_verdict_is_a_short_table_in_plain_text() -> None:
     ]
 
 
+def test_a_verdict_says_that_the_clock_has_ended_the_training() -> None:
+    verdict = Verdict(promoted=True, reason="x", comparison=None, champion=None)
+    assert verdict_message("run", verdict, "after step 5").splitlines() == [
+        "run is promoted: x",
+        "The clock has ended the training after step 5",
+    ]
+    assert all(is_harmless(verdict_message("run", verdict, text).replace("\n", "")) for text in HOSTILE.values())
+
+
 def test_no_name_of_a_class_does_anything_in_the_table() -> None:
     for text in HOSTILE.values():
         verdict = Verdict(promoted=True, reason="", comparison=None, champion=None, guards=[guard(text, 1)])
