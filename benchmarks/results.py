@@ -24,6 +24,7 @@ _SCRIPTS = (
     "s3_throughput",
     "scale_runs",
     "snapshot",
+    "gate_nights",
 )
 
 
