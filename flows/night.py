@@ -23,6 +23,7 @@ from tasks.evaluate import evaluate
 from tasks.promote import promote as ask_gate
 from tasks.publish import publish
 from tasks.report import report
+from tasks.track import track
 from tasks.train import train
 
 # Prefect passes on the loggers named in PREFECT_LOGGING_EXTRA_LOGGERS, but leaves their level at WARNING.
@@ -63,6 +64,8 @@ def train_and_judge(
         model = publish(workspace, checkpoint, dataset, evaluation)
         verdict = ask_gate(workspace, model, settings.gate, checkpoint) if promote else None
         report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
+    if settings.mlflow.tracking_uri:
+        track(workspace, run_id)
     if not verdict:
         return Completed(message=f"{run_id}: {model.test_accuracy:.2%}, the gate was not asked", data=model)
     handle_rejection(run_id, verdict, settings.gate.fail_when_rejected)

@@ -33,6 +33,7 @@ from nightshift.sweeps.study import ask, bad_trials
 from nightshift.text import plain
 from nightshift.workspace import open_workspace
 from tasks.promote import promote as ask_gate
+from tasks.track import track
 
 _POLL_SECONDS = 2.0
 _AT_WORK = {StateType.PENDING, StateType.RUNNING}
@@ -107,6 +108,8 @@ def sweep(
             create_table_artifact(table(ended), key="sweep", description=f"Sweep {done.sweep_id}")
             best = best_model(ended, runs.records)
             verdict = ask_gate(workspace, best, settings.gate) if best and promote else None
+            if settings.mlflow.tracking_uri:
+                track(workspace)
         except TerminationSignal:
             if not is_being_cancelled():
                 raise

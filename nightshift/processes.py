@@ -1,9 +1,11 @@
-"""Names that no other process will ever have, and whether the process with such a name is still alive."""
+"""Names that no other process will ever have, whether such a process is still alive, and how children end."""
 
 import getpass
+import multiprocessing
 import os
 import secrets
 import socket
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -42,3 +44,15 @@ def state_of(name: str) -> Literal["alive", "dead", "unknown"]:
     if len(ours) != 4 or len(theirs) != 4 or ours[:2] != theirs[:2] or not theirs[2].isdecimal():
         return "unknown"
     return "alive" if identity(int(theirs[2])) == name else "dead"
+
+
+def end_with_parent() -> None:
+    """See to it that this child process does not outlive its parent: the pipes that its siblings hold would keep it."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)

@@ -5,12 +5,13 @@ overrides, is stored in the run record, and two equal ones give the same bits.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnparsableError
 
@@ -158,6 +159,29 @@ class KeepSettings(BaseModel):
     )
 
 
+class MlflowSettings(BaseModel):
+    """The team's MLflow server, which is told of runs and models. What a login needs has MLflow's own variables."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tracking_uri: str | None = Field(None, description="The address of an MLflow server that is told of each run.")
+    prefix: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_ -]{0,60}$",
+        description="Put before the names of experiments and models, for a server shared with others.",
+    )
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _is_a_server(cls, uri: str | None) -> str | None:
+        if uri is not None and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", uri):
+            raise ValueError(
+                "should be http://HOST:PORT or https://HOST. User and password go into MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or a token into MLFLOW_TRACKING_TOKEN"
+            )
+        return uri
+
+
 class Settings(BaseSettings):
     """Where things are on this machine. Only `flows/`, the command line and `plugins` construct it."""
 
@@ -191,6 +215,7 @@ class Settings(BaseSettings):
         pattern=r"^[\w-]+/[\w-]+$",
         description="A notification block of the Prefect server, TYPE/NAME, that reports failed and rejected runs.",
     )
+    mlflow: MlflowSettings = Field(MlflowSettings(), description="The MLflow server that is told of runs and models.")
     max_recoveries: int = Field(
         20, ge=0, le=_OFTEN, description="How many times an interrupted run is restarted automatically."
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nightshift.local.s3 import embedded_s3, give_up_reserve
-from nightshift.settings import NodesSettings, Settings
+from nightshift.settings import MlflowSettings, NodesSettings, Settings
 from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store
 
@@ -21,6 +21,7 @@ class Workspace:
     save_retry_seconds: float
     nodes: NodesSettings = field(default_factory=NodesSettings)
     price_per_hour: float | None = None
+    mlflow: MlflowSettings = field(default_factory=MlflowSettings)
 
 
 @contextmanager
@@ -53,4 +54,5 @@ def _workspace(settings: Settings, store: Store) -> Workspace:
         settings.save_retry_seconds,
         settings.nodes,
         settings.price_per_hour,
+        settings.mlflow,
     )

@@ -6,6 +6,7 @@ from nightshift.errors import LeaseHeldError
 from nightshift.parallel.launch import train_run
 from nightshift.records.lease import wait_until_free
 from nightshift.refs import CheckpointRef, DatasetRef
+from nightshift.tracking import beside
 from nightshift.workspace import Workspace
 from tasks import interruptible, origin_of_this_run, progress_artifact, step
 
@@ -14,7 +15,8 @@ from tasks import interruptible, origin_of_this_run, progress_artifact, step
 def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef, promote: bool) -> CheckpointRef:
     """Train from wherever the run stands. Called, not submitted: signals reach only the main thread."""
     origin = origin_of_this_run(promote)
-    with interruptible(), progress.watched(progress_artifact(run_id), seconds=5):
+    show = progress.watched(progress_artifact(run_id), seconds=5)
+    with interruptible(), show, beside.sending(workspace.store, workspace.mlflow, run_id):
         while True:
             if origin.deployment:  # if started twice, it waits for the living trainer and returns its result
                 wait_until_free(workspace.store, run_id)

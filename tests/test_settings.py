@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from nightshift.errors import SettingsError
-from nightshift.settings import S3Settings, Settings
+from nightshift.settings import MlflowSettings, S3Settings, Settings
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def settings_refusal() -> str:
     return str(refusal.value)
 
 
-@pytest.mark.parametrize("model", [Settings, S3Settings])
+@pytest.mark.parametrize("model", [Settings, S3Settings, MlflowSettings])
 def test_every_setting_says_what_it_is_for(model: type[BaseModel]) -> None:
     assert [name for name, field in model.model_fields.items() if not field.description] == []
 
@@ -57,6 +57,10 @@ def test_an_endpoint_without_a_bucket_is_refused_with_the_variable_to_set(enviro
         ("NIGHTSHIFT_NODES", '{"count":' * 3000),
         ("NIGHTSHIFT_NODES__COUNT", "1:" + "9" * 5000),
         ("NIGHTSHIFT_NODES__RENDEZVOUS", "http://user:secret@host:5"),
+        ("NIGHTSHIFT_MLFLOW__TRACKING_URI", "http://user:secret@host:5000"),
+        ("NIGHTSHIFT_MLFLOW__TRACKING_URI", "https://host/?token=secret"),
+        ("NIGHTSHIFT_MLFLOW__TRACKING_URI", "sqlite:///mlflow.db"),
+        ("NIGHTSHIFT_MLFLOW__PREFIX", "'or"),
         ("NIGHTSHIFT_S3__ENDPOINT_URL", "localhost:9000"),
         ("NIGHTSHIFT_S3__ENDPOINT_URL", "http://user:sec ret@localhost:9000"),
         ("NIGHTSHIFT_S3__TIMEOUT_SECONDS", "1e300"),

@@ -4,10 +4,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nightshift.cli.common import AsJson, Name, RunArgument, app, configured_workspace, console, print_json
+from nightshift.cli.common import (
+    AsJson,
+    Name,
+    RunArgument,
+    app,
+    configured_workspace,
+    console,
+    error_console,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from nightshift.storage.store import Store
+    from nightshift.workspace import Workspace
 
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; it is kept with your name and the time.")]
 _PANEL = "Which version is live"
@@ -37,6 +47,7 @@ def promote(run: RunArgument, name: Name = "cifar10", reason: Reason = "", as_js
 
     with configured_workspace() as workspace:
         champions.promote_by_hand(workspace.store, name, run, reason)
+        _tell_mlflow(workspace, name)
         _show(workspace.store, name, as_json)
 
 
@@ -54,6 +65,7 @@ def rollback(
 
     with configured_workspace() as workspace:
         champions.roll_back(workspace.store, name, version, reason)
+        _tell_mlflow(workspace, name)
         _show(workspace.store, name, as_json)
 
 
@@ -75,6 +87,17 @@ def unpin(name: Name = "cifar10", reason: Reason = "", as_json: AsJson = False) 
     with configured_workspace() as workspace:
         champions.unpin(workspace.store, name, reason)
         _show(workspace.store, name, as_json)
+
+
+def _tell_mlflow(workspace: "Workspace", name: str) -> None:
+    if not workspace.mlflow.tracking_uri:
+        return
+    from nightshift import progress
+    from nightshift.cli.terminal import TerminalProgress
+    from nightshift.tracking import beside
+
+    with TerminalProgress(error_console()) as display, progress.shown_by(display), display.waiting("telling MLflow"):
+        beside.send_champion(workspace.store, workspace.mlflow, name)
 
 
 def _show(store: "Store", name: str, as_json: bool) -> None:

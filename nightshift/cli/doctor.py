@@ -23,6 +23,7 @@ from nightshift.records.keys import MODELS, place_of
 from nightshift.records.versions import version_key
 from nightshift.settings import Settings
 from nightshift.text import masked
+from nightshift.tracking import beside, mlflow
 from nightshift.workspace import Workspace, open_workspace
 
 _DISK_BYTES = 2e9
@@ -65,9 +66,22 @@ def _storage(settings: Settings) -> list[Check]:
                 _try("clock", lambda: _clock(workspace)),
                 *_champions(workspace),
                 *_room(settings, workspace),
+                *_mlflow(workspace),
             ]
     except (NightshiftError, OSError) as error:
         return [Check("storage", False, str(error))]
+
+
+def _mlflow(workspace: Workspace) -> list[Check]:
+    """Whether the MLflow server, if there is one, answers and knows our login."""
+    if not workspace.mlflow.tracking_uri:
+        return []
+
+    def ask() -> Check:
+        beside.told(mlflow.check, workspace.store, workspace.mlflow)
+        return Check("MLflow", True, f"{workspace.mlflow.tracking_uri} answers")
+
+    return [_try("MLflow", ask)]
 
 
 def _try(name: str, check: Callable[[], Check]) -> Check:

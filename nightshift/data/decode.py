@@ -3,7 +3,6 @@
 import hashlib
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from nightshift import processes
 from nightshift.data.images import fit, open_image
 from nightshift.data.sources.listed import Listed, Source
 from nightshift.errors import UnreadableImageError
@@ -107,17 +107,9 @@ _shape: Shape
 
 
 def _begin(source: Source, shape: Shape) -> None:
-    """In the child, which is not to outlive its parent: the ends of pipes that its siblings hold would keep it."""
     global _source, _shape
     _source, _shape = source, shape
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
+    processes.end_with_parent()
 
 
 def _decode(images: list[Listed]) -> list[Decoded]:
