@@ -23,6 +23,7 @@ from tasks.evaluate import evaluate
 from tasks.promote import promote as ask_gate
 from tasks.publish import publish
 from tasks.report import report
+from tasks.tell import tell
 from tasks.track import track
 from tasks.train import train
 
@@ -66,6 +67,8 @@ def train_and_judge(
         report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
     if settings.mlflow.tracking_uri:
         track(workspace, run_id)
+    if verdict and settings.hook:
+        tell(workspace, model, verdict, settings.hook)
     if not verdict:
         return Completed(message=f"{run_id}: {model.test_accuracy:.2%}, the gate was not asked", data=model)
     handle_rejection(run_id, verdict, settings.gate.fail_when_rejected)

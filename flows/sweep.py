@@ -33,6 +33,7 @@ from nightshift.sweeps.study import ask, bad_trials
 from nightshift.text import plain
 from nightshift.workspace import open_workspace
 from tasks.promote import promote as ask_gate
+from tasks.tell import tell
 from tasks.track import track
 
 _POLL_SECONDS = 2.0
@@ -110,6 +111,8 @@ def sweep(
             verdict = ask_gate(workspace, best, settings.gate) if best and promote else None
             if settings.mlflow.tracking_uri:
                 track(workspace)
+            if best and verdict and settings.hook:
+                tell(workspace, best, verdict, settings.hook)
         except TerminationSignal:
             if not is_being_cancelled():
                 raise

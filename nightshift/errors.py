@@ -36,7 +36,7 @@
     ├── NoTimeError                          a run has no time for a single epoch before its verdict is due
     ├── DiskError                            a local disk is full or cannot be written
     ├── LocalServiceError                    the embedded S3, the local Prefect server or worker does not start
-    ├── TrackingError                        a server that is only told (MLflow) does not answer, or refuses a request
+    ├── TrackingError                        a server that is only told (MLflow, a webhook) does not answer, or refuses
     ├── PrefectServerError                   the Prefect server does not answer, or refuses a request
     ├── RecoveryLimitError                   a run was restarted automatically as often as is allowed
     ├── RankFailedError                      one of a run's processes failed, and again after every restart

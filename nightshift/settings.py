@@ -4,14 +4,27 @@ Settings come from the environment (`NIGHTSHIFT_…`) and `.env`. A TrainConfig 
 overrides, is stored in the run record, and two equal ones give the same bits.
 """
 
+import base64
+import binascii
+import ipaddress
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretBytes,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnparsableError
 
@@ -22,6 +35,7 @@ _PREFIX = "NIGHTSHIFT_"
 # Much more makes a socket, a lock or a date raise, in the middle of the night.
 _A_DAY, _A_WEEK, _OFTEN = 86_400, 604_800, 10_000
 _SECRET_LENGTH = 32
+_ENCODED = "whsec_"
 
 
 class S3Settings(BaseModel):
@@ -182,6 +196,15 @@ class MlflowSettings(BaseModel):
         return uri
 
 
+class Webhook(BaseModel):
+    """Who is told of each verdict, and the key by which the message is signed. Both are shown as stars."""
+
+    model_config = ConfigDict(frozen=True)
+
+    url: SecretStr
+    key: SecretBytes | None = None
+
+
 class Settings(BaseSettings):
     """Where things are on this machine. Only `flows/`, the command line and `plugins` construct it."""
 
@@ -215,10 +238,41 @@ class Settings(BaseSettings):
         pattern=r"^[\w-]+/[\w-]+$",
         description="A notification block of the Prefect server, TYPE/NAME, that reports failed and rejected runs.",
     )
+    webhook: SecretStr | None = Field(
+        None, description="An address to which each verdict is sent as JSON; whoever knows it may send there too."
+    )
+    webhook_secret: SecretStr | None = Field(
+        None,
+        min_length=24,
+        max_length=1000,
+        description="What these messages are signed with (HMAC, Standard Webhooks).",
+    )
     mlflow: MlflowSettings = Field(MlflowSettings(), description="The MLflow server that is told of runs and models.")
     max_recoveries: int = Field(
         20, ge=0, le=_OFTEN, description="How many times an interrupted run is restarted automatically."
     )
+
+    @field_validator("webhook")
+    @classmethod
+    def _goes_over_tls(cls, address: SecretStr | None) -> SecretStr | None:
+        if address and not _is_safe_place(address.get_secret_value()):
+            raise ValueError("should be https://HOST/…; http:// goes to this machine only")
+        return address
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _can_be_decoded(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret:
+            _key(secret.get_secret_value())
+        return secret
+
+    @property
+    def hook(self) -> Webhook | None:
+        """Where verdicts are sent; None: nowhere."""
+        if not self.webhook:
+            return None
+        key = SecretBytes(_key(self.webhook_secret.get_secret_value())) if self.webhook_secret else None
+        return Webhook(url=self.webhook, key=key)
 
     @classmethod
     def load(cls) -> Self:
@@ -251,6 +305,33 @@ class Settings(BaseSettings):
                 f"{_PREFIX}HOME: {str(settings.home)!r} is no directory that can be found ({error}): set it to another"
             ) from None
         return settings.model_copy(update={"home": home})
+
+
+def _is_safe_place(address: str) -> bool:
+    """Whether what is sent there is encrypted, or stays on this machine."""
+    try:
+        url = urlsplit(address)
+        host, _ = url.hostname, url.port
+    except ValueError:
+        return False
+    if not host or not address.isprintable():
+        return False
+    if url.scheme == "https" or host == "localhost":
+        return url.scheme in ("http", "https")
+    try:
+        return url.scheme == "http" and ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _key(secret: str) -> bytes:
+    """The bytes of a secret; of one that begins with whsec_, what the rest says in base64."""
+    if not secret.startswith(_ENCODED):
+        return secret.encode()
+    try:
+        return base64.b64decode(secret.removeprefix(_ENCODED), validate=True)
+    except binascii.Error:
+        raise ValueError(f"begins with {_ENCODED}, but what follows is no base64") from None
 
 
 def _in_file() -> dict[str, str | None]:

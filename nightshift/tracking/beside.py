@@ -16,10 +16,12 @@ from typing import TypeVar
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from nightshift import processes, progress
-from nightshift.errors import NightshiftError, TrackingError
-from nightshift.settings import MlflowSettings
+from nightshift.errors import TrackingError
+from nightshift.records.run import read_record
+from nightshift.refs import ModelRef, Verdict
+from nightshift.settings import MlflowSettings, Webhook
 from nightshift.storage.store import Store
-from nightshift.tracking import mlflow
+from nightshift.tracking import mlflow, webhook
 
 T = TypeVar("T")
 _EVERY, _PATIENCE, _MOMENT, _LOOK = 30.0, 60.0, 2.0, 0.1
@@ -50,7 +52,7 @@ def sending(store: Store, settings: MlflowSettings, run_id: str, every: float = 
                 try:
                     _result(future)
                     failed = False
-                except NightshiftError as error:
+                except Exception as error:  # as in `_warned`
                     if not failed:  # one warning per outage
                         progress.current().warn(f"MLflow is not told how run {run_id} stands: {error}")
                     failed = True
@@ -67,24 +69,36 @@ def sending(store: Store, settings: MlflowSettings, run_id: str, every: float = 
 def send_all(store: Store, settings: MlflowSettings, first: str | None = None) -> None:
     """Tell MLflow what it lacks, in a minute at most; the run `first` before all others. Failure is a warning."""
     if settings.tracking_uri:
-        try:
+        with _warned("MLflow is told the rest at the end of the next night"):
             for problem in told(mlflow.send_all, store, settings, first):
                 progress.current().warn(f"MLflow is not told everything: {problem}")
-        except NightshiftError as error:
-            progress.current().warn(f"MLflow is told the rest at the end of the next night: {error}")
 
 
 def send_champion(store: Store, settings: MlflowSettings, name: str) -> None:
     """Tell MLflow which version of a model is live now. Failure is a warning."""
     if settings.tracking_uri:
-        try:
+        with _warned("MLflow is told what is live at the end of the next night"):
             told(mlflow.send_champion, store, settings, name)
-        except NightshiftError as error:
-            progress.current().warn(f"MLflow is told what is live at the end of the next night: {error}")
+
+
+def send_verdict(store: Store, hook: Webhook, model: ModelRef, verdict: Verdict, table: list[str]) -> None:
+    """Tell the webhook of a verdict, which `table` shows in plain text. Failure is a warning."""
+    with _warned("the verdict is not sent"):
+        record, _ = read_record(store, model.run_id)
+        told(webhook.deliver, hook, webhook.message(store, record, model, verdict, table))
+
+
+@contextmanager
+def _warned(beginning: str) -> Iterator[None]:
+    """Make of whatever goes wrong a warning: a client or a server may do anything, and the night goes on."""
+    try:
+        yield
+    except Exception as error:
+        progress.current().warn(f"{beginning}: {error}")
 
 
 def told(what: Callable[..., T], *arguments: object) -> T:
-    """What a function of `mlflow` returns, called in a process of its own; it raises what that does.
+    """What a function returns that is called in a process of its own; it raises what that does.
 
     Raises:
         TrackingError: it took more than a minute, or its process died.

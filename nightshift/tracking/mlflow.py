@@ -129,7 +129,8 @@ class _Server:
     def names(self) -> list[str]:
         """The models that this store has registered, by their names in the store."""
         models = self._all(self._client.search_registered_models)
-        return [model.tags[NAME] for model in models if model.tags.get(STORE) == self._store.url("")]
+        ours = [model.tags for model in models if model.tags.get(STORE) == self._store.url("")]
+        return [tags[NAME] for tags in ours if NAME in tags]
 
     def missing(self) -> Iterator[str]:
         """The runs that the server lacks, or of which it knows an older record, oldest first."""
