@@ -23,6 +23,7 @@ from tasks.evaluate import evaluate
 from tasks.promote import promote as ask_gate
 from tasks.publish import publish
 from tasks.report import report
+from tasks.serve import serve
 from tasks.tell import tell
 from tasks.track import track
 from tasks.train import train
@@ -64,6 +65,8 @@ def train_and_judge(
         evaluation = evaluate(workspace, checkpoint, dataset)
         model = publish(workspace, checkpoint, dataset, evaluation)
         verdict = ask_gate(workspace, model, settings.gate, checkpoint) if promote else None
+        if verdict and verdict.promoted:
+            serve(workspace, model.name)
         report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
     if settings.mlflow.tracking_uri:
         track(workspace, run_id)

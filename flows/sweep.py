@@ -33,6 +33,7 @@ from nightshift.sweeps.study import ask, bad_trials
 from nightshift.text import plain
 from nightshift.workspace import open_workspace
 from tasks.promote import promote as ask_gate
+from tasks.serve import serve
 from tasks.tell import tell
 from tasks.track import track
 
@@ -109,6 +110,8 @@ def sweep(
             create_table_artifact(table(ended), key="sweep", description=f"Sweep {done.sweep_id}")
             best = best_model(ended, runs.records)
             verdict = ask_gate(workspace, best, settings.gate) if best and promote else None
+            if best and verdict and verdict.promoted:
+                serve(workspace, best.name)
             if settings.mlflow.tracking_uri:
                 track(workspace)
             if best and verdict and settings.hook:

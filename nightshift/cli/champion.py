@@ -47,7 +47,7 @@ def promote(run: RunArgument, name: Name = "cifar10", reason: Reason = "", as_js
 
     with configured_workspace() as workspace:
         champions.promote_by_hand(workspace.store, name, run, reason)
-        _tell_mlflow(workspace, name)
+        _tell_servers(workspace, name)
         _show(workspace.store, name, as_json)
 
 
@@ -65,7 +65,7 @@ def rollback(
 
     with configured_workspace() as workspace:
         champions.roll_back(workspace.store, name, version, reason)
-        _tell_mlflow(workspace, name)
+        _tell_servers(workspace, name)
         _show(workspace.store, name, as_json)
 
 
@@ -87,6 +87,14 @@ def unpin(name: Name = "cifar10", reason: Reason = "", as_json: AsJson = False) 
     with configured_workspace() as workspace:
         champions.unpin(workspace.store, name, reason)
         _show(workspace.store, name, as_json)
+
+
+def _tell_servers(workspace: "Workspace", name: str) -> None:
+    """Let Triton serve what is live now, and MLflow's alias name it."""
+    from nightshift.records import serving
+
+    serving.serve(workspace.store, name, anew=True)
+    _tell_mlflow(workspace, name)
 
 
 def _tell_mlflow(workspace: "Workspace", name: str) -> None:

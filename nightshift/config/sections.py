@@ -306,6 +306,14 @@ class HardwareConfig(Section):
     deterministic: Decisive[bool] = Field(True, description="Refuse operations whose result varies from run to run.")
 
 
+class PublishConfig(Section):
+    """What is published beside the weights."""
+
+    triton: Free[bool] = Field(
+        False, description="Publish model.onnx too, and serve the champion from triton/, a model repository for Triton."
+    )
+
+
 class TrackingConfig(Section):
     """Who else is to see the course of a training."""
 

@@ -22,6 +22,7 @@ from nightshift.config.sections import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    PublishConfig,
     SavingConfig,
     ScheduleConfig,
     Section,
@@ -53,6 +54,7 @@ class TrainConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     hardware: HardwareConfig = HardwareConfig()
     tracking: TrackingConfig = TrackingConfig()
+    publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

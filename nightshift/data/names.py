@@ -239,6 +239,8 @@ def check_extras(config: TrainConfig) -> None:
     """Raise ConfigError if the config asks for an optional package that this machine does not have."""
     if config.tracking.tensorboard and not find_spec("tensorboard"):
         raise ConfigError("tracking.tensorboard=true needs a package that is not here: install nightshift[tensorboard]")
+    if config.publish.triton and not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        raise ConfigError("publish.triton=true needs packages that are not here: install nightshift[onnx]")
 
 
 def check_places(places: Iterable[str]) -> None:

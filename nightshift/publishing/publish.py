@@ -26,6 +26,7 @@ from nightshift.networks import build_network
 from nightshift.publishing.export import export
 from nightshift.records.lease import attached
 from nightshift.records.run import RunRecord
+from nightshift.records.serving import FOR_TRITON
 from nightshift.records.versions import ModelCard, card_key, load_bounded, publish_version, read_card, version_key
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation, ModelRef
 from nightshift.storage.store import Store
@@ -130,7 +131,8 @@ def contents_of(
     config, chosen = record.train_config(), record.chosen
     assert chosen
     exported = _exporter(weights, config, dataset)
-    files = {file_name: exported(kind) for file_name, kind in PUBLISHED.items()}
+    wanted = PUBLISHED | ({FOR_TRITON: "onnx"} if config.publish.triton else {})
+    files = {file_name: exported(kind) for file_name, kind in wanted.items()}
     files[PREDICTIONS] = predictions
     mean, std = batches.pixel_statistics(dataset, config)
     card = ModelCard(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nightshift.errors import ModelNotFoundError, StorageDeniedError, StorageError, StorageUnreachableError
-from nightshift.records import champions
+from nightshift.records import champions, serving
 from nightshift.records.history import History, history_key, read_copy, read_history
 from nightshift.records.keys import MODELS, place_of
 from nightshift.records.run import newest_records
@@ -41,8 +41,20 @@ def verify_published(store: Store, run_id: str | None = None) -> Iterator[Checke
         if versions and not run_id:
             state = champions.state_of(store, name)
             yield Checked(history_key(name), None if state.ok else state.detail)
+            yield from _verify_served(store, name)
         for version in versions:
             yield from _verify_version(store, _history(store, name), version)
+
+
+def _verify_served(store: Store, name: str) -> Iterator[Checked]:
+    """What a Triton server gets, if there is anything for it."""
+    try:
+        if number := serving.served(store, name):
+            yield Checked(serving.model_key(name, number), serving.problem(store, name))
+    except (StorageUnreachableError, StorageDeniedError):
+        raise
+    except StorageError as error:
+        yield Checked(serving.config_key(name), str(error))
 
 
 def _published(store: Store) -> dict[str, set[str]]:

@@ -14,12 +14,13 @@ DATASETS = "datasets/"
 WEIGHTS = "weights/"
 SWEEPS = "sweeps/"
 PROBES = "probe/"
+SERVED = "triton/"
 
 _RUN = rf"(?P<run_id>{RUN_ID})"
 _REPORT_FILES = (
     r"(metrics\.jsonl|evaluation\.json|drift\.json|predictions\.safetensors|report\.html|plots/[A-Za-z0-9_-]+\.svg)"
 )
-_VERSION_FILES = r"(weights\.pth|weights\.safetensors|model\.pt2|predictions\.safetensors|card\.json)"
+_VERSION_FILES = r"(weights\.pth|weights\.safetensors|model\.pt2|triton\.onnx|predictions\.safetensors|card\.json)"
 _SHAPES = {
     "record": rf"{RECORDS}{_RUN}\.json",
     "payload": rf"{PAYLOADS}{_RUN}/[0-9]+-[0-9]+\.pt",
@@ -32,6 +33,7 @@ _SHAPES = {
     "shard": rf"{DATASETS}shards/[0-9a-f]{{64}}",
     "weights": rf"{WEIGHTS}[0-9a-f]{{64}}",
     "sweep": rf"{SWEEPS}{RUN_ID}\.json",
+    "served": rf"{SERVED}{RUN_ID}/(config\.pbtxt|[1-9][0-9]*/model\.onnx)",
     "probe": rf"{PROBES}[0-9a-f]{{16}}",
 }
 Kind = Literal[
@@ -46,6 +48,7 @@ Kind = Literal[
     "shard",
     "weights",
     "sweep",
+    "served",
     "probe",
 ]
 

@@ -13,7 +13,7 @@ from itertools import groupby
 
 from nightshift import progress
 from nightshift.errors import ModelNotFoundError, RunNotFoundError, StorageError
-from nightshift.records import snapshots
+from nightshift.records import serving, snapshots
 from nightshift.records.history import read_copy, read_history
 from nightshift.records.keys import (
     DATASETS,
@@ -22,6 +22,7 @@ from nightshift.records.keys import (
     PROBES,
     RECORDS,
     REPORTS,
+    SERVED,
     WEIGHTS,
     Kind,
     is_written_under,
@@ -46,7 +47,8 @@ def find(store: Store, older_than: timedelta, forgotten: Collection[tuple[str, s
 
     The objects are payloads that no record names, reports of runs without a record, versions without a card that
     neither a run may still finish nor a champion's history names, weights that neither a run nor a version began with,
-    probes of the store, and what interrupted snapshots have left. CIFAR-10 as an older nightshift has stored it stays.
+    models that a Triton repository serves no longer, probes of the store, and what interrupted snapshots have left.
+    CIFAR-10 as an older nightshift has stored it stays.
 
     Raises:
         StorageError: the store cannot be listed.
@@ -70,6 +72,7 @@ def find(store: Store, older_than: timedelta, forgotten: Collection[tuple[str, s
         objects=[item for item in found if not is_needed(item.key)]
         + old(PROBES, "probe", max(older_than, _A_MINUTE))
         + _begun_with_by_none(store, old(WEIGHTS, "weights"))
+        + serving.replaced(store, old(SERVED, "served"))
         + snapshots.unnamed(store, lambda item: now - item.modified >= older_than, forgotten),
         uploads=[upload for upload in uploads if not is_needed(upload.key)],
     )

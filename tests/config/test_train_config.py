@@ -77,6 +77,7 @@ OTHER: dict[str, Any] = {
     "hardware.compile": "on",
     "hardware.nproc_per_node": 2,
     "tracking.tensorboard": True,
+    "publish.triton": True,
 }
 FIELDS = dict(fields(TrainConfig))
 # What a value above makes sense beside only, and what makes none beside another.
@@ -285,6 +286,7 @@ def test_what_says_only_how_often_and_where_decides_no_bits() -> None:
         "hardware.device",
         "hardware.nproc_per_node",
         "tracking.tensorboard",
+        "publish.triton",
     }
 
 

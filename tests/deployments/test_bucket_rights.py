@@ -31,7 +31,7 @@ from nightshift.judging.evaluation import evaluate
 from nightshift.judging.report import publish_report
 from nightshift.local import s3
 from nightshift.publishing.publish import publish_model
-from nightshift.records import champions, deletion, orphans, retention
+from nightshift.records import champions, deletion, orphans, retention, serving
 from nightshift.records.rebuild import rebuild
 from nightshift.records.snapshots import Trained, note_trained, read_history
 from nightshift.refs import DatasetRef, ModelRef
@@ -174,7 +174,7 @@ class Torn(io.BytesIO):
 def train_and_publish(workspace: Workspace, run_id: str) -> ModelRef:
     """The first part of a night, from the data set to the published version and the report."""
     dataset = pack(workspace, fetch(workspace, "tiny"))
-    config = small_config(max_train_images=64, checkpoint_every_steps=1, keep_last=1)
+    config = small_config(max_train_images=64, checkpoint_every_steps=1, keep_last=1, triton=True)
     checkpoint = train_alone(workspace, run_id, config, dataset)
     evaluation = evaluate(workspace, checkpoint, dataset)
     model = publish_model(workspace, checkpoint, dataset, evaluation)
@@ -250,17 +250,20 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(
 
     night = replace(workspace, store=bucket.as_user("train", "promote"))
     assert gate.promote(night.store, model, GateSettings()).promoted
+    serving.serve(night.store, "tiny")
     train_and_publish(night, "another")
     promoter = note_requests(bucket.as_user("promote"), asked["promote"])
     promoter.check_access()
     champions.promote_by_hand(promoter, "tiny", "another")
+    serving.serve(promoter, "tiny")
     assert champions.roll_back(promoter, "tiny").version == "run"
+    serving.serve(promoter, "tiny")
     bucket.admin.delete(CHAMPION)
     rebuilt = rebuild(promoter, "tiny").champion
     assert rebuilt
     assert rebuilt.version == "run"
 
-    left = leave_orphans(bucket.admin)
+    left = {*leave_orphans(bucket.admin), serving.model_key("tiny", 1), serving.model_key("tiny", 2)}
     janitor = note_requests(bucket.as_user("gc"), asked["gc"])
     found = orphans.find(janitor, timedelta(0))
     assert left <= set(found.keys)
@@ -276,12 +279,13 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(
     assert not any("unwanted" in item.key for item in bucket.admin.list(""))
 
     pack_images_of_the_team(workspace, tmp_path, 80)
-    left = leave_orphans(bucket.admin)
+    left = {*leave_orphans(bucket.admin), serving.model_key("tiny", 3)}
     bucket.admin.put("probe/0123456789abcdef", b"left")
     keeper = note_requests(bucket.as_user("keep"), asked["keep"])
     monkeypatch.setattr(retention, "CHAMPIONS", 1)
     monkeypatch.setattr(retention, "_COMPARED", timedelta(0))
     assert champions.promote_by_hand(bucket.admin, "tiny", "another").version == "another"
+    serving.serve(bucket.admin, "tiny")
     digest = read_history(keeper, "parts").entries[0].digest
     spent = retention.find(keeper, KeepSettings(models=1, snapshots=1))
     assert ("tiny", "run") in spent.retired
@@ -290,6 +294,7 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(
     retention.tidy(keeper, KeepSettings(models=1), timedelta(0))
     orphans.collect(keeper, orphans.Orphans(list(keeper.list("probe/")), []))
     gone = {item.key for item in bucket.admin.list("")}
+    assert serving.problem(bucket.admin, "tiny") is None
     assert not any(key.startswith(("sweeps/", "runs/run", "models/tiny/run/")) or key in left for key in gone)
 
     assert {role: unused(policy_of(role), asked[role]) for role in ROLES} == {role: [] for role in ROLES}
@@ -309,6 +314,8 @@ def deleted(store: S3, key: str) -> None:
         (["train"], written, [CHAMPION, COPY, "notes.txt"]),
         (["train", "promote"], written, ["notes.txt"]),
         (["promote"], written, [CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
+        (["train"], written, ["triton/tiny/config.pbtxt", "triton/tiny/1/model.onnx"]),
+        (["gc"], deleted, ["triton/tiny/config.pbtxt"]),
         (["gc"], written, [CHAMPION, COPY, CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
         (
             ["train", "promote"],
