@@ -211,7 +211,9 @@ def test_a_sweep_of_8_trials_with_two_killed_on_the_way_finishes_with_8_results(
         eventually(lambda: any(store.list(f"checkpoints/{trial.run_id}/")), timeout=180)  # noqa: B023
         trial.kill()
     os.kill(int(ask(f"flow_runs/{flow_run_id}")["infrastructure_pid"]), signal.SIGKILL)
-    again = Training(lost.workspace, "swept", nightshift(*command).json["flow_run_id"], ask)
+    started = nightshift(*command)
+    assert started.exit_code == 0, started.err + started.out
+    again = Training(lost.workspace, "swept", started.json["flow_run_id"], ask)
     eventually(lambda: again.state["type"] == "COMPLETED", timeout=420)
 
     made = {trial.run_id: trial.record for trial in trials}
