@@ -68,6 +68,12 @@ class RulesConfig(Table):
     gone_class: Effect = Field("stop", description="A class of the last snapshot has no image any more.")
     vanished: Effect = Field("stop", description="More than `max_vanished` of the last snapshot's images are gone.")
     max_vanished: float = Field(0.2, ge=0, le=1, description="A share of the last snapshot's images.")
+    relabelled: Effect = Field(
+        "stop", description="More than `max_relabelled` of a class' images stand under other labels now."
+    )
+    max_relabelled: float = Field(
+        0.3, ge=0, le=1, description="A share of what is still there of a class of the last snapshot."
+    )
     label_shift: Effect = Field("warn", description="A class' share changed by more than `max_label_shift`.")
     max_label_shift: float = Field(
         0.1, ge=0, le=1, description="The largest change of one class' share since the last snapshot."

@@ -92,6 +92,12 @@ def _since(
             f"{vanished:,} of the {len(before):,} images of the last snapshot are gone, more than "
             f"{rules.max_vanished:.0%}",
         )
+    if moved_away := _relabelled(rows, before, counts, rules):
+        yield (
+            "relabelled",
+            f"more than {rules.max_relabelled:.0%} of the images of {len(moved_away):,} classes stand under other "
+            f"labels now: {_some(moved_away)}",
+        )
     both = sorted(old.keys() & counts.keys())
     total, total_old = sum(counts[name] for name in both), sum(old[name] for name in both)
     if len(both) < 2 or not total or not total_old:
@@ -107,6 +113,22 @@ def _since(
             f"the share of {most} changed from {old[most] / total_old:.1%} to {counts[most] / total:.1%} "
             f"(chi-square over all classes: p = {p_value:.2g})",
         )
+
+
+def _relabelled(rows: pa.Table, before: pa.Table, counts: Mapping[str, int], rules: RulesConfig) -> list[str]:
+    """The classes that lost too many images to others. One that is gone, as when it is renamed, has a rule of its own.
+
+    An image is known by its content, because where folders are the labels, to be relabelled is to have another name.
+    """
+    old, new = (kept(part, "content", "label") for part in (before, rows))
+    now = new["label"].take(compute.index_in(old["content"], value_set=new["content"]))
+    stayed = pa.table({"label": old["label"], "moved": compute.not_equal(old["label"], now)}).drop_null()
+    totals = stayed.group_by("label").aggregate([("moved", "sum"), ([], "count_all")]).sort_by("label")
+    return [
+        f"{moved:,} of {total:,} of {name}"
+        for name, moved, total in iterate(totals, "label", "moved_sum", "count_all")
+        if name in counts and total >= rules.min_images_per_class and moved > rules.max_relabelled * total
+    ]
 
 
 def torn_of(rows: pa.Table) -> list[str]:

@@ -306,7 +306,7 @@ def _readable(rows: pa.Table) -> pa.Table:
 
 def _compared(stored: tuple[Shape, pa.Table] | None) -> pa.Table | None:
     """What tonight's rows are compared with."""
-    return stored and stored[1].select(["id", "label", "refused"])
+    return stored and stored[1].select(["content", "id", "label", "refused"])
 
 
 def _joined(listing: pa.Table, known: list[pa.Table]) -> pa.Table:

@@ -15,6 +15,8 @@ from nightshift.storage.memory import MemoryStore
 from tests.data.made import made
 from tests.data.pictures import album, picture, write
 
+NAMES = ("ant", "bee", "cow")
+
 
 def test_a_snapshot_that_breaks_a_rule_stops_the_night_and_is_nothing_to_compare_with(
     memory: MemoryStore, root: Path
@@ -50,6 +52,24 @@ def test_each_rule_finds_what_it_is_for_and_nothing_else_does(
     change(root)
     assert [finding.rule for finding in made(memory, root, rules=quiet).findings] == [rule]
     assert made(memory, root, rules={**quiet, rule: "off"}).ok
+
+
+def test_a_class_whose_labels_are_shuffled_stops_the_night_and_a_few_mended_ones_do_not(
+    memory: MemoryStore, root: Path
+) -> None:
+    def relabel(images: list[Path]) -> None:
+        for number, path in enumerate(images):
+            path.rename(root / ("bee", "cow")[number % 2] / f"was-{path.name}")
+
+    quiet = {"vanished": "off"}  # where folders are the labels, it is another name
+
+    write(root, {f"{name}/{n}.png": picture(200 * place + n) for place, name in enumerate(NAMES) for n in range(30)})
+    made(memory, root, rules=quiet)
+    relabel(sorted((root / "ant").iterdir())[:8])
+    check_rules(made(memory, root, rules=quiet))
+    relabel(sorted((root / "ant").iterdir())[:20])
+    with pytest.raises(DatasetRejectedError, match=r'20 of 22 of ant\. .*set relabelled = "warn"'):
+        check_rules(made(memory, root, rules=quiet))
 
 
 def test_a_class_with_few_images_is_a_finding(memory: MemoryStore, root: Path) -> None:
