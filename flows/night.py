@@ -65,7 +65,7 @@ def train_and_judge(
         evaluation = evaluate(workspace, checkpoint, dataset)
         model = publish(workspace, checkpoint, dataset, evaluation)
         verdict = ask_gate(workspace, model, settings.gate, checkpoint) if promote else None
-        if verdict and verdict.promoted:
+        if verdict and verdict.promoted and config.publish.triton:
             serve(workspace, model.name)
         report(workspace, checkpoint, evaluation, model, verdict, settings.price_per_hour)
     if settings.mlflow.tracking_uri:

@@ -110,7 +110,7 @@ def sweep(
             create_table_artifact(table(ended), key="sweep", description=f"Sweep {done.sweep_id}")
             best = best_model(ended, runs.records)
             verdict = ask_gate(workspace, best, settings.gate) if best and promote else None
-            if best and verdict and verdict.promoted:
+            if best and verdict and verdict.promoted and runs.records[best.run_id].train_config().publish.triton:
                 serve(workspace, best.name)
             if settings.mlflow.tracking_uri:
                 track(workspace)
