@@ -10,12 +10,12 @@ from prefect import Flow
 
 from flows.retrain import retrain
 from flows.train_cifar import train_cifar
-from nightshift.local import prefect as local
 from nightshift.local.prefect import PrefectServer
 from nightshift.records.keys import record_key
 from nightshift.records.lease import acquire
 from nightshift.records.run import Origin, read_record
 from nightshift.workspace import Workspace
+from tests import asking
 from tests.commands import Finished
 from tests.records.test_lease import spec
 
@@ -27,7 +27,7 @@ def ask(prefect_server: PrefectServer) -> Callable[[str, dict[str, Any]], Any]:
     """What the server's API says to a body."""
 
     def request(path: str, body: dict[str, Any]) -> Any:
-        return local.ask(prefect_server, path, body, timeout=60)
+        return asking.ask(prefect_server, path, body)
 
     return request
 

@@ -20,16 +20,27 @@ from safetensors import safe_open
 
 from flows.verdicts import verdict_message
 from nightshift.checkpoints.payload import read_weights, weights_sha256
-from nightshift.local.prefect import PrefectServer, ask
+from nightshift.local.prefect import PrefectServer
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, REPORTS, place_of
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
+from tests.asking import ask
 from tests.commands import Command, Finished
 from tests.conftest import eventually
 
 TUTORIAL = ("--recipe", "tutorial", "--set", "max_train_images=6400", "--set", "epochs=3")
-WORSE = ("train", "--recipe", "tutorial", "--set", "max_train_images=320", "--set", "epochs=1", "--run-id", "worse")
+WORSE = (
+    "train",
+    "--recipe",
+    "tutorial",
+    "--set",
+    "max_train_images=320",
+    "--set",
+    "epochs=1",
+    "--run-id",
+    "night-worse",
+)
 
 PLAIN_TORCH = """
 import sys, torch, numpy as np, torch.nn as nn
@@ -64,13 +75,13 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def prefix() -> str:
-    """One for all tests in this file, so that the data set is stored once; their runs have names of their own."""
+    """One for all tests in this file. Their runs have names that no other file gives to the Prefect server."""
     return f"flow-{secrets.token_hex(6)}"
 
 
 @pytest.fixture(scope="module")
 def run(home: Path, prefix: str, prefect_api: str, cifar10: DatasetRef) -> Callable[..., Finished]:
-    """Run a command on the session's servers, with the data set in the local cache already."""
+    """Run a command on the servers of all tests, with the data set in the local cache already."""
     environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": prefix}
     return lambda *arguments, **more: Command(arguments, {**environment, **more}, home).finish()
 
@@ -78,7 +89,7 @@ def run(home: Path, prefix: str, prefect_api: str, cifar10: DatasetRef) -> Calla
 @pytest.fixture(scope="module")
 def whole(run: Callable[..., Finished]) -> Finished:
     """A run that nothing interrupts."""
-    return run("train", *TUTORIAL, "--run-id", "whole", "--json")
+    return run("train", *TUTORIAL, "--run-id", "night-whole", "--json")
 
 
 def newest_flow_run(prefect: PrefectServer, run_id: str) -> Any:
@@ -118,8 +129,10 @@ def test_the_published_version_has_its_formats_and_a_card(whole: Finished, works
 def test_prefect_knows_the_flow_run_and_its_seven_tasks(whole: Finished, prefect_server: PrefectServer) -> None:
     tasks = ("download", "preprocess", "train", "evaluate", "publish", "promote", "report")
     completed = dict.fromkeys(tasks, "COMPLETED")
-    assert flow_run_state(prefect_server, "whole")[0] == "COMPLETED"
-    eventually(lambda: flow_run_state(prefect_server, "whole")[1] == completed)  # recorded from events, after a while
+    assert flow_run_state(prefect_server, "night-whole")[0] == "COMPLETED"
+    eventually(
+        lambda: flow_run_state(prefect_server, "night-whole")[1] == completed
+    )  # recorded from events, after a while
 
 
 def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Finished], workspace: Workspace) -> None:
@@ -129,12 +142,12 @@ def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Fini
     } <= set(whole.json)
 
     listed = {line["run_id"]: line for line in run("runs", "--json").json["runs"]}
-    assert {"run_id", "status", "step", "test_accuracy", "updated_at", "owner"} <= set(listed["whole"])
+    assert {"run_id", "status", "step", "test_accuracy", "updated_at", "owner"} <= set(listed["night-whole"])
 
-    shown = run("show", "whole", "--json").json
+    shown = run("show", "night-whole", "--json").json
     assert {"config", "status", "checkpoints", "weights_sha256"} <= set(shown)
     assert {"step", "epoch", "key", "bytes", "sha256"} <= set(shown["checkpoints"][0])
-    newest = read_record(workspace.store, "whole")[0].checkpoints[-1]
+    newest = read_record(workspace.store, "night-whole")[0].checkpoints[-1]
     assert shown["weights_sha256"] == weights_sha256(read_weights(workspace.store, newest))
 
     recipes = run("recipes", "--json").json["recipes"]
@@ -159,13 +172,13 @@ def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Fini
 def test_what_was_trained_is_exported_champion_and_of_use(
     whole: Finished, run: Callable[..., Finished], home: Path, cifar10: DatasetRef, tmp_path: Path
 ) -> None:
-    assert whole.json["champion"]["run_id"] == "whole"
+    assert whole.json["champion"]["run_id"] == "night-whole"
     assert whole.json["verdict"]["promoted"]
     champion = run("champion", "--json").json
     assert champion.items() >= whole.json["champion"].items()
     assert set(champion) >= {"name", "version", "run_id", "test_accuracy", "previous"}
 
-    exported = run("export", "whole", "--format", "safetensors", "--out", str(tmp_path / "model"), "--json").json
+    exported = run("export", "night-whole", "--format", "safetensors", "--out", str(tmp_path / "model"), "--json").json
     body = (tmp_path / "model").read_bytes()
     assert exported.items() >= {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}.items()
     assert weights_sha256(safetensors.torch.load(body)) == whole.json["weights_sha256"]
@@ -174,7 +187,7 @@ def test_what_was_trained_is_exported_champion_and_of_use(
         Image.fromarray(packed.get_tensor("test_images")[0]).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"damaged")
     predicted = run("predict", str(tmp_path), "--json")
-    assert (predicted.exit_code, predicted.json["predicted"], predicted.json["model"]) == (0, 1, "whole")
+    assert (predicted.exit_code, predicted.json["predicted"], predicted.json["model"]) == (0, 1, "night-whole")
     (bad,) = predicted.json["bad"]
     assert (bad["image"], bad["reason"][:12]) == (str(tmp_path / "bad.png"), "not an image")
     none = run("predict", str(tmp_path / "bad.png"))
@@ -182,7 +195,7 @@ def test_what_was_trained_is_exported_champion_and_of_use(
     assert none.out.splitlines()[0] == "image,label,probability,error"
     assert "bad.png: not an image" in none.err
 
-    page = run("report", "whole", "--out", str(tmp_path / "page.html"), "--json")
+    page = run("report", "night-whole", "--out", str(tmp_path / "page.html"), "--json")
     assert page.json["bytes"] == (tmp_path / "page.html").stat().st_size > 100_000
 
 
@@ -222,25 +235,25 @@ def test_a_person_sees_epochs_and_a_summary_and_nothing_else(worse: Finished) ->
 def test_a_rejection_is_a_result_and_by_setting_a_failure(
     worse: Finished, run: Callable[..., Finished], workspace: Workspace, prefect_server: PrefectServer
 ) -> None:
-    record, _ = read_record(workspace.store, "worse")
+    record, _ = read_record(workspace.store, "night-worse")
     assert record.status == "finished"
     assert record.result
     verdict = record.result.verdict
     assert verdict
     assert not verdict.promoted
     assert verdict.champion
-    assert verdict.champion.run_id == "whole"
-    state = newest_flow_run(prefect_server, "worse")["state"]
-    assert (state["type"], state["message"]) == ("COMPLETED", verdict_message("worse", verdict))
+    assert verdict.champion.run_id == "night-whole"
+    state = newest_flow_run(prefect_server, "night-worse")["state"]
+    assert (state["type"], state["message"]) == ("COMPLETED", verdict_message("night-worse", verdict))
     failed = run(*WORSE, NIGHTSHIFT_GATE__FAIL_WHEN_REJECTED="true")
     assert failed.exit_code == 1
-    assert "worse is not promoted" in failed.err
+    assert "night-worse is not promoted" in failed.err
     assert "Traceback" not in failed.err
-    assert newest_flow_run(prefect_server, "worse")["state"]["type"] == "FAILED"
+    assert newest_flow_run(prefect_server, "night-worse")["state"]["type"] == "FAILED"
 
 
 def test_prefect_shows_the_report_and_the_progress_as_artifacts(whole: Finished, prefect_server: PrefectServer) -> None:
-    flow_run = newest_flow_run(prefect_server, "whole")["id"]
+    flow_run = newest_flow_run(prefect_server, "night-whole")["id"]
     found = ask(prefect_server, "artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
     by_key = {artifact["key"]: artifact for artifact in found if artifact["key"]}  # results have none
     assert set(by_key) == {"report", "training"}
@@ -251,11 +264,12 @@ def test_prefect_shows_the_report_and_the_progress_as_artifacts(whole: Finished,
 def test_verify_reads_every_checkpoint_back(
     whole: Finished, run: Callable[..., Finished], workspace: Workspace
 ) -> None:
-    assert run("verify", "whole", "--json").json == {"ok": True, "checked": 1, "bad": []}
+    stored = len(read_record(workspace.store, "night-whole")[0].checkpoints)
+    assert run("verify", "night-whole", "--json").json == {"ok": True, "checked": stored, "bad": []}
     key = whole.json["checkpoints"][-1]["key"]
     body = workspace.store.get(key)[0]
     workspace.store.put(key, body[:-1])
-    broken = run("verify", "whole", "--json")
+    broken = run("verify", "night-whole", "--json")
     workspace.store.put(key, body)
     assert (broken.exit_code, broken.json["ok"], broken.json["checked"]) == (1, False, 1)
     assert broken.json["bad"][0]["key"] == key
@@ -264,11 +278,11 @@ def test_verify_reads_every_checkpoint_back(
 def test_a_finished_run_returns_its_result_and_trains_nothing(
     whole: Finished, run: Callable[..., Finished], workspace: Workspace
 ) -> None:
-    record = read_record(workspace.store, "whole")
-    again = run("train", *TUTORIAL, "--run-id", "whole", "--json")
+    record = read_record(workspace.store, "night-whole")
+    again = run("train", *TUTORIAL, "--run-id", "night-whole", "--json")
     assert "nothing to train" in again.err
     assert again.json == whole.json
-    assert read_record(workspace.store, "whole") == record
+    assert read_record(workspace.store, "night-whole") == record
 
 
 def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
@@ -278,36 +292,36 @@ def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
     workspace: Workspace,
     prefect_server: PrefectServer,
 ) -> None:
-    killed = start("train", *TUTORIAL, "--run-id", "stopped", "--set", "checkpoint_every_steps=20")
+    killed = start("train", *TUTORIAL, "--run-id", "night-stopped", "--set", "checkpoint_every_steps=20")
     killed.wait_for_line("epoch 1/3")
     killed.send(signal.SIGKILL)
     killed.finish()
 
-    terminated = start("resume", "stopped", "--json")
+    terminated = start("resume", "night-stopped", "--json")
     terminated.wait_for_line("epoch 2/3")
     terminated.send(signal.SIGTERM)
     stopped = terminated.finish()
     assert stopped.exit_code == 3, stopped.err
-    assert "nightshift resume stopped" in stopped.json["error"]
-    record = read_record(workspace.store, "stopped")[0]
+    assert "nightshift resume night-stopped" in stopped.json["error"]
+    record = read_record(workspace.store, "night-stopped")[0]
     assert record.status == "interrupted"
     assert record.resumed_from_step
     assert record.resumed_from_step >= 20
     assert f"after step {record.step} of 600" in stopped.json["error"]
-    crashed = newest_flow_run(prefect_server, "stopped")["state"]
+    crashed = newest_flow_run(prefect_server, "night-stopped")["state"]
     assert (crashed["type"], crashed["message"]) == ("CRASHED", stopped.json["error"])
 
-    taken_for_lost = start("resume", "stopped", "--json")
+    taken_for_lost = start("resume", "night-stopped", "--json")
     taken_for_lost.wait_for_line("training simple_cnn")
-    flow_run = newest_flow_run(prefect_server, "stopped")["id"]
+    flow_run = newest_flow_run(prefect_server, "night-stopped")["id"]
     ask(prefect_server, f"flow_runs/{flow_run}/set_state", {"state": {"type": "CRASHED"}, "force": True})
     taken_for_lost.send(signal.SIGTERM)
     ended = taken_for_lost.finish()
     assert (ended.exit_code, "Traceback" in ended.err) == (3, False), ended.err
-    assert "nightshift resume stopped" in ended.json["error"]
-    record = read_record(workspace.store, "stopped")[0]
+    assert "nightshift resume night-stopped" in ended.json["error"]
+    record = read_record(workspace.store, "night-stopped")[0]
 
-    resumed = run("resume", "stopped", "--json")
+    resumed = run("resume", "night-stopped", "--json")
     assert resumed.exit_code == 0, resumed.err
     assert resumed.json["resumed_from_step"] == record.step
     assert resumed.json["weights_sha256"] == whole.json["weights_sha256"]

@@ -46,14 +46,18 @@ def test_a_champion_that_cannot_be_built_is_compared_on_the_images_that_both_hav
     assert "150 of tonight's 250 test images" in verdict.reason
 
 
-@pytest.mark.parametrize("shared", [0, 99])
+@pytest.mark.parametrize("in_common", [0, 99])
 def test_with_too_few_images_in_common_it_is_not_compared_and_the_verdict_says_what_to_do(
-    store: Store, shared: int
+    store: Store, in_common: int
 ) -> None:
     promote(store, seen(store, "old", range(200), right=0, dataset_digest="0" * 64))
-    verdict = promote(store, seen(store, "new", range(200 - shared, 400), right=200))
+    verdict = promote(store, seen(store, "new", range(200 - in_common, 400), right=200))
     assert not verdict.promoted
-    for part in (f"predictions of {shared} of tonight's", "old can no longer be built here", "nightshift promote new"):
+    for part in (
+        f"predictions of {in_common} of tonight's",
+        "old can no longer be built here",
+        "nightshift promote new",
+    ):
         assert part in verdict.reason
 
 

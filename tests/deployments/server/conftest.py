@@ -14,9 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import httpx
 import pytest
-from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
 from nightshift.local import prefect as local
 from nightshift.local.prefect import PrefectServer
@@ -24,6 +22,7 @@ from nightshift.local.s3 import embedded_s3
 from nightshift.records.run import RunRecord, read_record
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
+from tests import asking
 from tests.commands import Command, Finished
 from tests.conftest import eventually
 
@@ -137,20 +136,8 @@ def prefect(stack: dict[str, Any], nightshift: Nightshift) -> Prefect:
 def ask(stack: dict[str, Any], its_server: PrefectServer) -> Callable[..., Any]:
     """Ask the server's API: what is at a path, or what it says to a body."""
 
-    # SQLite is locked now and then, and the server answers 503, or not within half a minute; Prefect's own client asks
-    # again too.
-    @retry(
-        retry=retry_if_exception(
-            lambda error: (
-                isinstance(error, httpx.TimeoutException)
-                or (isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 503)
-            )
-        ),
-        stop=stop_after_delay(120),
-        wait=wait_fixed(0.5),
-    )
     def request(path: str, **body: Any) -> Any:
-        return local.ask(its_server, path, body or None, timeout=30)
+        return asking.ask(its_server, path, body or None)
 
     return request
 
