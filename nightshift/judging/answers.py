@@ -101,7 +101,7 @@ def pair(store: Store, ours: Predictions, card: ModelCard, answer: Answer) -> Pa
     if not len(fair):
         raise NotComparableError(f"{card.version} was trained on all of tonight's test images: the splits were changed")
     left_out = len(everything) - len(fair)
-    note = f"without {left_out:,} test images that it was trained on, as the splits were changed" if left_out else ""
+    note = f"without {left_out:,} test images that it was trained on" if left_out else ""
     return _paired(ours, card, predicted[fair], fair, note)
 
 
