@@ -98,7 +98,7 @@ class TrainConfig(Section):
             ConfigError: as `parse`, and if a name is that of no field, or of several.
         """
         values, problems = self.model_dump(), []
-        for name, value in _flattened(overrides):
+        for name, value in flattened(overrides):
             try:
                 *sections, last = self.path_of(name).split(".")
             except ConfigError as error:
@@ -214,10 +214,11 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"loss.gamma={loss.gamma} is of the loss focal, and loss.name={loss.name}: set loss.name=focal"
 
 
-def _flattened(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in overrides.items():
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in nested mappings, by dotted names."""
+    for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{name}.")
+            yield from flattened(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

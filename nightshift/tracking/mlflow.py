@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nightshift.config.train import flattened
 from nightshift.errors import NightshiftError, RunNotFoundError, StorageError, TrackingError
 from nightshift.records.history import read_history
 from nightshift.records.keys import place_of, report_key
@@ -192,7 +193,9 @@ class _Server:
             tags["nightshift.verdict"] = plain(record.result.verdict.reason)
         self._client.log_batch(run.info.run_id, tags=[RunTag(key, value[:_LONGEST]) for key, value in tags.items()])
         # What a run was first sent with stands: MLflow lets no param change.
-        params = [Param(key, value) for key, value in _flat(record.config) if key not in run.data.params]
+        params = [
+            Param(key, plain(value)[:_LONGEST]) for key, value in flattened(record.config) if key not in run.data.params
+        ]
         for some in _parts(params, _PARAMS):
             self._client.log_batch(run.info.run_id, params=some)
 
@@ -306,15 +309,6 @@ class _Server:
 
 def _parts(items: list[T], size: int) -> Iterator[list[T]]:
     return (items[begin : begin + size] for begin in range(0, len(items), size))
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The fields of a config by their dotted names, such as `optimizer.lr`."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", plain(value)[:_LONGEST]
 
 
 def _milliseconds(moment: Any) -> int:

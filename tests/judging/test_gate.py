@@ -44,17 +44,21 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def finish(store: Store, model: ModelRef, verdict: Verdict | None) -> None:
-    """Write the record of its run, finished with this verdict."""
-    result = Result(
+def result_of(model: ModelRef, verdict: Verdict | None) -> Result:
+    """What the record of its run says once it is finished."""
+    return Result(
         test_accuracy=model.test_accuracy,
         test_loss=1.0,
         weights_sha256=model.weights_sha256,
         model=model.key,
         verdict=verdict,
     )
+
+
+def finish(store: Store, model: ModelRef, verdict: Verdict | None) -> None:
+    """Write the record of its run, finished with this verdict."""
     with hold(store, model.run_id) as run:
-        run.end("finished", result=result)
+        run.end("finished", result=result_of(model, verdict))
 
 
 def promote(store: Store, model: ModelRef, **settings: Any) -> Verdict:

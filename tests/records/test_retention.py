@@ -15,7 +15,7 @@ from nightshift.records import champions, rebuild, retention, snapshots
 from nightshift.records.history import history_key, read_copy, read_history
 from nightshift.records.keys import payload_key, place_of, report_key
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import Result, list_records, read_record
+from nightshift.records.run import list_records, read_record
 from nightshift.records.snapshots import Entry, Manifest
 from nightshift.records.versions import read_card, read_file
 from nightshift.refs import DatasetRef
@@ -24,7 +24,7 @@ from nightshift.storage import documents
 from nightshift.storage.memory import MemoryStore
 from nightshift.sweeps import stored as sweeps
 from nightshift.sweeps.study import ask
-from tests.judging.test_gate import published
+from tests.judging.test_gate import published, result_of
 from tests.records.test_lease import spec
 from tests.records.test_orphans import commit
 
@@ -79,14 +79,7 @@ def night(store: MemoryStore, name: str, accuracy: float, digest: str, ends: str
         if ends == "finished":
             model = published(store, accuracy, name, name="photos")
             verdict = gate.promote(store, model, GateSettings())
-            result = Result(
-                test_accuracy=accuracy,
-                test_loss=1.0,
-                weights_sha256=model.weights_sha256,
-                model=model.key,
-                verdict=verdict,
-            )
-            run.end("finished", result=result)
+            run.end("finished", result=result_of(model, verdict))
         else:
             run.end("failed", "it diverged")
 

@@ -19,7 +19,7 @@ from nightshift.errors import TrackingError, TrainingInterrupted
 from nightshift.records import champions
 from nightshift.records.lease import RunSpec
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import Result, read_record
+from nightshift.records.run import read_record
 from nightshift.refs import CheckpointRef, ModelRef
 from nightshift.settings import MlflowSettings
 from nightshift.storage.store import Store
@@ -29,7 +29,7 @@ from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.commands import Finished
 from tests.conftest import eventually
-from tests.judging.test_gate import finish, promote, published
+from tests.judging.test_gate import finish, promote, published, result_of
 from tests.made_up import NAME, config_of, in_memory, known
 from tests.own_images import DATASET, write_images
 from tests.records.test_lease import spec
@@ -99,14 +99,7 @@ def end_trained(store: Store, run_id: str, accuracy: float) -> ModelRef:
     verdict = promote(store, model)
     trained = RunSpec(run_id, record.train_config(), record.dataset, record.environment, record.total_steps)
     with hold_run(store, trained, 60) as run:
-        result = Result(
-            test_accuracy=accuracy,
-            test_loss=1.0,
-            weights_sha256=model.weights_sha256,
-            model=model.key,
-            verdict=verdict,
-        )
-        run.end("finished", result=result)
+        run.end("finished", result=result_of(model, verdict))
     return model
 
 
