@@ -136,7 +136,7 @@ def normalized(images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def tested(model: nn.Module, dataset: Dataset) -> float:
-    logits = torch.cat([model(normalized(images)) for images in torch.split(dataset.test_images, 200)])
+    logits = torch.cat([model(normalized(images)) for images in torch.split(dataset.test_images[:], 200)])
     return (logits.argmax(1) == dataset.test_labels.long()).float().mean().item()
 
 

@@ -23,7 +23,7 @@ def main(picture: str) -> None:
     with tempfile.TemporaryDirectory() as home:
         workspace = Workspace(MemoryStore(), Path(home), lease_seconds=60, save_retry_seconds=5)
         dataset = open_dataset(workspace, pack(workspace, fetch(workspace, "cifar10")))
-        test, train = dataset.test_images.numpy(), dataset.train_images.numpy()
+        test, train = dataset.test_images[:].numpy(), dataset.train_images[:].numpy()
         candidates = near_pairs("test", test, train)
     near = [pair for pair in candidates if pair.alike >= LEAST_ALIKE]
     print(f"{len(candidates):,} candidates, {len(near):,} pairs of {len({pair.image for pair in near}):,} test images")

@@ -33,10 +33,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +45,7 @@ from PIL import Image
 
 if __name__ == "__main__":  # and not in the processes that decode: each imports this file, and torch takes seconds
     from common import Summary, copy_data_cache, installed, machine, show, tell, temporary_home, write_json
+    from photographs import write_files
 
     from nightshift.config.project import DatasetConfig
     from nightshift.data.datasets import open_dataset
@@ -58,8 +58,6 @@ if __name__ == "__main__":  # and not in the processes that decode: each imports
 _PEERS = {"litdata": ("litdata",), "hf datasets": ("datasets",)}
 _ORDER = ("Pillow, one thread", "first snapshot", "1 % more", *_PEERS)
 _CHUNK = "64MB"
-_NOISE = 9
-"""Its standard deviation, of 255. A file of 500 by 375 pixels then has 67 kB, about as a photograph has."""
 _KEPT = 64
 """The side of what a snapshot keeps of a photograph, in pixels."""
 _MADE_UP = Path(__file__).with_name("made_up.py")
@@ -83,34 +81,17 @@ def write_images(home: Path, folder: Path, count: int, height: int) -> tuple[lis
     more = max(count // 100, 1)
     if count + more > len(dataset.train_images) + len(dataset.test_images):
         raise typer.BadParameter(f"CIFAR-10 has fewer than {count + more:,} images")
-    images = np.concatenate([dataset.train_images.numpy(), dataset.test_images.numpy()])
+    images = np.concatenate([dataset.train_images[:].numpy(), dataset.test_images[:].numpy()])
     labels = np.concatenate([dataset.train_labels.numpy(), dataset.test_labels.numpy()])
     paths = []
     for number in range(count + more):
         kind = "jpg" if height or number % 10 == 0 else "png"
         paths.append(folder / dataset.classes[labels[number]] / f"{number:05}.{kind}")
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor() as pool:
-        for _ in pool.map(partial(_write, height), images, paths, chunksize=500):
-            pass
+    write_files(images, paths, (height * 4 // 3, height) if height else None)
     later = [(path, path.read_bytes()) for path in paths[count:]]
     for path, _ in later:
         path.unlink()
     return paths[:count], later
-
-
-def _write(height: int, pixels: np.ndarray, path: Path) -> None:
-    image = Image.fromarray(pixels)
-    if height:
-        large = np.asarray(image.resize((height * 4 // 3, height), Image.Resampling.BICUBIC), np.int16)
-        image = Image.fromarray((large + _noise(height)).clip(0, 255).astype(np.uint8))
-    image.save(path, quality=90)
-
-
-@cache
-def _noise(height: int) -> np.ndarray:
-    """Of a sensor, the same in every image. Without it enlarged images are smooth, and decoded in half the time."""
-    return np.random.default_rng(0).normal(0, _NOISE, (height, height * 4 // 3, 3)).astype(np.int16)
 
 
 def with_pillow(paths: list[Path], side: int = 0) -> int:

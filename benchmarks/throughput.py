@@ -137,7 +137,7 @@ class Task:
 def endless_batches(config: TrainConfig, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
     """Normalized images (batch, 3, 32, 32) in channels_last and their labels, all from memory."""
     normalizer = batches.normalizer(dataset, config)
-    images = batches.to_input(dataset.train_images, *normalizer).permute(0, 2, 3, 1).contiguous().to(device)
+    images = batches.to_input(dataset.train_images[:], *normalizer).permute(0, 2, 3, 1).contiguous().to(device)
     labels = dataset.train_labels.long().to(device)
     size = config.data.batch_size
     while True:

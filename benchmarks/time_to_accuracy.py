@@ -74,7 +74,7 @@ def tutorial_loop(workspace: Workspace, ref: DatasetRef, seed: int, epochs: int 
     started = time.monotonic()
     dataset = open_dataset(workspace, ref)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
-    images = PlainCIFAR10(dataset.train_images.numpy(), dataset.train_labels.tolist(), transform)
+    images = PlainCIFAR10(dataset.train_images[:].numpy(), dataset.train_labels.tolist(), transform)
     loader: DataLoader[Any] = DataLoader(images, batch_size=32, shuffle=True)
     model = SimpleCNN()
     criterion, optimizer = nn.CrossEntropyLoss(), optim.Adam(model.parameters(), lr=0.001)

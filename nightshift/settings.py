@@ -173,6 +173,16 @@ class KeepSettings(BaseModel):
     )
 
 
+class CacheSettings(BaseModel):
+    """What this machine keeps of what it can fetch again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gigabytes: float = Field(
+        100, ge=0, le=1e6, description="Of shards of encoded images; the least recently used go first."
+    )
+
+
 class MlflowSettings(BaseModel):
     """The team's MLflow server, which is told of runs and models. What a login needs has MLflow's own variables."""
 
@@ -224,6 +234,7 @@ class Settings(BaseSettings):
     nodes: NodesSettings = Field(NodesSettings(), description="The machines that train a run together.")
     gate: GateSettings = Field(GateSettings(), description="What a candidate must reach to become the champion.")
     keep: KeepSettings = Field(KeepSettings(), description="What `gc` deletes of finished nights.")
+    cache: CacheSettings = Field(CacheSettings(), description="What this machine keeps of images.")
     project: Path = Field(Path("nightshift.toml"), description="The project file: data sets, recipes and deployments.")
     dask: str | None = Field(
         None,

@@ -45,3 +45,5 @@ ClassName = Annotated[str, Field(max_length=LONGEST_CLASS_NAME)]
 """Any text: a folder's name, or what somebody has typed into a table."""
 Resize = Literal["crop", "pad", "stretch"]
 """How an image that is no square becomes one: `data.images.fit` says what each does."""
+Storage = Literal["pixels", "encoded"]
+"""How the images of a snapshot lie in its shards: as uint8 pixels, or as JPEG."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nightshift.local.s3 import embedded_s3, give_up_reserve
-from nightshift.settings import MlflowSettings, NodesSettings, Settings
+from nightshift.settings import CacheSettings, MlflowSettings, NodesSettings, Settings
 from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store
 
@@ -22,6 +22,7 @@ class Workspace:
     nodes: NodesSettings = field(default_factory=NodesSettings)
     price_per_hour: float | None = None
     mlflow: MlflowSettings = field(default_factory=MlflowSettings)
+    cache_gigabytes: float = CacheSettings().gigabytes
 
 
 @contextmanager
@@ -55,4 +56,5 @@ def _workspace(settings: Settings, store: Store) -> Workspace:
         settings.nodes,
         settings.price_per_hour,
         settings.mlflow,
+        settings.cache.gigabytes,
     )

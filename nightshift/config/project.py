@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nightshift.errors import ConfigError
 from nightshift.explain import problem_of
 from nightshift.ids import parse_own_dataset_name
-from nightshift.values import ImageSize, Resize
+from nightshift.values import ImageSize, Resize, Storage
 
 PackageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 """What stands behind `import`, up to the first dot."""
@@ -102,6 +102,11 @@ class DatasetConfig(Table):
         "auto", description="Images are stored as so many pixels square; auto: as the first ones are, up to 128."
     )
     resize: Resize = Field("crop", description="How an image is made square.")
+    storage: Storage | Literal["auto"] = Field(
+        "auto",
+        description="Images are stored as pixels or, encoded, as JPEG, of which more fit into a disk than into memory; "
+        "auto: as they were before, and at first by how many they are.",
+    )
     split: SplitConfig = SplitConfig()
     rules: RulesConfig = RulesConfig()
     retrain_unchanged: bool = Field(False, description="Train also when nothing has changed since the last run.")

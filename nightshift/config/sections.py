@@ -297,6 +297,9 @@ class HardwareConfig(Section):
     nproc_per_node: Free[Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]] = Field(
         1, description="Processes a machine that share each batch; auto: one a GPU."
     )
+    loader_threads: Free[Annotated[int, Field(ge=1, le=256)] | Literal["auto"]] = Field(
+        "auto", description="Threads that decode a process' encoded images; auto: the cores, shared by the processes."
+    )
     precision: Decisive[Literal["float32", "bfloat16", "auto"]] = Field(
         "float32", description="bfloat16: autocast in forward; auto: where the hardware has it."
     )

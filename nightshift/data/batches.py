@@ -4,7 +4,7 @@ A resumed run asks for step k and gets what an uninterrupted run got at step k. 
 that step, and no generator has to be saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
@@ -16,11 +16,18 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import transforms
 from nightshift.data.chance import generator_of
 from nightshift.data.datasets import Dataset
+from nightshift.data.encoded import EncodedImages, Pending
 from nightshift.data.names import check_classes, check_fits, check_loss, check_validation
 from nightshift.networks import statistics_of
 
 _BATCH = 1000
 """How many images of 32 by 32 pixels are predicted at a time."""
+_WINDOW = 8192
+"""How many images the shards of a window have at least, or all that there are."""
+_AHEAD_BYTES, _AHEAD = 128 * 1024**2, 8
+"""Of decoded images of the steps ahead, and how many steps these are at most."""
+_LOOK = 16
+"""Every so many steps the shards of the next window are asked for."""
 _LOGITS = 2**25
 """How many logits there may be at a time: those of all test images, of 100,000 classes, would fill any machine."""
 
@@ -39,6 +46,28 @@ class Members:
         return cls(tuple(part for part in torch.split(labels.argsort(stable=True), counts) if len(part)))
 
 
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """In which shard each training image lies, for an order in which a few shards are read at a time.
+
+    As a shard holds images of all classes, and the shards of a window are chosen by chance, this mixes as well as if
+    all were shuffled: benchmarks/mixing.py.
+    """
+
+    shards: Tensor
+    """int64 (N,)."""
+
+    def shuffled(self, numbers: Tensor, generator: Generator) -> Tensor:
+        """Images, int64 (M,), in the order of an epoch: all those of one window by chance, then those of the next."""
+        images = self.shards.bincount()
+        turn = torch.randperm(len(images), generator=generator)
+        before = images[turn].cumsum(0) - images[turn]
+        window = torch.empty_like(before)
+        window[turn] = before * max(1, len(self.shards) // _WINDOW) // len(self.shards)
+        place = torch.rand(len(numbers), generator=generator, dtype=torch.float64)
+        return numbers[(window[self.shards[numbers]] + place).argsort(stable=True)]
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the steps of a run divide into epochs. Steps count from 0."""
@@ -49,6 +78,8 @@ class Plan:
     drop_last: bool
     members: Members | None = None
     """Of balanced sampling; without it an epoch sees each image once."""
+    windows: Windows | None = None
+    """Of encoded images; without it all are shuffled together."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,32 +116,45 @@ def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
     check_validation(config, 0 if dataset.validation_images is None else len(dataset.validation_images))
     images = min(len(dataset.train_images), config.data.max_train_images or len(dataset.train_images))
     members = Members.by(dataset.train_labels[:images].cpu()) if config.data.sampling == "balanced" else None
-    return Plan(images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last, members)
+    pixels, windows = dataset.train_images, None
+    if not isinstance(pixels, Tensor):
+        windows = Windows(pixels.shards[:images])
+    return Plan(
+        images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last, members, windows
+    )
 
 
 def batch_indices(plan: Plan, seed: int, step: int) -> Tensor:
     """Which training images step `step` sees: int64, shape (batch,)."""
     epoch, within = plan.position(step)
-    return _epoch_order(plan.images, plan.members, seed, epoch)[
-        within * plan.batch_size : (within + 1) * plan.batch_size
-    ]
+    return epoch_order(plan, seed, epoch)[within * plan.batch_size : (within + 1) * plan.batch_size]
 
 
 def training_batch(
-    dataset: Dataset, config: TrainConfig, plan: Plan, step: int, share: slice = slice(None)
+    dataset: Dataset,
+    config: TrainConfig,
+    plan: Plan,
+    step: int,
+    share: slice = slice(None),
+    decoded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The images and targets of one step, augmented but not yet normalized.
 
     Args:
         share: which images of the batch to return, where several ranks share it; by default all.
+        decoded: the share's images, if they are decoded already.
 
     Returns:
         uint8 images (share, side, side, 3) and int64 labels (share,), on the device of the data set. If the config
         mixes images, float32 targets (share, classes) in place of the labels.
     """
     indices = batch_indices(plan, config.seed, step)
-    wanted = _with_the_one_before(len(indices), share) if config.augment.mixes else share
-    images = _gather(dataset.train_images, indices, config, plan, step, wanted)
+    wanted, images = _wanted(len(indices), config, share), dataset.train_images
+    if isinstance(images, Tensor):
+        images = _gather(images, indices[wanted], indices, config, plan, step, wanted)
+    else:
+        images = images[indices[wanted]] if decoded is None else decoded
+        images = _gather(images, torch.arange(len(images)), indices, config, plan, step, wanted)
     labels = dataset.train_labels[indices[wanted].to(dataset.train_labels.device)].long()
     if config.augment.per_image:
         epoch, within = plan.position(step)
@@ -119,6 +163,39 @@ def training_batch(
     if config.augment.mixes:
         return transforms.mixed(images, labels, config.augment, len(dataset.classes), config.seed, step)
     return images, labels
+
+
+class Batches:
+    """The batches of one rank, step after step. Encoded images are decoded some steps ahead.
+
+    Args:
+        share_of: which images of a batch of so many are the rank's.
+    """
+
+    def __init__(self, dataset: Dataset, config: TrainConfig, plan: Plan, share_of: Callable[[int], slice]) -> None:
+        self._dataset, self._config, self._plan, self._share_of = dataset, config, plan, share_of
+        self._ahead = max(2, min(_AHEAD, _AHEAD_BYTES // (plan.batch_size * 3 * dataset.image_size**2)))
+        self._pending: dict[int, Pending] = {}
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """As `training_batch`; raises as `EncodedImages`."""
+        images, plan, decoded = self._dataset.train_images, self._plan, None
+        if not isinstance(images, Tensor):
+            for upcoming in range(step, min(step + self._ahead, plan.total_steps)):
+                if upcoming not in self._pending:
+                    self._pending[upcoming] = self._begin(images, upcoming)
+            decoded = self._pending.pop(step).wait()
+        share = self._share_of(plan.batch_of(step))
+        return training_batch(self._dataset, self._config, plan, step, share, decoded)
+
+    def _begin(self, images: EncodedImages, step: int) -> Pending:
+        plan, seed = self._plan, self._config.seed
+        epoch, within = plan.position(step)
+        if not self._pending or within % _LOOK == 0:
+            start = within * plan.batch_size
+            images.expect(epoch_order(plan, seed, epoch)[start : start + 2 * _WINDOW])
+        indices = batch_indices(plan, seed, step)
+        return images.begin(indices[_wanted(len(indices), self._config, self._share_of(len(indices)))])
 
 
 def resident(dataset: Dataset, config: TrainConfig, device: torch.device) -> Dataset:
@@ -166,17 +243,22 @@ def images_at_a_time(image_size: int, classes: int) -> int:
     return max(1, min(_BATCH, _BATCH * 32**2 // image_size**2, _LOGITS // classes))
 
 
-def _with_the_one_before(batch: int, share: slice) -> Tensor:
-    """The places in a batch of a share's images, and before them that of the image before the first."""
+def _wanted(batch: int, config: TrainConfig, share: slice) -> Tensor:
+    """The places in a batch of a share's images; before them that of the image before the first, to be mixed with."""
     places = torch.arange(batch)
-    return torch.cat([places.roll(1)[share][:1], places[share]])
+    return torch.cat([places.roll(1)[share][:1], places[share]]) if config.augment.mixes else places[share]
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(images: int, members: Members | None, seed: int, epoch: int) -> Tensor:
+def epoch_order(plan: Plan, seed: int, epoch: int) -> Tensor:
+    """Which images an epoch shows, one after the other: int64, shape (images,)."""
     generator = generator_of(seed, "order", epoch)
-    order = torch.arange(images) if members is None else _balanced(images, members, generator)
-    return order[torch.randperm(images, generator=generator)]
+    order = torch.arange(plan.images)
+    if plan.members:
+        order = _balanced(plan.images, plan.members, generator)
+    if plan.windows:
+        return plan.windows.shuffled(order, generator)
+    return order[torch.randperm(plan.images, generator=generator)]
 
 
 def _balanced(images: int, members: Members, generator: Generator) -> Tensor:
@@ -200,12 +282,16 @@ def _first_flips(images: int, seed: int) -> Tensor:
 
 
 def _gather(
-    images: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: slice | Tensor
+    images: Tensor, chosen: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: Tensor
 ) -> Tensor:
     """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from.
 
     Random numbers are drawn on the CPU and for the whole batch, so that they are the same on every device and for any
     number of ranks. They are few.
+
+    Args:
+        chosen: the rows of `images` in which the images of the share are.
+        indices: the numbers of all images of the batch.
     """
     whole, batch, size, device = len(indices), len(indices[share]), images.shape[1], images.device
     generator = generator_of(config.seed, "augment", step)
@@ -217,10 +303,10 @@ def _gather(
         span = 2 * config.augment.translate + 1
         shifts = torch.randint(span, (2, whole, 1), generator=generator)[:, share].to(device) - config.augment.translate
         rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
-    indices = indices[share].to(device)
+    chosen = chosen.to(device)
     if rows is cols:
-        return images.index_select(0, indices)
-    pixels = (indices[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]
+        return images.index_select(0, chosen)
+    pixels = (chosen[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]
     return images.reshape(-1, 3).index_select(0, pixels.flatten()).view(batch, size, size, 3)
 
 

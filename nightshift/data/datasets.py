@@ -1,5 +1,7 @@
-"""A data set on this machine, mapped into memory: what training and judging see of the images."""
+"""A data set on this machine: what training and judging see of the images."""
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -7,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nightshift.data.encoded import EncodedImages, Pending
 from nightshift.records.snapshots import Split
 from nightshift.refs import DatasetRef
 from nightshift.values import Resize
@@ -15,6 +18,8 @@ from nightshift.workspace import Workspace
 RGB = tuple[float, float, float]
 Judged = Literal["validation", "test"]
 """The splits that are not trained on."""
+Images = Tensor | EncodedImages
+"""uint8 (N, side, side, 3): mapped into memory, or decoded when they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +36,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A packed data set mapped into memory.
-
-    Images are uint8 (N, side, side, 3). Labels (N,) are uint8 or, for more than 256 classes, int32.
-    """
+    """A data set's images, and labels (N,), uint8 or, for more than 256 classes, int32."""
 
     name: str
     digest: str
     classes: tuple[str, ...]
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     mean: RGB
     """Per channel, over the training images, on the scale 0 to 255; so is `std`."""
     std: RGB
     resize: Resize = "stretch"
     """How images of other shapes were made squares, and so how those to predict are."""
-    validation_images: Tensor | None = None
+    validation_images: Images | None = None
     """What chooses an epoch; none where the data set has no such split."""
     validation_labels: Tensor | None = None
     test_content: Tensor | None = None
@@ -62,7 +64,7 @@ class Dataset:
         """The side of the images, in pixels."""
         return self.train_images.shape[1]
 
-    def images_of(self, split: Split) -> Tensor:
+    def images_of(self, split: Split) -> Images:
         """The images of a split; none of one that there is not."""
         splits = {"train": self.train_images, "validation": self.validation_images, "test": self.test_images}
         images = splits[split]
@@ -70,11 +72,34 @@ class Dataset:
 
     def resident_on(self, device: torch.device) -> Self:
         """The same data set with its training part in a device's memory, so that no step has to copy images there."""
+        if not isinstance(self.train_images, Tensor):
+            return self
         return replace(self, train_images=self.train_images.to(device), train_labels=self.train_labels.to(device))
 
 
-def open_dataset(workspace: Workspace, ref: DatasetRef) -> Dataset:
+def in_parts(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images once, `size` at a time, each part with their numbers, int64; encoded ones as they lie in the shards.
+
+    A part of those is decoded while another is made use of.
+    """
+    if isinstance(images, Tensor):
+        yield from zip(torch.split(torch.arange(len(images)), size), torch.split(images, size), strict=True)
+        return
+    ahead = deque[tuple[Tensor, Pending]]()
+    for some in torch.split(images.order, size):
+        ahead.append((some, images.begin(some)))
+        if len(ahead) > 1:
+            numbers, part = ahead.popleft()
+            yield numbers, part.wait()
+    for numbers, part in ahead:
+        yield numbers, part.wait()
+
+
+def open_dataset(workspace: Workspace, ref: DatasetRef, threads: int | None = None) -> Dataset:
     """Map a packed data set into memory, from the cache on this machine or else from the store.
+
+    Args:
+        threads: how many decode, where images are encoded; none: as many as there are cores.
 
     Raises:
         DataCorruptError, DataUnavailableError, StorageError: it is not here, and cannot be had.
@@ -82,7 +107,7 @@ def open_dataset(workspace: Workspace, ref: DatasetRef) -> Dataset:
     from nightshift.data.known import is_of_before, open_of_before  # they are made of what stands here
     from nightshift.data.packed import open_packed
 
-    return open_of_before(workspace, ref) if is_of_before(ref) else open_packed(workspace, ref)
+    return open_of_before(workspace, ref) if is_of_before(ref) else open_packed(workspace, ref, threads)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[RGB, RGB]:

@@ -15,9 +15,10 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from nightshift import processes
 from nightshift.data.images import fit, open_image
+from nightshift.data.jpeg import as_stored
 from nightshift.data.sources.listed import Listed, Source
 from nightshift.errors import UnreadableImageError
-from nightshift.values import Resize
+from nightshift.values import Resize, Storage
 
 _CHUNK = 64
 """Images that a process takes at once. More would make the loss of one process longer to repair."""
@@ -30,19 +31,22 @@ _CHUNK_SECONDS, _IMAGE_SECONDS = 60, 20
 
 @dataclass(frozen=True)
 class Shape:
-    """How an image is stored: uint8 (size, size, 3), made square by cropping, padding or stretching."""
+    """How one is stored: uint8 (size, size, 3), made square by cropping, padding or stretching, or that as JPEG."""
 
     size: int
     resize: Resize
+    storage: Storage = "pixels"
 
     @property
     def bytes(self) -> int:
-        return 3 * self.size**2
+        """Of an image; encoded, about so many."""
+        pixels = 3 * self.size**2
+        return pixels if self.storage == "pixels" else pixels // 5
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An image that was read: the sha256 of its file and its pixels, or the reason why it cannot be used."""
+    """An image that was read: the sha256 of its file, and its pixels as they are stored; or why it cannot be used."""
 
     content: bytes = b""
     pixels: bytes = b""
@@ -124,4 +128,5 @@ def _decoded(listed: Listed) -> Decoded:
     except UnreadableImageError as error:
         return Decoded(refused=str(error))
     pixels = fit(image, _shape.size, _shape.resize)
-    return Decoded(hashlib.sha256(body).digest(), pixels.tobytes(), *image.size)
+    stored = pixels.tobytes() if _shape.storage == "pixels" else as_stored(pixels, body)
+    return Decoded(hashlib.sha256(body).digest(), stored, *image.size)

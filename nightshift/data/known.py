@@ -64,5 +64,5 @@ def open_of_before(workspace: Workspace, ref: DatasetRef) -> Dataset:
 def _made(workspace: Workspace, spec: Spec) -> SnapshotRef:
     place, path = arrays_of(workspace, spec)
     progress.current().say(f"{spec.name} from the {place}")
-    config = DatasetConfig(source=spec.name, image_size=spec.image_size, resize="stretch")
+    config = DatasetConfig(source=spec.name, image_size=spec.image_size, resize="stretch", storage="pixels")
     return make_snapshot(workspace.store, spec.name, config, source=KnownImages(spec, path))

@@ -4,18 +4,23 @@ The file is a cache. It is safetensors: for each split uint8 images (N, size, si
 uint8 or, for more than 256 classes, int32; and the sha256 of each test image's file, uint8 (N, 32). Images are in the
 order of their ids. When the file is made, each image's pixels are compared with the sha256 that the snapshot's digest
 rests on; when it is opened, the file with its own.
+
+Of encoded images the file does not have the pixels, but where they lie: the number of the shard, int32 (N,), the
+offset, int64 (N,), and the sha256 of what is stored there, uint8 (N, 32).
 """
 
 import hashlib
+import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import compute
 from safetensors import safe_open
 
 from nightshift import progress
@@ -23,11 +28,13 @@ from nightshift.config.project import Effect
 from nightshift.data import rows as table
 from nightshift.data.arrays import write_arrays
 from nightshift.data.datasets import Dataset, Judged, Pair, channel_statistics
+from nightshift.data.encoded import Decoding, EncodedImages
 from nightshift.data.near import LEAST_ALIKE, near_pairs
+from nightshift.data.shards import Shards, fetch
 from nightshift.data.snapshot import read_rows
 from nightshift.data.specs import SPECS
 from nightshift.disk import complete_file
-from nightshift.errors import DataCorruptError, DatasetRejectedError, ObjectNotFoundError, ObjectTooLargeError
+from nightshift.errors import DataCorruptError, DatasetRejectedError
 from nightshift.records import snapshots
 from nightshift.records.snapshots import SPLITS
 from nightshift.refs import DatasetRef, SnapshotRef
@@ -35,8 +42,9 @@ from nightshift.storage.store import Store
 from nightshift.values import Resize
 from nightshift.workspace import Workspace
 
-_MAX_SHARD = 1024**3
 _MOST_PAIRS = 10_000
+_SAMPLE = 10_000
+"""How many encoded images are looked at for their mean and deviation."""
 
 
 def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef, near_duplicates: Effect = "off") -> DatasetRef:
@@ -59,6 +67,8 @@ def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef, near_duplicates: 
         image_size=manifest.image_size,
     )
     _, facts = _in_cache(workspace, ref)
+    if manifest.storage == "encoded" and near_duplicates == "stop":
+        progress.current().warn(f"{ref.name}: near duplicates are looked for among images stored as pixels only")
     judged = {(split, image) for split, image, _, alike in facts["near"] if alike >= LEAST_ALIKE}
     if judged and near_duplicates != "off":
         detail = f"{len(judged):,} images to validate or test on are nearly the same as ones to train on"
@@ -71,8 +81,11 @@ def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef, near_duplicates: 
     return ref
 
 
-def open_packed(workspace: Workspace, ref: DatasetRef) -> Dataset:
+def open_packed(workspace: Workspace, ref: DatasetRef, threads: int | None = None) -> Dataset:
     """Map a snapshot into memory, after a look whether this machine's copy is whole.
+
+    Args:
+        threads: as of `open_dataset`.
 
     Raises:
         DataCorruptError, StorageError: it is not here, and cannot be had.
@@ -80,11 +93,17 @@ def open_packed(workspace: Workspace, ref: DatasetRef) -> Dataset:
     path, facts = _in_cache(workspace, ref)
     with safe_open(path, framework="pt") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    images: dict[str, Any] = {}
+    if shards := facts.get("shards"):
+        decoding = Decoding(Shards(workspace), shards, ref.image_size, threads)
+        images = {f"{split}_images": _encoded(decoding, arrays, split) for split in SPLITS}
+        arrays = {name: array for name, array in arrays.items() if name.endswith(("_labels", "_content"))}
     return Dataset(
         ref.name,
         ref.digest,
         tuple(facts["classes"]),
         **arrays,
+        **images,
         mean=tuple(facts["mean"]),
         std=tuple(facts["std"]),
         resize=facts["resize"],
@@ -104,10 +123,15 @@ def _in_cache(workspace: Workspace, ref: DatasetRef) -> tuple[Path, dict[str, An
             path.unlink()
     manifest, rows = read_rows(workspace.store, ref.name, ref.digest)
     classes = sorted(manifest.classes)
-    arrays = _assembled(workspace.store, rows, classes, manifest.image_size)
-    near = [] if ref.name in SPECS else _near(arrays)
+    if manifest.storage == "encoded":
+        arrays, near, shards = _located(rows, classes, manifest.shards), [], manifest.shards
+        images = _encoded(Decoding(Shards(workspace), shards, manifest.image_size), arrays, "train")
+        sample = images[images.order[:_SAMPLE]].numpy()
+    else:
+        arrays, shards = _assembled(workspace.store, rows, classes, manifest.image_size), []
+        near, sample = [] if ref.name in SPECS else _near(arrays), arrays["train_images"]
     with complete_file(path) as file:
-        facts = write_packed(file.name, ref.name, classes, arrays, manifest.resize, near)
+        facts = write_packed(file.name, ref.name, classes, arrays, manifest.resize, near, sample, shards)
         _check_known(ref.name, facts)
     return path, facts
 
@@ -119,9 +143,16 @@ def write_packed(
     arrays: dict[str, np.ndarray],
     resize: Resize,
     near: Sequence[tuple[str, int, int, float]] = (),
+    sample: np.ndarray | None = None,
+    shards: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write the arrays of all splits to a file, and return what it says of them."""
-    mean, std = channel_statistics(arrays["train_images"])
+    """Write the arrays of all splits to a file, and return what it says of them.
+
+    Args:
+        sample: uint8 (N, size, size, 3), of which mean and deviation are taken; by default all images to train on.
+        shards: in which the images lie, if they are encoded.
+    """
+    mean, std = channel_statistics(arrays["train_images"] if sample is None else sample)
     facts = {
         "name": name,
         "classes": classes,
@@ -130,6 +161,7 @@ def write_packed(
         "resize": resize,
         "sha256": {name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()},
         "near": near,
+        "shards": shards,
     }
     # One metadata entry, because safetensors writes several in an order that varies.
     write_arrays(path, arrays, {"nightshift": json.dumps(facts)})
@@ -177,13 +209,12 @@ def _assembled(store: Store, rows: pa.Table, classes: list[str], size: int) -> d
     for split in SPLITS:
         part = table.of_split(rows, split)
         images = np.empty((len(part), size, size, 3), np.uint8)
-        labels = np.empty(len(part), np.uint8 if len(classes) <= 256 else np.int32)
+        labels = np.empty(len(part), _label_type(classes))
         for at, (label, shard, offset, pixels) in enumerate(table.iterate(part, "label", "shard", "offset", "pixels")):
             labels[at] = numbers[label]
             places[shard].append((offset, pixels, images[at]))
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
-    content = b"".join(sha256 for (sha256,) in table.iterate(table.of_split(rows, "test"), "content"))
-    arrays["test_content"] = np.frombuffer(content, np.uint8).reshape(-1, 32)
+    arrays["test_content"] = _sums(table.of_split(rows, "test")["content"])
     count = sum(len(arrays[f"{split}_labels"]) for split in SPLITS)
     with progress.current().transfer(f"packing {count:,} images", None) as advance:
         for shard, wanted in places.items():
@@ -199,15 +230,41 @@ def _assembled(store: Store, rows: pa.Table, classes: list[str], size: int) -> d
     return arrays
 
 
+def _located(rows: pa.Table, classes: list[str], shards: Sequence[str]) -> dict[str, np.ndarray]:
+    """Where the images of all splits lie in which shard, and their classes."""
+    arrays: dict[str, np.ndarray] = {}
+    of_shards = pa.array([bytes.fromhex(shard) for shard in shards], pa.binary(32))
+    for split in SPLITS:
+        part = table.of_split(rows, split)
+        arrays |= {
+            f"{split}_labels": _numbers(part["label"], pa.array(classes)).astype(_label_type(classes)),
+            f"{split}_shard": _numbers(part["shard"], of_shards),
+            f"{split}_offset": part["offset"].to_numpy(),
+            f"{split}_sha256": _sums(part["pixels"]),
+        }
+    return arrays | {"test_content": _sums(table.of_split(rows, "test")["content"])}
+
+
+def _numbers(values: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
+    """The place of each value in `known`, int32 (N,)."""
+    places: np.ndarray = compute.index_in(values, value_set=known).to_numpy()
+    return places.astype(np.int32)
+
+
+def _sums(column: pa.ChunkedArray) -> np.ndarray:
+    """sha256 sums, uint8 (N, 32)."""
+    return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(-1, 32)
+
+
+def _label_type(classes: Sequence[str]) -> type[np.generic]:
+    return np.uint8 if len(classes) <= 256 else np.int32
+
+
+def _encoded(decoding: Decoding, arrays: Mapping[str, Any], split: str) -> EncodedImages:
+    return EncodedImages(decoding, *(np.asarray(arrays[f"{split}_{name}"]) for name in ("shard", "offset", "sha256")))
+
+
 def _shard(store: Store, digest: str) -> bytes:
-    """A shard's bytes. One that arrives damaged is fetched a second time."""
-    key = snapshots.shard_key(digest)
-    for _ in range(2):
-        try:
-            body = store.download_bytes(key, max_bytes=_MAX_SHARD)
-        except (ObjectNotFoundError, ObjectTooLargeError) as error:
-            raise DataCorruptError(f"{error}: bring an older version of it back, or make a new snapshot") from error
-        if hashlib.sha256(body).hexdigest() == digest:
-            return body
-        progress.current().warn(f"{store.url(key)} arrived damaged")
-    raise DataCorruptError(f"{store.url(key)} is damaged: bring an older version of it back")
+    body = io.BytesIO()
+    fetch(store, digest, body)
+    return body.getvalue()

@@ -43,8 +43,8 @@ READ = pa.schema(
         "unreadable": pa.string(),
     }
 )
-"""What is known of an image once it was read, or why it cannot be: the sha256 of its file and of its pixels, its size
-in pixels, and where its pixels lie in which shard, in bytes."""
+"""What is known of an image once it was read, or why it cannot be: the sha256 of its file and of its pixels as they are
+stored, its size in pixels, and where in which shard they lie, in bytes."""
 ROWS = pa.schema(
     [
         *(LISTED.field(name) for name in ("id", "hint", "label", "split", "group", "extra")),
@@ -105,7 +105,7 @@ def _text_bytes(column: pa.ChunkedArray) -> int:
 
 def pixels_of(shape: Shape) -> str:
     """What was done to the pixels, in a word: part of a snapshot's digest."""
-    return f"RGB {shape.size} {shape.resize} 1"
+    return f"{'RGB' if shape.storage == 'pixels' else 'JPEG'} {shape.size} {shape.resize} 1"
 
 
 def kept(rows: pa.Table, *columns: str) -> pa.Table:

@@ -26,7 +26,7 @@ from nightshift.config.project import DatasetConfig
 from nightshift.data import rows as table
 from nightshift.data.decode import Decoders, Shape
 from nightshift.data.names import check_classes
-from nightshift.data.parts import Reader, in_parts, listed_of, part_key, pending, read_parts, unknown
+from nightshift.data.parts import Reader, in_parts, listed_of, mixed, part_key, pending, read_parts, unknown
 from nightshift.data.rows import LISTED, READ, ROWS
 from nightshift.data.rules import CONFLICT, classes_of, findings_of
 from nightshift.data.sources.listed import Listed, Source
@@ -52,6 +52,8 @@ _LISTED_AT_ONCE = 10_000
 _FIRST = 100
 """How many images decide the size at which all are stored, where the data set does not."""
 _LARGEST_AUTO = 128
+_MOST_PIXELS = 4 * 1024**3
+"""Bytes of all images as pixels, up to which they are stored so by default."""
 _NAMED = 5
 """How many of the images that are left out are named on the way."""
 
@@ -93,7 +95,7 @@ def look_at(
     known = [_together(parts.values())]
     if newest and newest[0] == shape:
         known.insert(0, _readable(newest[1]))
-    new = unknown(listing, known)
+    new = mixed(unknown(listing, known), shape)
     known.append(
         _together(reader(store, name, source, shape, new) if reader else read_parts(None, name, source, shape, new))
     )
@@ -179,13 +181,18 @@ def read_rows(store: Store, name: str, digest: str) -> tuple[Manifest, pa.Table]
         DataCorruptError: its rows are not what its digest says.
     """
     manifest = snapshots.read_manifest(store, name, digest)
-    shape = Shape(manifest.image_size, manifest.resize)
+    shape = shape_of(manifest)
     key = snapshots.rows_key(name, digest)
     body = store.download_bytes(key, max_bytes=table.MAX_BYTES)
     rows = table.from_parquet(body, ROWS, shape, store.url(key))
     if table.digest_of(rows, shape) != digest:
         raise DataCorruptError(f"{store.url(key)} is not what its digest says: bring an older version of it back")
     return manifest, rows
+
+
+def shape_of(manifest: Manifest) -> Shape:
+    """How the images of a snapshot are stored."""
+    return Shape(manifest.image_size, manifest.resize, manifest.storage)
 
 
 def difference(before: pa.Table | None, after: pa.Table) -> tuple[list[str], list[str], list[str]]:
@@ -266,15 +273,25 @@ def _stored(store: Store, history: History, entry: Entry | None) -> tuple[Shape,
     except (DataCorruptError, SourceError, ObjectNotFoundError, DocumentDamagedError) as error:
         progress.current().warn(f"the last snapshot of {history.name} cannot be used, so all is read anew: {error}")
         return None
-    return Shape(manifest.image_size, manifest.resize), rows
+    return shape_of(manifest), rows
 
 
 def _shape(config: DatasetConfig, source: Source, listing: pa.Table, newest: tuple[Shape, pa.Table] | None) -> Shape:
-    """How images are stored: as the data set says, else as they were before, else as the first ones are."""
-    if config.image_size != "auto":
-        return Shape(config.image_size, config.resize)
-    if newest:
-        return Shape(newest[0].size, config.resize)
+    """How images are stored: as the data set says, else as they were before, else as the first ones and all are."""
+    size = config.image_size
+    if size == "auto":
+        size = newest[0].size if newest else _usual_side(source, listing)
+    storage = config.storage
+    if storage == "auto":
+        storage = newest[0].storage if newest else "pixels"
+        if not newest and len(listing) * Shape(size, config.resize).bytes > _MOST_PIXELS:
+            storage = "encoded"
+            progress.current().say(f"images are stored as JPEG, as {len(listing):,} are many (storage sets it)")
+    return Shape(size, config.resize, storage)
+
+
+def _usual_side(source: Source, listing: pa.Table) -> int:
+    """The median of the shorter sides of the first images, within limits."""
     first = listing.filter(compute.equal(listing["refused"], "")).slice(0, _FIRST)
     with Decoders(source, Shape(SMALLEST_IMAGE, "stretch"), processes=1) as decoders:
         images = list(decoders.read(listed_of(first)))
@@ -289,7 +306,7 @@ def _shape(config: DatasetConfig, source: Source, listing: pa.Table, newest: tup
     progress.current().say(
         f"images are stored as {size} x {size} pixels, as the first ones are (image_size sets another)"
     )
-    return Shape(size, config.resize)
+    return size
 
 
 def _together(tables: Iterable[pa.Table]) -> pa.Table:
@@ -382,6 +399,7 @@ def _manifest(name: str, rows: pa.Table, shape: Shape) -> Manifest:
         test_digest=table.digest_of(rows, shape, "test"),
         image_size=shape.size,
         resize=shape.resize,
+        storage=shape.storage,
         images=len(used),
         splits={split: compute.sum(compute.equal(used["split"], split)).as_py() or 0 for split in SPLITS},
         classes=classes_of(rows),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nightshift.checkpoints.payload import check_weights, read_weights, weights_sha256
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
-from nightshift.data.datasets import Dataset, open_dataset
+from nightshift.data.datasets import Dataset, in_parts, open_dataset
 from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError, StorageError
 from nightshift.hardware import failures_explained, find_device
 from nightshift.ids import Sha256
@@ -345,14 +345,14 @@ def answer_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) 
     """What a model says of all test images, predicted as the config says."""
     scale, shift = batches.normalizer(dataset, config)
     size = batches.images_at_a_time(dataset.image_size, len(dataset.classes))
-    parts = [
-        answers_to(predict(model, batches.to_input(images, scale, shift), config.evaluation.tta), labels.long())
-        for images, labels in zip(
-            torch.split(dataset.test_images, size), torch.split(dataset.test_labels, size), strict=True
-        )
-    ]
+    parts, order = [], []
+    for numbers, images in in_parts(dataset.test_images, size):
+        logits = predict(model, batches.to_input(images, scale, shift), config.evaluation.tta)
+        parts.append(answers_to(logits, dataset.test_labels[numbers].long()))
+        order.append(numbers)
+    back = torch.cat(order).argsort()
     return Answers(
-        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
+        **{field.name: torch.cat([getattr(part, field.name) for part in parts])[back] for field in fields(Answers)}
     )
 
 

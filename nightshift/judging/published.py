@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nightshift import plugins, progress
 from nightshift.checkpoints.weights import published_weights
 from nightshift.data import batches
+from nightshift.data.datasets import Images, in_parts
 from nightshift.data.images import fit
 from nightshift.judging import evaluation
 from nightshift.judging.near import watched
@@ -52,7 +53,7 @@ def load_version(store: Store, card: ModelCard, device: torch.device) -> nn.Modu
     return evaluation.load_model(config, weights, len(card.classes), device, card.image_size)
 
 
-def predicted_by(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
+def predicted_by(model: nn.Module, card: ModelCard, images: Images) -> Tensor:
     """What a version predicts of images that were stored for another: the numbers of its own classes, int64 (N,).
 
     Args:
@@ -61,8 +62,11 @@ def predicted_by(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
     """
     scale, shift = batches.scale_and_shift(card.mean, card.std)
     size, tta = batches.images_at_a_time(card.image_size, len(card.classes)), card.train_config().evaluation.tta
-    parts = (batches.to_input(_fitted(part, card), scale, shift) for part in torch.split(images, size))
-    return torch.cat([evaluation.predict(model, part, tta).argmax(1) for part in parts])
+    predicted = torch.empty(len(images), dtype=torch.int64)
+    for numbers, part in in_parts(images, size):
+        inputs = batches.to_input(_fitted(part, card), scale, shift)
+        predicted[numbers] = evaluation.predict(model, inputs, tta).argmax(1)
+    return predicted
 
 
 def seen_by(model: nn.Module, card: ModelCard, images: Iterable[Tensor]) -> Seen:

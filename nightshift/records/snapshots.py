@@ -18,7 +18,7 @@ from nightshift.refs import Finding
 from nightshift.storage import documents
 from nightshift.storage.documents import MIB, Document, Part
 from nightshift.storage.store import Store, Stored
-from nightshift.values import MOST_CLASSES, ClassName, Count, ImageSize, Moment, Resize
+from nightshift.values import MOST_CLASSES, ClassName, Count, ImageSize, Moment, Resize, Storage
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -40,6 +40,7 @@ class Manifest(Document):
     """Of the test split alone."""
     image_size: ImageSize
     resize: Resize
+    storage: Storage = "pixels"
     images: Count
     splits: dict[Split, Count]
     classes: dict[ClassName, Count] = Field(max_length=MOST_CLASSES)

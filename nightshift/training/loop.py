@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
-from nightshift.data.batches import Plan
+from nightshift.data.batches import Batches, Plan
 from nightshift.data.datasets import Dataset
 from nightshift.errors import RankLostError, TrainingDivergedError
 from nightshift.hardware import Hardware
@@ -51,6 +51,7 @@ class Loop:
     ) -> None:
         self._config, self._dataset, self._plan = config, dataset, plan
         self._hardware, self._ranks, self._recorder = hardware, ranks, recorder
+        self._batches = Batches(dataset, config, plan, ranks.share_of)
         self._is_last = False
         self._state = build_state(config, dataset, hardware.device, ranks, recorder.restore, recorder.start)
         model = self._state.model
@@ -69,13 +70,12 @@ class Loop:
             RankLostError: `orders` say restart.
             TrainingDivergedError, LeaseLostError, StorageError: as `train_alone`.
         """
-        state, plan, ranks, recorder = self._state, self._plan, self._ranks, self._recorder
+        state, ranks, recorder = self._state, self._ranks, self._recorder
         recorder.begin(state)
         state.model.train()
         (self._is_last,) = ranks.any(recorder.is_last(state))
         while not self._is_over():
-            share = ranks.share_of(plan.batch_of(state.step))
-            self._train_step(*batches.training_batch(self._dataset, self._config, plan, state.step, share))
+            self._train_step(*self._batches.batch(state.step))
             recorder.stepped(state)
             report, restart, stop, save, self._is_last = ranks.any(
                 recorder.report_is_due(state.step),

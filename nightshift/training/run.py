@@ -1,5 +1,6 @@
 """Training a run from its checks to its last checkpoint. A retry is the same call: the store knows where to resume."""
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -85,7 +86,8 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
     config, device = job.config, find_device(job.config.hardware.device)
     with ranks.loss_explained():
         with ranks.first_on_each_machine():
-            dataset = batches.resident(open_dataset(workspace, job.dataset), config, device)
+            threads = _loader_threads(config, ranks)
+            dataset = batches.resident(open_dataset(workspace, job.dataset, threads), config, device)
         plan = batches.make_plan(config, dataset)
         ranks.check_batches(plan.smallest_batch)
         if ranks.leads:
@@ -129,6 +131,12 @@ def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | Non
             return record.ref(record.chosen)
     workspace.store.check_fencing()
     return None
+
+
+def _loader_threads(config: TrainConfig, ranks: Ranks) -> int:
+    if config.hardware.loader_threads != "auto":
+        return config.hardware.loader_threads
+    return max(1, (os.cpu_count() or 1) * ranks.nodes // ranks.world_size)
 
 
 def _check_code(config: TrainConfig, dataset: Dataset, plan: Plan, ranks: Ranks) -> None:

@@ -28,9 +28,9 @@ def validate(network: nn.Module, dataset: Dataset, normalizer: tuple[Tensor, Ten
     correct = torch.zeros((), dtype=torch.int64, device=device)
     network.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # whatever somebody's network draws
-        for number, part in enumerate(zip(torch.split(images, size), torch.split(labels, size), strict=True)):
+        for number, start in enumerate(range(0, len(labels), size)):
             if number % ranks.world_size == ranks.rank:
-                pixels, targets = (tensor.to(device) for tensor in part)
+                pixels, targets = (part[start : start + size].to(device) for part in (images, labels))
                 logits = network(batches.to_input(pixels, *normalizer)).float()
                 loss += F.cross_entropy(logits, targets.long(), reduction="sum").double()
                 correct += (logits.argmax(1) == targets).sum()

@@ -76,6 +76,7 @@ OTHER: dict[str, Any] = {
     "hardware.precision": "bfloat16",
     "hardware.compile": "on",
     "hardware.nproc_per_node": 2,
+    "hardware.loader_threads": 3,
     "tracking.tensorboard": True,
     "publish.triton": True,
 }
@@ -285,6 +286,7 @@ def test_what_says_only_how_often_and_where_decides_no_bits() -> None:
         "budget.max_cost",
         "hardware.device",
         "hardware.nproc_per_node",
+        "hardware.loader_threads",
         "tracking.tensorboard",
         "publish.triton",
     }

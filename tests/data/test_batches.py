@@ -212,7 +212,7 @@ def test_without_augmentation_images_are_untouched() -> None:
 def test_augmentation_leaves_the_data_set_as_it_is() -> None:
     dataset = dataset_of(noise(50))
     first_epoch(dataset, config_of(flip="random", translate=4))
-    assert torch.equal(dataset.train_images, noise(50))
+    assert torch.equal(dataset.train_images[:], noise(50))
 
 
 def test_flip_mirrors_some_images_and_leaves_the_others() -> None:
@@ -279,9 +279,9 @@ def test_the_network_gets_pixels_minus_mean_over_deviation(normalization: str) -
     half = torch.full((3, 1, 1), 127.5, dtype=torch.float64)
     own = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (dataset.mean, dataset.std))
     mean, std = own if normalization == "dataset" else (half, half)
-    pixels = dataset.train_images.permute(0, 3, 1, 2).double()
+    pixels = dataset.train_images[:].permute(0, 3, 1, 2).double()
 
-    seen = to_input(dataset.train_images, *normalizer(dataset, config_of(normalization=normalization)))
+    seen = to_input(dataset.train_images[:], *normalizer(dataset, config_of(normalization=normalization)))
 
     assert seen.dtype == torch.float32
     # Eight roundings to float32, each of a value no greater than these two summands.
@@ -291,14 +291,14 @@ def test_the_network_gets_pixels_minus_mean_over_deviation(normalization: str) -
 
 def test_half_maps_pixels_to_the_range_from_minus_one_to_one() -> None:
     dataset = dataset_of(torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(-1, 32, 32, 3))
-    black, white = to_input(dataset.train_images, *normalizer(dataset, config_of(normalization="half")))
+    black, white = to_input(dataset.train_images[:], *normalizer(dataset, config_of(normalization="half")))
     torch.testing.assert_close(black, torch.full((3, 32, 32), -1.0))
     torch.testing.assert_close(white, torch.full((3, 32, 32), 1.0))
 
 
 def test_the_network_gets_its_input_in_channels_last_format() -> None:
     dataset = dataset_of(noise(8))
-    seen = to_input(dataset.train_images, *normalizer(dataset, config_of(normalization="dataset")))
+    seen = to_input(dataset.train_images[:], *normalizer(dataset, config_of(normalization="dataset")))
     assert seen.shape == (8, 3, 32, 32)
     assert seen.is_contiguous(memory_format=torch.channels_last)
 
@@ -352,4 +352,4 @@ def test_labels_may_be_wider_than_a_byte() -> None:
 
 def test_a_channel_in_which_all_pixels_are_the_same_can_be_normalized() -> None:
     black = replace(dataset_of(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)), mean=(0, 0, 0), std=(0, 0, 0))
-    assert to_input(black.train_images, *normalizer(black, config_of(normalization="dataset"))).eq(0).all()
+    assert to_input(black.train_images[:], *normalizer(black, config_of(normalization="dataset"))).eq(0).all()

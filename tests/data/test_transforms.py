@@ -186,5 +186,5 @@ def test_with_mixup_and_cutmix_chance_decides_for_each_batch() -> None:
 
 def test_images_that_torchvision_changes_stay_on_the_cpu_whatever_the_device() -> None:
     meta = torch.device("meta")
-    assert resident(DATA, config_with({"mixup": 0.4}), meta).train_images.device == meta
-    assert resident(DATA, config_with({"crop": 0.5}), meta).train_images.device.type == "cpu"
+    assert resident(DATA, config_with({"mixup": 0.4}), meta).train_images[:].device == meta
+    assert resident(DATA, config_with({"crop": 0.5}), meta).train_images[:].device.type == "cpu"

@@ -103,14 +103,16 @@ def test_a_night_with_nothing_new_trains_nothing_one_with_more_images_does_and_a
     assert (again.json["status"], again.json["snapshot"]) == ("finished", first.json["snapshot"])
 
 
+@pytest.mark.parametrize("storage", ["encoded", pytest.param("pixels", marks=pytest.mark.soak)])
 def test_a_run_that_was_killed_ends_with_its_own_bits_though_images_came_and_the_project_file_went(
+    storage: str,
     start: Callable[..., Command],
     nightshift: Callable[..., Finished],
     workspace: Workspace,
     tmp_path: Path,
     prefect_api: str,
 ) -> None:
-    (tmp_path / "nightshift.toml").write_text(EVERY_NIGHT)
+    (tmp_path / "nightshift.toml").write_text(EVERY_NIGHT.replace("image_size", f'storage = "{storage}"\nimage_size'))
     write_images(tmp_path, range(150))
     train = ("train", "--recipe=parts", "--set=epochs=20", "--json")
     whole = nightshift(*train, "--run-id=whole", PREFECT_API_URL=prefect_api)

@@ -56,7 +56,7 @@ def publish(
     weights = model.state_dict()
     if says is None:  # of noise, an untrained network says the same all the time; so it says each class of a half
         inputs = batches.to_input(
-            dataset.test_images, *batches.normalizer(dataset, small_config(normalization="dataset"))
+            dataset.test_images[:], *batches.normalizer(dataset, small_config(normalization="dataset"))
         )
         weights["fc2.bias"] -= evaluation.predict(model, inputs).mean(0)
     else:

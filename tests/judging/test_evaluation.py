@@ -190,7 +190,7 @@ def test_what_is_measured_in_batches_is_what_is_measured_at_once() -> None:
     model = build_model("quick_cnn", 5, 64)
     assert batches.images_at_a_time(64, 5) < 601
     found = evaluation.answer_test_images(model, dataset, config)
-    inputs = batches.to_input(dataset.test_images, *batches.normalizer(dataset, config))
+    inputs = batches.to_input(dataset.test_images[:], *batches.normalizer(dataset, config))
     whole = evaluation.answers_to(evaluation.predict(model, inputs), dataset.test_labels.long())
     assert torch.equal(found.labels, whole.labels)
     assert torch.allclose(found.confidence, whole.confidence, atol=1e-5)

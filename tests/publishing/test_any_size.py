@@ -70,7 +70,7 @@ def test_the_card_says_what_the_network_takes_and_names_its_classes(night: Night
 
 
 def test_a_test_image_is_predicted_as_the_evaluation_did(night: Night, tmp_path: Path) -> None:
-    for number, image in enumerate(night.dataset.test_images.numpy()):
+    for number, image in enumerate(night.dataset.test_images[:].numpy()):
         Image.fromarray(image).save(tmp_path / f"{number:03}.png")
     answers = load_safetensors(read_file(night.workspace.store, night.card, PREDICTIONS))
     assert answers["predicted"].dtype == answers["labels"].dtype == night.dataset.test_labels.dtype

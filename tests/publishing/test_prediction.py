@@ -51,7 +51,7 @@ def classifier(candidates: Candidates) -> Classifier:
 @pytest.fixture
 def pixels(candidates: Candidates, cifar10: DatasetRef) -> np.ndarray:
     """Test images, uint8 (N, 32, 32, 3)."""
-    return open_dataset(candidates[0], cifar10).test_images.numpy()
+    return open_dataset(candidates[0], cifar10).test_images[:].numpy()
 
 
 def predict(classifier: Classifier, candidates: Candidates, *places: str) -> dict[str, Prediction]:

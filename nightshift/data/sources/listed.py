@@ -26,6 +26,10 @@ class Listed:
     refused: str = ""
 
 
+ROW = "row "
+"""What the place of an image begins with that lies in a row of its table, whose rows are read in their order."""
+
+
 class Source(Protocol):
     """Images and what is known of each. A source is pickled: each process that reads has its own copy."""
 

@@ -23,7 +23,7 @@ from pyarrow import json as json_lines
 from nightshift.data.sources.buckets import Buckets
 from nightshift.data.sources.files import File, Files, LocalFiles, Seen
 from nightshift.data.sources.folder import SPLITS
-from nightshift.data.sources.listed import Listed
+from nightshift.data.sources.listed import ROW, Listed
 from nightshift.errors import NoImagesError, SourceError, UnreadableImageError
 
 TABLES = (".csv", ".jsonl", ".parquet")
@@ -60,9 +60,9 @@ class Table:
             raise NoImagesError(f"{self.files.url(self.name)} has no rows: write one an image")
 
     def read(self, listed: Listed) -> bytes:
-        if not listed.place.startswith("row "):
+        if not listed.place.startswith(ROW):
             return self._files_of(listed.place).read(listed.place, listed.hint)
-        body = self._bytes_of_row(int(listed.place.removeprefix("row ")))
+        body = self._bytes_of_row(int(listed.place.removeprefix(ROW)))
         if hashlib.sha256(body).hexdigest() != listed.hint:
             raise UnreadableImageError("it changed while it was read")
         return body
@@ -84,7 +84,7 @@ class Table:
                 place = row["image"].get("path") if isinstance(row.get("image"), Mapping) else None
                 sha256 = hashlib.sha256(name).hexdigest()
                 yield Listed(
-                    str(place or f"row {number}"), f"row {number}", sha256, size=len(name), refused=reason, **more
+                    str(place or f"{ROW}{number}"), f"{ROW}{number}", sha256, size=len(name), refused=reason, **more
                 )
                 continue
             path = paths.get(name or "", "")

@@ -1,0 +1,76 @@
+"""Images that are stored as JPEG, and decoded each time they are seen.
+
+A stored image is the length of its JPEG in four bytes, little-endian, and then the JPEG, of the size at which its data
+set stores images. It was made once, when the image was read. A file that is such a JPEG already is stored as it came.
+"""
+
+import io
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+from PIL.ExifTags import Base
+
+from nightshift.errors import DataCorruptError
+
+_QUALITY = 95
+_LENGTH = 4
+_UPRIGHT = 1
+
+
+def as_stored(pixels: np.ndarray, file: bytes) -> bytes:
+    """An image as it is stored.
+
+    Args:
+        pixels: uint8 (size, size, 3).
+        file: what it was made from.
+    """
+    jpeg = file if _is_as_stored(pixels, file) else _encoded(pixels)
+    return len(jpeg).to_bytes(_LENGTH, "little") + jpeg
+
+
+def stored_at(shard: memoryview, offset: int) -> memoryview:
+    """A stored image in its shard; less than that, or nothing, where the shard is another."""
+    length = int.from_bytes(shard[offset : offset + _LENGTH], "little")
+    return shard[offset : offset + _LENGTH + length]
+
+
+def decode(stored: memoryview, into: np.ndarray) -> None:
+    """Decode a stored image. Python's lock is free meanwhile.
+
+    Args:
+        into: uint8 (size, size, 3), contiguous.
+
+    Raises:
+        DataCorruptError: it is no JPEG of this size.
+    """
+    jpeg = stored[_LENGTH:]
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+        if (height, width) != into.shape[:2]:  # before any memory is taken for it
+            raise DataCorruptError(f"it is {width} x {height} pixels, and not {into.shape[1]} x {into.shape[0]}")
+        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=into)
+    except ValueError as error:
+        raise DataCorruptError(f"it is no whole JPEG: {error}") from error
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
+    return file.getvalue()
+
+
+def _is_as_stored(pixels: np.ndarray, file: bytes) -> bool:
+    """Whether a file is a plain JPEG of these pixels, and no larger than they are."""
+    if len(file) > pixels.nbytes or not file.startswith(b"\xff\xd8"):
+        return False
+    with Image.open(io.BytesIO(file)) as image:
+        is_plain = image.format == "JPEG" and image.mode == "RGB" and not image.info.get("progressive")
+        if not is_plain or image.size != pixels.shape[1::-1] or image.getexif().get(Base.Orientation, 1) != _UPRIGHT:
+            return False
+    decoded = np.empty_like(pixels)
+    try:
+        decode(memoryview(bytes(_LENGTH) + file), decoded)
+    except DataCorruptError:  # Pillow is more patient with what is not quite right
+        return False
+    return np.array_equal(decoded, pixels)

@@ -1,0 +1,166 @@
+"""Shards on this machine's disk: fetched when they are needed, and the least recently used deleted when they are many.
+
+They lie in NIGHTSHIFT_HOME/shards, by their sha256, for all processes of the machine. One that is in use may be
+deleted: whoever has mapped it into memory keeps it.
+"""
+
+import hashlib
+import mmap
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import copy_context
+from pathlib import Path
+from threading import Lock
+from typing import IO
+
+from filelock import FileLock
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+
+from nightshift import progress
+from nightshift.disk import complete_file
+from nightshift.errors import (
+    DISK_IS_FULL,
+    DataCorruptError,
+    DiskError,
+    ObjectNotFoundError,
+    ObjectTooLargeError,
+    StorageError,
+)
+from nightshift.records import snapshots
+from nightshift.storage.store import Store
+from nightshift.workspace import Workspace
+
+MAX_BYTES = 1024**3
+"""Of a shard."""
+_FETCHED_AT_ONCE = 2
+_SHA256_DIGITS, _STALE_SECONDS = 64, 3600
+_MAPPED = 256
+"""How many shards a process has mapped into memory: each takes a file descriptor."""
+
+
+def fetch(store: Store, digest: str, into: IO[bytes]) -> None:
+    """Write a shard to an empty file. One that arrives damaged is fetched a second time.
+
+    Raises:
+        DataCorruptError: it is gone, or damaged.
+        StorageError: it cannot be read.
+    """
+    key = snapshots.shard_key(digest)
+    for _ in range(2):
+        into.seek(0)
+        into.truncate()
+        try:
+            store.download(key, into, max_bytes=MAX_BYTES)
+        except (ObjectNotFoundError, ObjectTooLargeError) as error:
+            raise DataCorruptError(f"{error}: bring an older version of it back, or make a new snapshot") from error
+        into.seek(0)
+        if hashlib.file_digest(into, "sha256").hexdigest() == digest:  # type: ignore[arg-type]
+            return
+        progress.current().warn(f"{store.url(key)} arrived damaged")
+    raise DataCorruptError(f"{store.url(key)} is damaged: bring an older version of it back")
+
+
+class Shards:
+    """The shards of a store, mapped into memory. Safe to use from several threads."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._store, self._folder = workspace.store, workspace.home / "shards"
+        self._max_bytes = int(workspace.cache_gigabytes * 1e9)
+        self._patience = workspace.save_retry_seconds
+        self._pool = ThreadPoolExecutor(_FETCHED_AT_ONCE, "shards")
+        self._mapped: OrderedDict[str, Future[memoryview]] = OrderedDict()
+        self._lock = Lock()
+        self._context = copy_context()  # whoever shows warnings shows those of the threads too
+
+    def expect(self, digests: Iterable[str]) -> None:
+        """Begin to fetch those that are not here. Nothing is raised; `view` will."""
+        for digest in digests:
+            self._begin(digest)
+
+    def view(self, digest: str) -> memoryview:
+        """A shard's bytes. A store that does not answer and a disk without room are waited for.
+
+        Raises:
+            DataCorruptError: it is gone, or damaged.
+            DiskError, StorageError: it cannot be fetched, or not be written, for NIGHTSHIFT_SAVE_RETRY_SECONDS.
+        """
+        try:
+            return self._begin(digest).result()
+        except Exception:
+            with self._lock:
+                self._mapped.pop(digest, None)  # whoever asks again has another try
+            raise
+
+    def forget(self, digest: str) -> None:
+        """Delete what is here of a shard, because it is damaged."""
+        with self._lock:
+            self._mapped.pop(digest, None)
+            (self._folder / digest).unlink(missing_ok=True)
+
+    def _begin(self, digest: str) -> "Future[memoryview]":
+        with self._lock:
+            if digest not in self._mapped:
+                self._mapped[digest] = self._pool.submit(self._context.copy().run, self._open, digest)
+            self._mapped.move_to_end(digest)
+            while len(self._mapped) > _MAPPED:
+                self._mapped.popitem(last=False)
+            return self._mapped[digest]
+
+    def _open(self, digest: str) -> memoryview:
+        path = self._folder / digest
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for attempt in self._attempts():
+            with attempt, FileLock(self._folder / f"{digest[:2]}.lock"):
+                if not path.exists():
+                    self._fetch(digest, path)
+                path.touch()  # so that it is not the next to go
+                with open(path, "rb") as file:
+                    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        raise AssertionError
+
+    def _attempts(self) -> Retrying:
+        def warn(state: RetryCallState) -> None:
+            assert state.outcome is not None
+            progress.current().warn(f"the images are waited for: {state.outcome.exception()}")
+
+        return Retrying(
+            retry=retry_if_exception(
+                lambda error: isinstance(error, DiskError) or (isinstance(error, StorageError) and error.transient)
+            ),
+            wait=wait_exponential_jitter(multiplier=0.5, max=5),
+            stop=stop_after_delay(self._patience),
+            before_sleep=warn,
+            reraise=True,
+        )
+
+    def _fetch(self, digest: str, path: Path) -> None:
+        try:
+            with complete_file(path) as file:
+                fetch(self._store, digest, file)
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            self._keep(0)  # all others can be had again
+            raise DiskError(
+                f"there is no room for {path}: make room there, or let NIGHTSHIFT_HOME be elsewhere"
+            ) from error
+        self._keep(self._max_bytes, path)
+
+    def _keep(self, most: int, newest: Path | None = None) -> None:
+        """Delete the shards that were used least lately, until they have at most so many bytes; but not the newest."""
+        found, stale = [], time.time() - _STALE_SECONDS
+        for path in self._folder.iterdir():
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                if len(path.name) == _SHA256_DIGITS:
+                    found.append((status.st_mtime, status.st_size, path))
+                elif path.suffix != ".lock" and status.st_mtime < stale:  # begun by a process that was killed
+                    path.unlink()
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total > most and path != newest:
+                path.unlink(missing_ok=True)
+                total -= size
