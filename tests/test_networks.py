@@ -170,7 +170,11 @@ def state_of(workspace: Workspace, checkpoint: CheckpointRef) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["ournets:PartsNet", "torchvision:mobilenet_v3_small", "torchvision:resnet18", "timm:convnext_atto"]
+    "name",
+    [
+        *("ournets:PartsNet", "torchvision:mobilenet_v3_small"),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("torchvision:resnet18", "timm:convnext_atto")),
+    ],
 )
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
     workspace: Workspace, dataset: DatasetRef, name: str

@@ -77,22 +77,33 @@ class Dataset:
         return replace(self, train_images=self.train_images.to(device), train_labels=self.train_labels.to(device))
 
 
-def in_parts(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def in_parts(images: Images, size: int, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """All images once, `size` at a time, each part with their numbers, int64; encoded ones as they lie in the shards.
 
     A part of those is decoded while another is made use of.
+
+    Args:
+        first: the number of the first part that is wanted.
+        every: how far it is to the next one.
     """
+    order = torch.arange(len(images)) if isinstance(images, Tensor) else images.order
+    wanted = torch.split(order, size)[first::every]
     if isinstance(images, Tensor):
-        yield from zip(torch.split(torch.arange(len(images)), size), torch.split(images, size), strict=True)
+        yield from ((some, images[int(some[0]) : int(some[-1]) + 1]) for some in wanted if len(some))
         return
     ahead = deque[tuple[Tensor, Pending]]()
-    for some in torch.split(images.order, size):
+    for some in wanted:
         ahead.append((some, images.begin(some)))
         if len(ahead) > 1:
             numbers, part = ahead.popleft()
             yield numbers, part.wait()
     for numbers, part in ahead:
         yield numbers, part.wait()
+
+
+def few(images: Images, count: int) -> Tensor:
+    """Some images, uint8 (count, side, side, 3), always the same ones: the first, of encoded ones in the shards."""
+    return images[:count] if isinstance(images, Tensor) else images[images.order[:count]]
 
 
 def open_dataset(workspace: Workspace, ref: DatasetRef, threads: int | None = None) -> Dataset:

@@ -25,7 +25,7 @@ def as_stored(pixels: np.ndarray, file: bytes) -> bytes:
         pixels: uint8 (size, size, 3).
         file: what it was made from.
     """
-    jpeg = file if _is_as_stored(pixels, file) else _encoded(pixels)
+    jpeg = file if _is_as_stored(pixels, file) else encoded(pixels)
     return len(jpeg).to_bytes(_LENGTH, "little") + jpeg
 
 
@@ -54,7 +54,8 @@ def decode(stored: memoryview, into: np.ndarray) -> None:
         raise DataCorruptError(f"it is no whole JPEG: {error}") from error
 
 
-def _encoded(pixels: np.ndarray) -> bytes:
+def encoded(pixels: np.ndarray) -> bytes:
+    """The JPEG of an image, uint8 (size, size, 3)."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
     return file.getvalue()

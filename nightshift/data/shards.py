@@ -87,12 +87,7 @@ class Shards:
             DataCorruptError: it is gone, or damaged.
             DiskError, StorageError: it cannot be fetched, or not be written, for NIGHTSHIFT_SAVE_RETRY_SECONDS.
         """
-        try:
-            return self._begin(digest).result()
-        except Exception:
-            with self._lock:
-                self._mapped.pop(digest, None)  # whoever asks again has another try
-            raise
+        return self._begin(digest).result()
 
     def forget(self, digest: str) -> None:
         """Delete what is here of a shard, because it is damaged."""
@@ -102,7 +97,8 @@ class Shards:
 
     def _begin(self, digest: str) -> "Future[memoryview]":
         with self._lock:
-            if digest not in self._mapped:
+            known = self._mapped.get(digest)
+            if known is None or (known.done() and known.exception()):  # whoever asks again has another try
                 self._mapped[digest] = self._pool.submit(self._context.copy().run, self._open, digest)
             self._mapped.move_to_end(digest)
             while len(self._mapped) > _MAPPED:

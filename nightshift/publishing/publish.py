@@ -12,7 +12,7 @@ from nightshift.checkpoints.payload import read_weights, weights_sha256
 from nightshift.checkpoints.weights import PUBLISHED_WEIGHTS
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
-from nightshift.data.datasets import Dataset, open_dataset
+from nightshift.data.datasets import Dataset, few, open_dataset
 from nightshift.errors import (
     CheckpointCorruptError,
     ConfigError,
@@ -176,7 +176,7 @@ def _exporter(weights: dict[str, Tensor], config: TrainConfig, dataset: Dataset)
     model = evaluation.load_model(config, weights, classes, image_size=size)
     fresh = build_network(config.model.name, classes, size).to(memory_format=torch.channels_last)
     count = max(2, min(_IMAGES, batches.images_at_a_time(size, classes)))
-    images = dataset.test_images[:count]
+    images = few(dataset.test_images, count)
     if len(images) == 1:
         images = torch.cat([images, images])  # an exporter takes a batch of one for a batch that is always one
     inputs = batches.to_input(images, *batches.normalizer(dataset, config))

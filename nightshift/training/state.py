@@ -13,7 +13,7 @@ from models.protocols import InitializedFromImages
 from nightshift.checkpoints.payload import Payload, check_weights, described
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
-from nightshift.data.datasets import Dataset
+from nightshift.data.datasets import Dataset, few
 from nightshift.errors import CheckpointCorruptError
 from nightshift.networks import build_network, head_of
 from nightshift.records.curve import CurvePoint
@@ -232,5 +232,5 @@ def show_first_images(model: nn.Module, config: TrainConfig, dataset: Dataset) -
     """Show a network training images, if it sets its first weights from them (`initialize_from`)."""
     if isinstance(model, InitializedFromImages):
         count = min(_INITIAL_IMAGES, max(1, _INITIAL_IMAGES * 32**2 // dataset.image_size**2))
-        images = dataset.train_images[:count].cpu()  # so that every device begins with the same weights
+        images = few(dataset.train_images, count).cpu()  # so that every device begins with the same weights
         model.initialize_from(batches.to_input(images, *batches.normalizer(dataset, config)))

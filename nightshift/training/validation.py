@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nightshift.data import batches
-from nightshift.data.datasets import Dataset
+from nightshift.data.datasets import Dataset, in_parts
 from nightshift.training.ranks import Ranks
 
 
@@ -28,11 +28,10 @@ def validate(network: nn.Module, dataset: Dataset, normalizer: tuple[Tensor, Ten
     correct = torch.zeros((), dtype=torch.int64, device=device)
     network.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # whatever somebody's network draws
-        for number, start in enumerate(range(0, len(labels), size)):
-            if number % ranks.world_size == ranks.rank:
-                pixels, targets = (part[start : start + size].to(device) for part in (images, labels))
-                logits = network(batches.to_input(pixels, *normalizer)).float()
-                loss += F.cross_entropy(logits, targets.long(), reduction="sum").double()
-                correct += (logits.argmax(1) == targets).sum()
+        for numbers, pixels in in_parts(images, size, ranks.rank, ranks.world_size):
+            targets = labels[numbers].to(device).long()
+            logits = network(batches.to_input(pixels.to(device), *normalizer)).float()
+            loss += F.cross_entropy(logits, targets, reduction="sum").double()
+            correct += (logits.argmax(1) == targets).sum()
     network.train(mode)
     return ranks.total(loss, correct) / len(labels)

@@ -1,21 +1,24 @@
 """Images stored as JPEG: the same pixels whoever asks, from wherever, whatever happens to the shards on the way."""
 
+import errno
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nightshift.data import parts
+from nightshift.data import parts, shards
 from nightshift.data.batches import Batches, batch_indices, epoch_order, make_plan, training_batch
-from nightshift.data.datasets import Dataset, in_parts, open_dataset
+from nightshift.data.datasets import Dataset, few, in_parts, open_dataset
 from nightshift.data.encoded import EncodedImages
 from nightshift.data.packed import pack_snapshot
 from nightshift.data.rows import of_split
 from nightshift.data.snapshot import read_rows
+from nightshift.disk import complete_file
 from nightshift.errors import DataCorruptError, StorageUnreachableError
 from nightshift.refs import DatasetRef
 from nightshift.storage.memory import MemoryStore
@@ -185,3 +188,30 @@ def test_no_more_shards_are_kept_than_may_be_and_the_pixels_are_the_same(
     kept = [path for path in (few.home / "shards").iterdir() if path.suffix != ".lock"]
     assert sum(path.stat().st_size for path in kept) <= 2.5 * max(sizes)
     assert torch.equal(open_dataset(few, ref).train_images[:], expected)
+
+
+def test_a_disk_without_room_is_waited_for_and_costs_no_image(
+    here: Workspace, ref: DatasetRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = open_dataset(here, ref).train_images[:]
+    other = replace(here, home=tmp_path / "other")
+    complete, is_full = complete_file, [True, True]
+
+    def no_room(path: Path) -> Any:
+        if len(list(path.parent.glob("?" * 64))) == 3 and is_full:
+            raise OSError(errno.ENOSPC, f"no room {is_full.pop()}")
+        return complete(path)
+
+    monkeypatch.setattr(shards, "complete_file", no_room)
+    assert torch.equal(open_dataset(other, ref).train_images[:], expected)
+    assert not is_full
+
+
+def test_validation_and_test_images_are_read_shard_by_shard(here: Workspace, ref: DatasetRef) -> None:
+    images = images_of(open_dataset(here, ref))
+    order = images.shards[images.order].tolist()
+    assert order == sorted(order)
+    parts = [list(in_parts(images, 30, rank, 3)) for rank in range(3)]
+    numbers = [number for rank in parts for some, _ in rank for number in some.tolist()]
+    assert sorted(numbers) == list(range(len(images)))
+    assert torch.equal(few(images, 5), images[images.order[:5]])

@@ -20,14 +20,15 @@ TWO_EPOCHS = ("train", "--recipe", "tutorial", "--set", "max_train_images=6400",
 
 
 @pytest.mark.timeout(600)
-def test_runs_killed_at_every_protocol_point_and_at_random_end_with_the_same_bits_and_leave_nothing_behind(
+def test_runs_killed_at_points_of_the_protocol_and_at_random_end_with_the_same_bits_and_leave_nothing_behind(
     workspace: Workspace, cifar10: DatasetRef
 ) -> None:
-    points = [*soak.POINTS, soak.RANDOM, soak.RANDOM]
-    tally = soak.run(soak.Campaign(workspace, cifar10), points, seed=0, jobs=2, names=("tutorial", "adamw"))
+    """`make soak` has all points, and more kinds of runs."""
+    points = [*soak.POINTS[::2], soak.RANDOM]
+    tally = soak.run(soak.Campaign(workspace, cifar10), points, seed=0, jobs=2, names=("tutorial",))
     assert tally.kills == len(points)
     assert (tally.identical, tally.different) == (tally.kills, [])
-    assert set(tally.points) == {*soak.POINTS, soak.RANDOM, f"before {soak.GC_DELETE}", f"after {soak.GC_DELETE}"}
+    assert set(tally.points) == {*points, f"before {soak.GC_DELETE}", f"after {soak.GC_DELETE}"}
     assert tally.orphans > 0
     assert (tally.orphans_left, tally.uploads_left) == (0, 0)
 

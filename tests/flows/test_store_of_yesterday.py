@@ -5,8 +5,11 @@
 (data set, pages, some weights) was left out. `stopped` has the config of `second`, so both end with the same bits.
 """
 
+import os
 import platform
 import secrets
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 from PIL import Image
 from pydantic import Field
 
+from nightshift.checkpoints.payload import read_payload, weights_sha256
 from nightshift.config.recipes import make_config
 from nightshift.config.sections import Decisive, LossConfig
 from nightshift.config.train import TrainConfig
@@ -39,6 +43,9 @@ ANY_PROCESSOR = {
     "MKL_CBWR": "COMPATIBLE",
     "OMP_NUM_THREADS": "1",
 }
+
+
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the bits were made on x86-64")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +147,34 @@ def test_its_champion_predicts_after_a_rollback_to_the_first(
     assert (predicted["model"], predicted["predicted"]) == ("first", 1)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the bits were made on x86-64")
+GO_ON = """
+from nightshift.records.run import read_record
+from nightshift.settings import Settings
+from nightshift.training.run import train_alone
+from nightshift.workspace import open_workspace
+
+with open_workspace(Settings.load()) as workspace:
+    record, _ = read_record(workspace.store, "stopped")
+    train_alone(workspace, "stopped", record.train_config(), record.dataset)
+"""
+
+
+@needs_x86
+def test_the_training_of_its_interrupted_run_ends_with_the_bits_it_would_have_ended_with_then(
+    environment: dict[str, str], home: Path, store: S3
+) -> None:
+    """Here it is trained only, because evaluation takes a minute on such kernels."""
+    subprocess.run(
+        [sys.executable, "-c", GO_ON], env={**os.environ, **environment, **ANY_PROCESSOR}, cwd=home, check=True
+    )
+    record, _ = read_record(store, "stopped")
+    assert (record.resumed_from_step, record.step) == (27, 60)
+    last = max(record.checkpoints, key=lambda checkpoint: checkpoint.step)
+    assert weights_sha256(read_payload(store, last)["model"]) == WHOLE
+
+
+@needs_x86
+@pytest.mark.soak
 def test_its_interrupted_run_ends_with_the_bits_it_would_have_ended_with_then(
     environment: dict[str, str], home: Path
 ) -> None:

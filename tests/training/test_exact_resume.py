@@ -44,8 +44,8 @@ def processes() -> Iterator[ProcessPoolExecutor]:
     "name",
     [
         *("quick", "tutorial"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("speedrun", "adamw with cosine")),
-        pytest.param("resnet18", marks=pytest.mark.soak),
+        pytest.param("adamw with cosine", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("resnet18", "speedrun")),
     ],
 )
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(

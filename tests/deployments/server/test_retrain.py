@@ -18,6 +18,8 @@ from tests.conftest import eventually
 from tests.deployments.server.conftest import Nightshift, worker_of
 from tests.own_images import CLASSES, DATASET, DEPLOYMENT, transitions_of, write_images
 
+pytestmark = pytest.mark.soak  # a server, a worker and deployments of its own take minutes
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:

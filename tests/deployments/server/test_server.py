@@ -174,6 +174,7 @@ def test_a_run_that_the_user_cancels_stays_cancelled(
     assert "unwanted" not in nightshift("recover", "--json").json["started"]
 
 
+@pytest.mark.soak
 def test_of_two_nightly_runs_at_once_the_second_waits(
     nightshift: Nightshift, train: Callable[..., Training], lost: Training
 ) -> None:
@@ -188,6 +189,7 @@ def test_of_two_nightly_runs_at_once_the_second_waits(
     assert earlier.updated_at <= later.created_at
 
 
+@pytest.mark.soak
 def test_somebody_is_told_of_a_model_that_is_worse_than_the_champion(told: tuple[str, list[dict[str, str]]]) -> None:
     """The two before were trained for one epoch only."""
     eventually(lambda: any("first is not promoted" in message["subject"] for message in told[1]))
@@ -228,6 +230,7 @@ def test_a_sweep_of_8_trials_with_two_killed_on_the_way_finishes_with_8_results(
     assert {decision for decision in decided if "swept" in decision} <= {f"gate/{best}"}
 
 
+@pytest.mark.soak
 def test_a_bad_trial_is_stopped_early_and_not_started_again(
     nightshift: Nightshift, ask: Callable[..., Any], lost: Training
 ) -> None:
