@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -83,10 +84,9 @@ def main(home: Path, prefix: str, dataset: DatasetRef) -> None:
     )
     with embedded_s3(home, prefix) as store:
         workspace = Workspace(store, home, lease_seconds=60, save_retry_seconds=60)
-        try:
+        with suppress(TrainingInterrupted):
             train_alone(workspace, "large", config, dataset, should_stop=lambda step: step == 300)
-        except TrainingInterrupted:
-            checkpoint = train_alone(workspace, "large", config, dataset)
+        checkpoint = train_alone(workspace, "large", config, dataset)
         record = read_record(store, "large")[0]
         evaluated = evaluate(workspace, checkpoint, dataset)
     status = Path("/proc/self/status").read_text()

@@ -12,7 +12,7 @@ from tests.faults import small_memory
 from tests.faults.small_memory import SIZE, Many
 from tests.own_network import NETWORK
 
-LIMIT = 1_500_000_000
+LIMIT = 2_000_000_000
 
 
 @pytest.mark.soak

@@ -197,7 +197,7 @@ def test_the_test_images_are_not_needed_to_choose(
 ) -> None:
     whole = train_alone(workspace, "whole", choices.config(), ref)
 
-    def without(workspace: Workspace, ref: DatasetRef) -> Dataset:
+    def without(workspace: Workspace, ref: DatasetRef, threads: int) -> Dataset:
         empty = torch.empty(0)
         return replace(open_dataset(workspace, ref), test_images=empty, test_labels=empty)
 
