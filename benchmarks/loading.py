@@ -23,7 +23,6 @@ another. `first batch` is what a new reader of nightshift's takes to the first b
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -138,7 +137,7 @@ def _reader(home: Path) -> tuple[Any, Any]:
 
 
 def turn(name: str, home: Path) -> dict[str, float]:
-    """One contender in one process: images a second, peak memory and, for nightshift, a resume."""
+    """One contender in one process: images a second and, for nightshift, a resume."""
     import torch
 
     torch.set_num_threads(1)  # a batch is put together in the time it takes to start another thread
@@ -155,8 +154,7 @@ def turn(name: str, home: Path) -> dict[str, float]:
             continue
         images += len(batch["image"] if isinstance(batch, dict) else batch)
     result["rate"] = images / (time.perf_counter() - began)
-    peak = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return {**result, "peak_mb": (peak[0] + _WORKERS * peak[1]) / 1e3}
+    return result
 
 
 def prepare(home: Path, count: int) -> None:
@@ -247,10 +245,9 @@ def main(
                 str(rate.n),
                 *(f"{value:,.0f}" for value in (rate.median, rate.min, rate.max)),
                 *(f"{value:.2f}" for value in (ratio.median, ratio.min, ratio.max)),
-                f"{max(of(name, 'peak_mb')):,.0f}",
             ]
         )
-    columns = ["", "n", "images/s", "min", "max", "nightshift over it", "min", "max", "peak MB"]
+    columns = ["", "n", "images/s", "min", "max", "nightshift over it", "min", "max"]
     show("From JPEG to batches", facts, columns, rows)
     resumed = Summary.of(of("nightshift", "first_batch"))
     show(

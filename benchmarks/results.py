@@ -1,4 +1,4 @@
-"""Run every benchmark and write what they print to RESULTS.md: the quick forms in about 13 minutes, or the full ones.
+"""Run every benchmark and write what they print to RESULTS.md: the quick forms in about 16 minutes, or the full ones.
 
 python benchmarks/results.py [--full]
 """
@@ -24,6 +24,7 @@ _SCRIPTS = (
     "s3_throughput",
     "scale_runs",
     "snapshot",
+    "loading",
     "gate_nights",
 )
 
