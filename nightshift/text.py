@@ -69,11 +69,15 @@ def csv_cell(value: Any) -> Any:
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
 
 
-def figure_label(text: object) -> str:
-    """The text for a figure: short, and no formula of matplotlib's."""
+def short(text: object) -> str:
+    """The text as a label of a few words' length, `plain`."""
     shown = plain(text)
-    short = shown if len(shown) <= _LABEL_LENGTH else f"{shown[: _LABEL_LENGTH - 1]}…"
-    return short.replace("$", r"\$")
+    return shown if len(shown) <= _LABEL_LENGTH else f"{shown[: _LABEL_LENGTH - 1]}…"
+
+
+def figure_label(text: object) -> str:
+    """The text for a figure: `short`, and no formula of matplotlib's."""
+    return short(text).replace("$", r"\$")
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -14,10 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nightshift.judging.drift import Suspect, Unusual
-from nightshift.judging.evaluation import Bin, Mistake
+from nightshift.judging.evaluation import Bin
 from nightshift.judging.goodput import Goodput
-from nightshift.judging.near import Near
 from nightshift.records.curve import kept_of
 from nightshift.records.run import RunRecord
 from nightshift.text import figure_label
@@ -34,6 +32,8 @@ _STYLE: Any = {
     "lines.linewidth": 2,
     "svg.hashsalt": "nightshift",  # the same figure gives the same file
 }
+_MOST_LARGE, _MOST_MARKS = 60, 500
+"""More points than these have small marks; more than those are drawn as an image, which grows no further with them."""
 
 
 def learning_curves(record: RunRecord, lines: Sequence[Line], test_accuracy: float | None) -> dict[str, str]:
@@ -87,7 +87,7 @@ def night(record: RunRecord, lines: Sequence[Line]) -> dict[str, str]:
         figure, axes = _figure("minutes since the start", unit)
         x, y = [minutes(at) for at, _ in chosen], [value for _, value in chosen]
         if name == "stalls":
-            axes.vlines(x, 0, y, color=_BLUE)
+            axes.vlines(x, 0, y, color=_BLUE, linewidth=min(2, 200 / max(len(x), 1)))
         axes.plot(x, y, mark, color=_BLUE, label="checkpoint" if name == "stalls" else "measured")
         _mark_events(axes, record, minutes)
         axes.set_ylim(0, 1.1 * max(y, default=0) or 1)
@@ -157,55 +157,6 @@ def nights(labels: Sequence[str], accuracies: Sequence[float], promoted: Sequenc
     return _svg(figure)
 
 
-def mistakes(found: Sequence[Mistake], images: np.ndarray) -> str:
-    """Misclassified images, uint8 (N, side, side, 3), each with its class and the predicted one.
-
-    All are shown as large, whatever their size: small ones as their pixels are, large ones smoothed.
-    """
-    return _taken_for([(mistake.label, mistake.predicted, mistake.probability) for mistake in found], images)
-
-
-def unusual(found: Sequence[Unusual], images: Sequence[np.ndarray]) -> str:
-    """New images that are far from all old ones, uint8 (side, side, 3) each, as those of `mistakes`."""
-    return _taken_for([(image.label, image.predicted, image.confidence) for image in found], images)
-
-
-def suspects(found: Sequence[Suspect], images: Sequence[np.ndarray]) -> str:
-    """Images whose labels are likely wrong, uint8 (side, side, 3) each, as those of `mistakes`."""
-    return _taken_for([(image.label, image.suggested, image.probability) for image in found], images)
-
-
-def _taken_for(found: Sequence[tuple[str, str, float]], images: Sequence[np.ndarray] | np.ndarray) -> str:
-    """Images, each with its class, another, and the probability of that."""
-    columns = min(5, len(found))
-    rows = -(-len(found) // columns)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(1.7 * columns, 2.4 * rows), layout="constrained")
-        for place, ((label, other, probability), pixels) in enumerate(zip(found, images, strict=True)):
-            axes = figure.add_subplot(rows, columns, place + 1)
-            axes.imshow(pixels, interpolation="auto")
-            axes.set_axis_off()
-            axes.set_title(f"{figure_label(label)}\n→ {figure_label(other)}\n{probability:.1%}", fontsize=12)
-    return _svg(figure)
-
-
-def near(pairs: Sequence[Near], judged: Sequence[np.ndarray], train: np.ndarray) -> str:
-    """Pairs that are nearly the same: uint8 (side, side, 3) each, the image to judge by on the left of the other."""
-    columns = min(5, len(pairs))
-    rows = -(-len(pairs) // columns)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(2.4 * columns, 1.8 * rows), layout="constrained")
-        for place, (pair, one, other) in enumerate(zip(pairs, judged, train, strict=True)):
-            axes = figure.add_subplot(rows, columns, place + 1)
-            axes.imshow(np.concatenate([one, other], axis=1), interpolation="auto")
-            axes.set_axis_off()
-            title = (
-                f"{pair.split} {pair.image}, train {pair.train}\npixels {pair.pixels:.2f}, network {pair.network:.2f}"
-            )
-            axes.set_title(title, fontsize=10)
-    return _svg(figure)
-
-
 def _mark_events(axes: Axes, record: RunRecord, minutes: Any) -> None:
     """Shade the time in which nobody trained, and mark what happened when."""
     stopped, labelled = None, set()
@@ -237,6 +188,13 @@ def _figure(x: str, y: str, size: tuple[float, float] = (5.6, 3.4)) -> tuple[Fig
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
+    for axes in figure.axes:
+        for line in axes.lines:
+            line.set_rasterized(len(line.get_path()) > _MOST_MARKS)
+            if len(line.get_path()) > _MOST_LARGE:
+                line.set_markersize(2)
+        for marks in axes.collections:
+            marks.set_rasterized(len(marks.get_paths()) > _MOST_MARKS)
     with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
     return buffer.getvalue()

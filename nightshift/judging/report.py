@@ -4,23 +4,22 @@ It is one HTML file that needs no network, and the same as Markdown.
 """
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Self, TypeVar
+from typing import Self
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nightshift import progress
-from nightshift.data.datasets import Dataset, open_dataset
 from nightshift.data.specs import is_same_data
 from nightshift.judging import evaluation
-from nightshift.judging.drift import Drift, Suspect, Unusual, read_drift
+from nightshift.judging.drift import read_drift
 from nightshift.judging.evaluation import ClassMetrics, Metrics
 from nightshift.judging.goodput import Goodput, account
+from nightshift.judging.pictures import Picture, pictures
 from nightshift.records.curve import best_of, is_enough, kept_of
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
@@ -31,9 +30,6 @@ from nightshift.text import markdown, plain
 from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
 from nightshift.workspace import Workspace
 
-Named = TypeVar("Named", Unusual, Suspect)
-_NEAR = 20
-"""How many pairs of nearly the same images are shown."""
 _NIGHTS = 14
 _WORST = 20
 """Of more classes than fit into a confusion matrix, only so many are shown: those that are recognized worst."""
@@ -42,11 +38,13 @@ _NAMED = 10
 
 @dataclass(frozen=True)
 class Report:
-    """A run on one page. `plots` maps names to SVG texts, which the HTML contains too."""
+    """A run on one page."""
 
     html: str
     markdown: str
     plots: dict[str, str]
+    """Figures by name, as SVG texts, which the HTML contains too; so it does `pictures`."""
+    pictures: dict[str, list[Picture]]
     url: str
     """The address of the HTML, where it is stored."""
 
@@ -143,7 +141,8 @@ def build_report(
     nights = _nights(workspace, record, verdict, found)
     spent = account(record, lines, None if record.status == "finished" else store.now())
     drift = read_drift(store, record.run_id)
-    plots = _plots(workspace, record, found, lines, nights, spent, drift)
+    plots = _plots(record, found, lines, nights, spent)
+    shown = pictures(workspace, record.dataset, found, drift)
     config = record.train_config()
     images = record.step * config.data.batch_size
     context = {
@@ -171,9 +170,10 @@ def build_report(
         name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode() for name, svg in plots.items()
     }
     return Report(
-        html=_HTML.get_template("report.html").render(context, plots=sources),
+        html=_HTML.get_template("report.html").render(context, plots=sources, pictures=shown),
         markdown=_MARKDOWN.get_template("report.md").render(context),
         plots=plots,
+        pictures=shown,
         url=url,
     )
 
@@ -214,13 +214,7 @@ def _control(nights: list[Night], record: RunRecord) -> tuple[Night, Night] | No
 
 
 def _plots(
-    workspace: Workspace,
-    record: RunRecord,
-    found: Metrics | None,
-    lines: list[Line],
-    nights: list[Night],
-    spent: Goodput | None,
-    drift: Drift | None,
+    record: RunRecord, found: Metrics | None, lines: list[Line], nights: list[Night], spent: Goodput | None
 ) -> dict[str, str]:
     from nightshift.judging import plots  # here, because matplotlib takes half a second to import
 
@@ -237,32 +231,14 @@ def _plots(
         figures["confusion"] = plots.confusion(found.confusion, [metric.name for metric in found.classes])
     if found:
         figures["reliability"] = plots.reliability(found.reliability)
-    unusual = drift.came_in.unusual if drift and drift.came_in else []
-    suspects = drift.label_errors.suspects if drift and drift.label_errors else []
-    if not (unusual or suspects or (found and (found.mistakes or found.near))):
-        return figures
-    dataset = open_dataset(workspace, record.dataset)
-    if strange := _there(dataset, unusual):
-        figures["unusual"] = plots.unusual(*zip(*strange, strict=True))
-    if doubted := _there(dataset, suspects):
-        figures["suspects"] = plots.suspects(*zip(*doubted, strict=True))
-    if found and found.mistakes:
-        images = dataset.test_images[[mistake.image for mistake in found.mistakes]]
-        figures["mistakes"] = plots.mistakes(found.mistakes, images.numpy())
-    if found and (near := found.near[:_NEAR]):
-        judged = [dataset.images_of(pair.split)[pair.image].numpy() for pair in near]
-        figures["near"] = plots.near(near, judged, dataset.train_images[[pair.train for pair in near]].numpy())
     return figures
 
 
-def _there(dataset: Dataset, named: Sequence[Named]) -> list[tuple[Named, np.ndarray]]:
-    """The images that the data set really has, each with its pixels, uint8 (side, side, 3)."""
-    there = []
-    for image in named:
-        pixels = dataset.images_of(image.split)
-        if image.number < len(pixels):
-            there.append((image, pixels[image.number].numpy()))
-    return there
+def _span(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _environment(shown: Callable[[object], str]) -> Environment:
@@ -277,6 +253,9 @@ def _environment(shown: Callable[[object], str]) -> Environment:
     )
     environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.2f} %"
     environment.filters["points"] = lambda share: f"{100 * share:+.2f}"
+    environment.filters["number"] = lambda count: f"{count:,}"
+    environment.filters["money"] = lambda amount: f"{amount:,.2f}" if amount >= 1 else f"{amount:.4f}"
+    environment.filters["span"] = _span
     return environment
 
 

@@ -14,7 +14,7 @@ from nightshift.errors import StorageError, StorageUnreachableError
 from nightshift.judging import evaluation, label_errors
 from nightshift.judging.came_in import note_drift
 from nightshift.judging.drift import CameIn, Drift, drift_key, read_drift
-from nightshift.judging.report import build_report
+from nightshift.judging.report import Report, build_report
 from nightshift.judging.tonight import Tonight
 from nightshift.progress import shown_by
 from nightshift.publishing.publish import publish_model
@@ -211,16 +211,8 @@ def test_on_the_first_night_there_is_no_champion_to_compare_with(live: Live) -> 
     assert "There was no champion" in page(live, "first").html
 
 
-def page(live: Live, run_id: str) -> "Page":
-    report = build_report(live.workspace, read_record(live.store, run_id)[0], None, None)
-    return Page(report.html, report.markdown, report.plots)
-
-
-@dataclass
-class Page:
-    html: str
-    markdown: str
-    plots: Mapping[str, str]
+def page(live: Live, run_id: str) -> Report:
+    return build_report(live.workspace, read_record(live.store, run_id)[0], None, None)
 
 
 def test_the_page_shows_what_came_in(live: Live, tmp_path: Path) -> None:
@@ -230,7 +222,7 @@ def test_the_page_shows_what_came_in(live: Live, tmp_path: Path) -> None:
     for text in (shown.html, shown.markdown):
         for fact in ("What came in", "90", "hardly by chance", "p = 0.001", f"{drift.seconds:.1f} s", "chi-squared"):
             assert fact in text, fact
-    assert shown.plots["unusual"].count("<image") == 20
+    assert len(shown.pictures["unusual"]) == 20
     if not label_errors.is_installed():
         assert "nightshift[cleanlab]" in shown.html
 
@@ -251,7 +243,7 @@ def test_shuffled_labels_of_one_class_are_found_and_shown(live: Live, tmp_path: 
     assert by_champion <= wrong, "what the champion doubts is wrong"
     assert {suspect.suggested for suspect in found.suspects if suspect.by == "champion"} == {"ant"}
     shown = page(live, "shuffled")
-    assert shown.plots["suspects"].count("<image") == len(found.suspects)
+    assert len(shown.pictures["suspects"]) == len(found.suspects)
     assert next(iter(by_champion)) in shown.html
 
 
@@ -355,7 +347,7 @@ def test_an_account_that_names_images_there_are_not_shows_those_there_are(live: 
     away = [image.changed(number=10**6) for image in found.unusual[:5]]
     forged = drift.changed(came_in=found.changed(unusual=[*away, *found.unusual[5:]]))
     live.store.put(drift_key("night"), documents.encoded(forged))
-    assert page(live, "night").plots["unusual"].count("<image") == 15
+    assert len(page(live, "night").pictures["unusual"]) == 15
 
 
 def test_the_account_belongs_to_the_runs_report() -> None:

@@ -110,6 +110,8 @@ def test_the_page_shows_the_pairs_side_by_side(workspace: Workspace, tmp_path: P
     assert found
     assert {(pair.image, pair.train) for pair in found.near} >= {(number, number) for number in range(20)}
     page = build_report(workspace, read_record(workspace.store, "run")[0], None, None)
-    assert "pixels 1.00, network 1.00" in page.plots["near"]
+    assert all(len(pair.sources) == 2 for pair in page.pictures["near"])
+    assert page.pictures["near"][0].lines[1:] == ("pixels 1.00", "network 1.00")
+    assert "network 1.00" in page.html
     assert "Nearly the same image in training" in page.html
     assert "| test 0 | 0 | 1.00 | 1.00 |" in page.markdown

@@ -15,7 +15,7 @@ import torch
 from markdown_it import MarkdownIt
 
 from nightshift.errors import TrainingInterrupted
-from nightshift.judging import evaluation, gate, plots, report
+from nightshift.judging import evaluation, gate, report
 from nightshift.judging.drift import (
     MOST_MOVED,
     MOST_PROBLEMS,
@@ -30,7 +30,7 @@ from nightshift.judging.drift import (
     Unusual,
     drift_key,
 )
-from nightshift.judging.evaluation import ClassMetrics, Metrics, Mistake
+from nightshift.judging.evaluation import ClassMetrics, Metrics
 from nightshift.judging.paired import compare
 from nightshift.judging.report import Night, Report, build_report, publish_report
 from nightshift.records import orphans
@@ -82,8 +82,9 @@ class Links(HTMLParser):
 def test_the_report_is_one_file_that_loads_nothing(page: Report) -> None:
     links = Links()
     links.feed(page.html)
-    assert len(links.found) == len(page.plots) == 10
-    assert all(link.startswith("data:image/svg+xml;base64,") for link in links.found)
+    assert [link.startswith("data:image/svg+xml;base64,") for link in links.found].count(True) == len(page.plots) == 9
+    assert [link.startswith("data:image/webp;base64,") for link in links.found].count(True) == 10  # the mistakes
+    assert len(links.found) == 19
     assert not links.tags & {"script", "link", "iframe"}
     assert "url(" not in re.sub(r'src="[^"]*"', "", page.html)
     for svg in page.plots.values():
@@ -188,7 +189,7 @@ def test_no_text_becomes_markup_on_the_page(hostile_page: Report) -> None:
     assert is_harmless(hostile_page.html)
     links = Links()
     links.feed(hostile_page.html)
-    assert all(link.startswith("data:image/svg+xml;base64,") for link in links.found)
+    assert all(re.match(r"data:image/(svg\+xml|webp);base64,[A-Za-z0-9+/=]+$", link) for link in links.found)
     assert not links.tags & {"script", "a"}
     assert "&lt;script&gt;" in hostile_page.html
 
@@ -254,21 +255,9 @@ def test_a_page_of_many_classes_is_a_table_for_every_reader_of_markdown(crowded_
         assert len({line.count("|") for line in block.splitlines()}) == 1
 
 
-@pytest.mark.parametrize("size", [16, 32, 48, 512])
-def test_images_of_every_size_are_shown_alike_among_the_mistakes(size: int) -> None:
-    found = [Mistake(image=0, label="cat", predicted="dog", probability=0.5)]
-    figure = plots.mistakes(found, np.full((1, size, size, 3), 99, np.uint8))
-    shown = re.search(r'<image [^>]*?width="([0-9.]+)"', figure) or re.search(r'width="([0-9.]+)"[^>]*/>', figure)
-    assert shown
-    assert 80 < float(shown[1]) < 160
-    assert len(figure) < 100_000
-
-
 def test_a_class_may_have_any_name_in_the_figures(hostile_page: Report) -> None:
-    names = list(HOSTILE.values())
-    found = [Mistake(image=0, label=name, predicted=name, probability=0.5) for name in names]
-    figures = [plots.mistakes(found, np.zeros((len(names), 32, 32, 3), np.uint8)), *hostile_page.plots.values()]
-    for figure in figures:
+    assert "confusion" in hostile_page.plots
+    for figure in hostile_page.plots.values():
         ElementTree.fromstring(figure)
         assert is_harmless(figure)
 
