@@ -51,8 +51,8 @@ class Goodput:
         return {name: seconds / self.wall for name, seconds in asdict(self.parts).items() if seconds > 0}
 
 
-def account(record: RunRecord, lines: Sequence[Line], until: datetime | None = None) -> Goodput | None:
-    """Where the time of a run went, up to `until` or its end; None for the record of an older nightshift.
+def account(record: RunRecord, lines: Sequence[Line]) -> Goodput | None:
+    """Where the time of a run went, up to when it was last heard of; None for the record of an older nightshift.
 
     Args:
         lines: its metrics.
@@ -60,13 +60,11 @@ def account(record: RunRecord, lines: Sequence[Line], until: datetime | None = N
     if not record.attempts:
         return None
     first, parts = record.attempts[0], Parts()
-    until = until or next((event.at for event in record.events if event.what == "finished"), record.updated_at)
     heard = begin = first.scheduled_at or first.began_at or first.held_at
     for attempt, then in zip(record.attempts, [*record.attempts[1:], None], strict=True):
-        ended = attempt.heard_at if then else max(until, attempt.heard_at)
         kept = (then.from_seconds if then else record.train_seconds) - attempt.from_seconds
-        _add(parts, attempt, heard, ended, kept, is_last=not then)
-        heard = ended
+        _add(parts, attempt, heard, kept, is_last=not then)
+        heard = max(heard, attempt.heard_at)
     stalls = sum(line.stall_seconds for line in lines if isinstance(line, CheckpointLine))
     parts.stalls = min(stalls, parts.training)
     parts.training -= parts.stalls
@@ -75,10 +73,11 @@ def account(record: RunRecord, lines: Sequence[Line], until: datetime | None = N
     return Goodput(wall, parts, min(useful or parts.training, parts.training) / wall, len(record.attempts))
 
 
-def _add(parts: Parts, attempt: Attempt, heard: datetime, ended: datetime, kept: float, is_last: bool) -> None:
-    """Add an attempt's time, from when the one before was last heard of until it ended itself."""
+def _add(parts: Parts, attempt: Attempt, heard: datetime, kept: float, is_last: bool) -> None:
+    """Add an attempt's time, from when the one before was last heard of until it was itself."""
     # Each moment no earlier than the one before. A flow run that waited for its store began before the run was lost.
     held = max(attempt.held_at, heard)
+    ended = max(attempt.heard_at, held)
     began = min(attempt.began_at, held) if attempt.began_at and attempt.began_at >= heard else held
     trained = min(max(attempt.trained_at or ended, held), ended)
     parts.waiting += (began - heard).total_seconds()

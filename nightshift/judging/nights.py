@@ -78,7 +78,7 @@ def last_nights(store: Store, name: str | None, limit: int, price_per_hour: floa
 def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float | None) -> Night:
     verdict = record.result.verdict if record.result else None
     measured = _measured(store, record)
-    spent = account(record, read_lines(store, record.run_id), None if record.result else now)
+    spent = account(record, read_lines(store, record.run_id))
     stopped = record.events[-1].detail if record.status in ("failed", "cancelled", "interrupted") else ""
     return Night(
         run_id=record.run_id,

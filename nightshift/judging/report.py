@@ -139,7 +139,7 @@ def build_report(
     found, lines = evaluation.read_metrics(store, record.run_id), read_lines(store, record.run_id)
     champion = _metrics_of_champion(store, record.dataset.name, verdict, found)
     nights = _nights(workspace, record, verdict, found)
-    spent = account(record, lines, None if record.status == "finished" else store.now())
+    spent = account(record, lines)
     drift = read_drift(store, record.run_id)
     plots = _plots(record, found, lines, nights, spent)
     shown = pictures(workspace, record.dataset, found, drift)

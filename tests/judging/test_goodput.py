@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nightshift.judging.goodput import Goodput, account
+from nightshift.records import recovery
 from nightshift.records.keys import payload_key
 from nightshift.records.lease import Run
 from nightshift.records.lease import hold as hold_run
@@ -124,6 +125,16 @@ def test_a_flow_run_that_waited_for_its_store_began_no_second_time() -> None:
     assert sum(asdict(found.parts).values()) == pytest.approx(found.wall)
     assert (found.parts.waiting, found.parts.data) == (5 + 30, 7)
     assert found.parts.evaluation == 0
+
+
+def test_the_time_after_a_night_that_did_not_finish_is_none_of_its_time() -> None:
+    night = Night()
+    night.attempt(trains=100)
+    before = night.account()
+    night.passes(24 * 3600)
+    recovery.close(night.store, "run", "cancelled")
+    assert night.account() == before
+    assert before.wall == 5 + 7 + 3 + 100
 
 
 def test_the_record_of_an_older_nightshift_has_no_account() -> None:
