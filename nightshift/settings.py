@@ -242,7 +242,7 @@ class Settings(BaseSettings):
         description="The scheduler of a Dask cluster that reads the images of snapshots; none: this machine does.",
     )
     price_per_hour: float | None = Field(
-        None, ge=0, description="What an hour of training costs, for report and budget."
+        None, ge=0, description="What an hour of a machine costs, for report and budget."
     )
     notify: str | None = Field(
         None,

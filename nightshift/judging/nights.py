@@ -11,6 +11,7 @@ from nightshift.judging.goodput import account
 from nightshift.records.keys import report_key
 from nightshift.records.lease import status_of
 from nightshift.records.run import RunRecord, newest_records
+from nightshift.records.times import cost
 from nightshift.storage.documents import MIB
 from nightshift.storage.store import Store
 from nightshift.tracking.metrics import read_lines
@@ -41,7 +42,7 @@ class Night(BaseModel):
     goodput: float | None
     """Which share of the time from schedule to verdict went into steps that were kept; None if it was not noted."""
     cost: float | None
-    """Of the training, in the currency of the price."""
+    """Of all its hours with a machine, in the currency of the price."""
     parent: str | None
     """What it began with; None: random weights."""
     snapshot: str
@@ -93,7 +94,7 @@ def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float
         train_seconds=record.train_seconds,
         last_step=record.last_step,
         goodput=spent.goodput if spent else None,
-        cost=None if price_per_hour is None else price_per_hour * record.train_seconds / 3600,
+        cost=cost(record, price_per_hour),
         parent=str(record.parent) if record.parent else None,
         snapshot=record.dataset.digest,
     )

@@ -24,6 +24,7 @@ from nightshift.records.curve import best_of, is_enough, kept_of
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
 from nightshift.records.run import Result, RunRecord, newest_records
+from nightshift.records.times import cost
 from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
 from nightshift.storage.store import Store
 from nightshift.text import markdown, plain
@@ -129,7 +130,7 @@ def build_report(
     """The report of a run as it stands. If the run was not evaluated yet, there are no results in it.
 
     Args:
-        price_per_hour: what an hour of training costs, in any currency; None leaves the cost out.
+        price_per_hour: what an hour of a machine costs, in any currency; None leaves the cost out.
 
     Raises:
         StorageError, DataUnavailableError: something it needs cannot be read.
@@ -159,7 +160,7 @@ def build_report(
         "stopped_early": is_enough(record.curve, config.evaluation),
         "events": record.events,
         "images_per_second": images / record.train_seconds if record.train_seconds else None,
-        "cost": price_per_hour and price_per_hour * record.train_seconds / 3600,
+        "cost": cost(record, price_per_hour),
         "price_per_hour": price_per_hour,
         "goodput": spent,
         "drift": drift,

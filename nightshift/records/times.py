@@ -1,4 +1,4 @@
-"""What the records say of time: when a run's verdict is due, and how long nights like it took."""
+"""What the records say of time: when a run's verdict is due, what it costs, and how long nights like it took."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,14 +41,29 @@ def due(record: RunRecord, budget: BudgetConfig, price_per_hour: float | None, n
     return min(found, key=lambda one: one.at, default=None)
 
 
-def machine_seconds(record: RunRecord, now: datetime) -> float:
-    """For how many seconds a run that is being trained has had a machine; pauses between attempts do not count."""
+def cost(record: RunRecord, price_per_hour: float | None) -> float | None:
+    """What the machine of a run costs, from the begin of each attempt; None without a price.
+
+    An older nightshift has noted no attempts: there it is the training alone.
+    """
+    if price_per_hour is None:
+        return None
+    seconds = machine_seconds(record) if record.attempts else record.train_seconds
+    return price_per_hour * seconds / 3600
+
+
+def machine_seconds(record: RunRecord, now: datetime | None = None) -> float:
+    """For how many seconds a run has had a machine; pauses between attempts do not count.
+
+    Args:
+        now: of one that is being trained; None: up to when it was last heard of.
+    """
     seconds, heard = 0.0, None
     for number, attempt in enumerate(record.attempts, 1):
         began = attempt.began_at
         if began is None or began > attempt.held_at or (heard and began < heard):
             began = attempt.held_at
-        heard = now if number == len(record.attempts) else attempt.heard_at
+        heard = now if now and number == len(record.attempts) else attempt.heard_at
         seconds += max((heard - began).total_seconds(), 0.0)
     return seconds
 

@@ -9,7 +9,7 @@ from nightshift.records.keys import payload_key
 from nightshift.records.lease import Run
 from nightshift.records.lease import hold as hold_run
 from nightshift.records.run import Checkpoint, CheckpointMetrics, Origin, RunRecord, newest_records, read_record
-from nightshift.records.times import Past, due, judging_seconds, machine_seconds, past_of
+from nightshift.records.times import Past, cost, due, judging_seconds, machine_seconds, past_of
 from nightshift.storage.memory import MemoryStore
 from tests.records.test_lease import RESULT, spec
 
@@ -93,6 +93,15 @@ def test_a_verdict_before_which_the_run_was_started_again_is_no_measure() -> Non
         store.passes(50)
         run.end("finished", result=RESULT)
     assert judging_seconds(read_record(store, "run")[0]) is None
+
+
+def test_a_night_costs_all_its_time_with_a_machine_and_one_of_an_older_nightshift_its_training() -> None:
+    store = Store()
+    store.night("run", judging=40)
+    store.passes(24 * 3600)
+    record = read_record(store, "run")[0]
+    assert (cost(record, 3600), cost(record, 0), cost(record, None)) == (60, 0, None)
+    assert cost(record.changed(attempts=[]), 3600) == 20
 
 
 def test_hours_with_a_machine_begin_with_the_flow_and_leave_pauses_out() -> None:
