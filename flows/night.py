@@ -1,4 +1,4 @@
-"""What all nights share once they have their images: train → evaluate → publish → promote → report."""
+"""What all nights share: their names, their end, and after the training evaluate → publish → promote → report."""
 
 import logging
 
@@ -14,8 +14,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.errors import RecoveryLimitError
 from nightshift.ids import durable_run_id
 from nightshift.records import recovery
-from nightshift.records.run import read_record
-from nightshift.refs import DatasetRef, ModelRef
+from nightshift.refs import CheckpointRef, DatasetRef, ModelRef
 from nightshift.settings import Settings
 from nightshift.workspace import Workspace
 from tasks import crashed_because
@@ -26,7 +25,6 @@ from tasks.report import report
 from tasks.serve import serve
 from tasks.tell import tell
 from tasks.track import track
-from tasks.train import train
 
 # Prefect passes on the loggers named in PREFECT_LOGGING_EXTRA_LOGGERS, but leaves their level at WARNING.
 logging.getLogger("nightshift").setLevel(logging.INFO)
@@ -56,11 +54,16 @@ def stopped(workspace: Workspace, run_id: str, stop: TerminationSignal) -> State
     return Cancelled(message=f"Cancelled. What was last saved stands: nightshift resume {run_id}")
 
 
-def train_and_judge(
-    workspace: Workspace, run_id: str, config: TrainConfig, dataset: DatasetRef, promote: bool, settings: Settings
+def judge(
+    workspace: Workspace,
+    checkpoint: CheckpointRef,
+    config: TrainConfig,
+    dataset: DatasetRef,
+    promote: bool,
+    settings: Settings,
 ) -> State[ModelRef]:
-    """Train on a data set, evaluate what was stored, publish it, and let it go live if it is better."""
-    checkpoint = train(workspace, run_id, config, dataset, promote)
+    """Evaluate what was trained and stored, publish it, and let it go live if it is better."""
+    run_id = checkpoint.run_id
     with recovery.closed_if_it_fails(workspace.store, run_id):
         evaluation = evaluate(workspace, checkpoint, dataset)
         model = publish(workspace, checkpoint, dataset, evaluation)
@@ -75,5 +78,4 @@ def train_and_judge(
     if not verdict:
         return Completed(message=f"{run_id}: {model.test_accuracy:.2%}, the gate was not asked", data=model)
     handle_rejection(run_id, verdict, settings.gate.fail_when_rejected)
-    clock = read_record(workspace.store, run_id)[0].clock
-    return Completed(message=verdict_message(run_id, verdict, clock), data=model)
+    return Completed(message=verdict_message(run_id, verdict, checkpoint.clock), data=model)

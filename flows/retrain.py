@@ -8,13 +8,13 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Completed
 
 from flows.dask import on_dask
-from flows.night import check_recoveries, flow_run_name, run_id_of, stopped, train_and_judge
+from flows.night import check_recoveries, flow_run_name, judge, run_id_of, stopped
 from flows.nights import this_start
 from nightshift.config.project import load_project
 from nightshift.data.names import dataset_config, named_config
 from nightshift.data.parts import read_parts
 from nightshift.data.snapshot import check_rules, stored_snapshot
-from nightshift.records.run import dataset_of, read_record
+from nightshift.records.run import dataset_of
 from nightshift.records.snapshots import Trained, note_trained, read_history
 from nightshift.refs import ModelRef
 from nightshift.settings import Settings
@@ -22,6 +22,7 @@ from nightshift.training.run import check_config
 from nightshift.workspace import open_workspace
 from tasks.pack import pack
 from tasks.snapshot import snapshot as make_snapshot
+from tasks.train import train
 
 
 @flow(name="retrain", flow_run_name=flow_run_name, persist_result=True, result_serializer="json")
@@ -67,9 +68,10 @@ def retrain(
                     if last and last.is_of(made.digest, config.digest) and not source.retrain_unchanged:
                         return Completed(message=f"{run_id} trains nothing: all is as it was for {last.run_id}")
                 dataset = pack(workspace, made, source.rules.near_duplicates)
-            ended = train_and_judge(workspace, run_id, config, dataset, promote, settings)
+            checkpoint = train(workspace, run_id, config, dataset, promote)
+            ended = judge(workspace, checkpoint, config, dataset, promote, settings)
             # What the clock has ended is worth another night.
-            if promote and read_record(workspace.store, run_id)[0].last_step is None:
+            if promote and not checkpoint.clock:
                 trained = Trained(run_id=run_id, snapshot=dataset.digest, config_digest=config.digest)
                 note_trained(workspace.store, dataset.name, trained)
             return ended

@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 
-from flows.night import check_recoveries, flow_run_name, run_id_of, stopped, train_and_judge
+from flows.night import check_recoveries, flow_run_name, judge, run_id_of, stopped
 from flows.nights import this_start
 from nightshift.config.project import load_project
 from nightshift.data.names import check_flow, checked_config
@@ -17,6 +17,7 @@ from nightshift.training.run import check_config
 from nightshift.workspace import open_workspace
 from tasks.download import download
 from tasks.preprocess import preprocess
+from tasks.train import train
 
 __all__ = ["TerminationSignal", "train_cifar"]
 
@@ -53,6 +54,7 @@ def train_cifar(
             dataset = dataset_of(workspace.store, run_id)
             if not dataset:
                 dataset = preprocess(workspace, download(workspace, config.data.dataset))
-            return train_and_judge(workspace, run_id, config, dataset, promote, settings)
+            checkpoint = train(workspace, run_id, config, dataset, promote)
+            return judge(workspace, checkpoint, config, dataset, promote, settings)
         except TerminationSignal as stop:
             return stopped(workspace, run_id, stop)

@@ -70,6 +70,8 @@ class CheckpointRef(_Ref):
     bytes: Count
     sha256: Sha256
     token: Count
+    clock: Text = ""
+    """Why the clock has ended the training there; empty if it did not."""
 
 
 class Evaluation(_Ref):

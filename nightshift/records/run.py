@@ -206,7 +206,7 @@ class RunRecord(Document):
     def ref(self, checkpoint: Checkpoint) -> CheckpointRef:
         """A checkpoint of this run, to hand on under the token the run is held with now."""
         fields = checkpoint.model_dump(include={"step", "epoch", "key", "bytes", "sha256"})
-        return CheckpointRef(run_id=self.run_id, token=self.lease.token, **fields)
+        return CheckpointRef(run_id=self.run_id, token=self.lease.token, clock=self.clock, **fields)
 
     def train_config(self) -> TrainConfig:
         """The config the run is trained with; raises ConfigError if this nightshift cannot read it."""

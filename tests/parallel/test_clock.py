@@ -70,6 +70,7 @@ def test_two_ranks_end_with_the_step_that_the_clock_of_one_names_and_so_they_do_
     with time_is_up(is_killed=True):
         again = train_run(workspace, "run", config, dataset)
     assert (whole.step, again.step) == (STEP, STEP)
+    assert whole.clock == again.clock == "the time is up"
     assert state_of(workspace, again) == state_of(workspace, whole)
     record = read_record(workspace.store, "run")[0]
     assert record.last_step == STEP

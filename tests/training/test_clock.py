@@ -97,7 +97,7 @@ def test_training_ends_at_the_step_at_which_the_time_is_up_and_what_is_there_is_
     assert (done.step, record.last_step, record.step, record.status) == (step, step, step, "running")
     assert state_of(workspace, done) == stopped_at(workspace, config, dataset, step)
     (event,) = [event for event in record.events if event.what == "clock"]
-    assert event.step == step
+    assert (event.step, event.detail) == (step, done.clock)
     assert event.detail.startswith(f"after step {step} of {ALL}: the verdict is due by ")
     assert "budget.finish_by=" in event.detail
     tested = evaluation.evaluate(workspace, done, dataset)
@@ -110,7 +110,7 @@ def test_training_ends_at_the_step_at_which_the_time_is_up_and_what_is_there_is_
 def test_the_last_step_of_all_is_no_decision_of_the_clock(workspace: Workspace, dataset: DatasetRef) -> None:
     done = train_alone(workspace, "run", in_an_hour(), dataset, should_stop=time_is_up_at(workspace, ALL))
     record = record_of(workspace)
-    assert (done.step, record.last_step, record.clock) == (ALL, None, "")
+    assert (done.step, record.last_step, record.clock, done.clock) == (ALL, None, "", "")
 
 
 def test_a_budget_that_is_not_used_up_changes_no_bit(workspace: Workspace, dataset: DatasetRef) -> None:
@@ -136,7 +136,8 @@ def test_what_the_clock_has_decided_stands_however_much_time_there_is_later(
     done = train_alone(workspace, "run", free, dataset)
     assert (done.step, record_of(workspace).last_step) == (step, step)
     assert state_of(workspace, done) == stopped_at(workspace, config, dataset, step)
-    assert train_alone(workspace, "run", free, dataset).key == done.key
+    again = train_alone(workspace, "run", free, dataset)
+    assert (again.key, again.clock) == (done.key, record_of(workspace).clock)
 
 
 def test_nothing_is_made_of_a_decision_that_could_not_be_recorded(workspace: Workspace, dataset: DatasetRef) -> None:
