@@ -40,6 +40,8 @@ ImageSize = Annotated[int, Field(ge=SMALLEST_IMAGE, le=LARGEST_IMAGE)]
 MOST_CLASSES = 100_000
 LONGEST_CLASS_NAMES = 8_000_000
 """How many bytes the names of a data set's classes may have together, as JSON: a card and a report hold them all."""
+LARGEST_EVALUATION = 32 * 1024 * 1024
+"""Bytes of a run's `evaluation.json`: of 100,000 classes with long names it has 24 MB."""
 LONGEST_CLASS_NAME = 1000
 ClassName = Annotated[str, Field(max_length=LONGEST_CLASS_NAME)]
 """Any text: a folder's name, or what somebody has typed into a table."""

@@ -24,7 +24,7 @@ from nightshift.records.lease import attached
 from nightshift.refs import CheckpointRef, DatasetRef, Evaluation
 from nightshift.storage.documents import MIB
 from nightshift.storage.store import Store
-from nightshift.values import MOST_CLASSES
+from nightshift.values import LARGEST_EVALUATION, MOST_CLASSES
 from nightshift.workspace import Workspace
 
 CALIBRATION_BINS = 15
@@ -33,8 +33,6 @@ MATRIX_CLASSES = 32
 _TOP = 5
 _MISTAKES = 10
 _PAIRS = 50
-_MAX_METRICS = 32 * MIB
-"""Of 100,000 classes with long names it takes 24."""
 _MAX_PREDICTIONS = 256 * MIB
 
 
@@ -157,7 +155,7 @@ def evaluate(workspace: Workspace, checkpoint: CheckpointRef, dataset_ref: Datas
 def read_metrics(store: Store, run_id: str) -> Metrics | None:
     """The stored metrics of a run, or None if there are none."""
     try:
-        return Metrics.model_validate_json(store.get(report_key(run_id, "evaluation.json"), _MAX_METRICS)[0])
+        return Metrics.model_validate_json(store.get(report_key(run_id, "evaluation.json"), LARGEST_EVALUATION)[0])
     except (ObjectNotFoundError, ObjectTooLargeError, ValueError):  # damaged metrics are measured again
         return None
 

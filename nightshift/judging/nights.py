@@ -1,5 +1,7 @@
 """The last nights, a line each: did it train, is it better, what did it cost."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import datetime
 from itertools import islice
 
@@ -10,14 +12,11 @@ from nightshift.ids import Sha256
 from nightshift.judging.goodput import account
 from nightshift.records.keys import report_key
 from nightshift.records.lease import status_of
-from nightshift.records.run import RunRecord, newest_records
+from nightshift.records.run import READERS, RunRecord, newest_records
 from nightshift.records.times import cost
-from nightshift.storage.documents import MIB
 from nightshift.storage.store import Store
 from nightshift.tracking.metrics import read_lines
-from nightshift.values import FROZEN, Count, Share
-
-_MAX_METRICS = 32 * MIB
+from nightshift.values import FROZEN, LARGEST_EVALUATION, Count, Share
 
 
 class Night(BaseModel):
@@ -73,7 +72,13 @@ def last_nights(store: Store, name: str | None, limit: int, price_per_hour: floa
         for record in newest_records(store)
         if record.origin.promote and (name is None or record.dataset.name == name)
     )
-    return [_night(store, record, now, price_per_hour) for record in islice(nights, limit)]
+    with ThreadPoolExecutor(READERS) as pool:
+        # Each in a copy of this context, so that warnings are shown where those of the command are.
+        found = [
+            pool.submit(copy_context().run, _night, store, record, now, price_per_hour)
+            for record in islice(nights, limit)
+        ]
+        return [night.result() for night in found]
 
 
 def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float | None) -> Night:
@@ -105,7 +110,8 @@ def _measured(store: Store, record: RunRecord) -> _Measured | None:
     if not record.result:
         return None
     try:
-        found = _Measured.model_validate_json(store.get(report_key(record.run_id, "evaluation.json"), _MAX_METRICS)[0])
+        body, _ = store.get(report_key(record.run_id, "evaluation.json"), LARGEST_EVALUATION)
+        found = _Measured.model_validate_json(body)
     except (ObjectNotFoundError, ObjectTooLargeError, ValidationError):
         return None
     return found if found.weights_sha256 == record.result.weights_sha256 else None

@@ -5,6 +5,7 @@ Then the cards go, then the record, and then what nothing names any more. Whoeve
 be deleted again, or orphans, which `gc` finds.
 """
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 from nightshift import processes
@@ -13,9 +14,9 @@ from nightshift.records.history import read_copy, read_history
 from nightshift.records.keys import MODELS, PAYLOADS, RECORDS, REPORTS, place_of, record_key
 from nightshift.records.lease import is_live
 from nightshift.records.rebuild import check_never_begun
-from nightshift.records.run import read_record, write_record
+from nightshift.records.run import dataset_of, read_record, write_record
 from nightshift.storage import documents
-from nightshift.storage.store import Contents, Store
+from nightshift.storage.store import Contents, Store, Stored
 
 
 class Belongings(Contents):
@@ -31,14 +32,37 @@ def belongings(store: Store, run_id: str) -> Belongings:
         HistoryLostError, DocumentDamagedError: nobody can say whether it is or was champion, or whether it is live.
         StorageError: the store cannot be read.
     """
-    places = (record_key(run_id), f"{PAYLOADS}{run_id}/", f"{REPORTS}{run_id}/", MODELS)
+    return _belongings(store, run_id, [MODELS])
+
+
+def delete(store: Store, run_id: str) -> Belongings:
+    """Delete what belongs to a run, and return it. It may be interrupted and done again.
+
+    Raises:
+        StorageError: not all was deleted. Also as `belongings`, which then has deleted nothing.
+    """
+    before, dataset = belongings(store, run_id), dataset_of(store, run_id)
+    _mark(store, run_id)
+    # What a trainer that was thought dead has written until then. It publishes under no other name.
+    names = sorted({*_models(before.objects), *([dataset.name] if dataset else [])})
+    found = _belongings(store, run_id, [f"{MODELS}{name}/{run_id}/" for name in names])
+    for item in found.objects:
+        store.delete(item.key)
+    for upload in found.uploads:
+        store.abort_upload(upload)
+    return found
+
+
+def _belongings(store: Store, run_id: str, models: list[str]) -> Belongings:
+    """As `belongings`; `models`: the prefixes below which there may be versions of it."""
+    places = (record_key(run_id), f"{PAYLOADS}{run_id}/", f"{REPORTS}{run_id}/", *models)
     objects = [item for prefix in places for item in store.list(prefix) if _is_of(run_id, item.key)]
     uploads = [upload for prefix in places for upload in store.list_uploads(prefix) if _is_of(run_id, upload.key)]
     if not objects and not uploads:
         raise RunNotFoundError(
             f"there is nothing of a run {run_id!r} in {store.url('')}: `nightshift runs` lists those there are"
         )
-    for name in sorted({item.key.split("/")[1] for item in objects if item.key.startswith(MODELS)}):
+    for name in _models(objects):
         _check_never_live(store, name, run_id)
     if any(item.key.startswith(RECORDS) for item in objects):
         record, _ = read_record(store, run_id)
@@ -48,22 +72,6 @@ def belongings(store: Store, run_id: str) -> Belongings:
                 f"{record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC at least: stop it first"
             )
     return Belongings(sorted(objects, key=lambda item: (_order(item.key), item.key)), uploads)
-
-
-def delete(store: Store, run_id: str) -> Belongings:
-    """Delete what belongs to a run, and return it. It may be interrupted and done again.
-
-    Raises:
-        StorageError: not all was deleted. Also as `belongings`, which then has deleted nothing.
-    """
-    belongings(store, run_id)
-    _mark(store, run_id)
-    found = belongings(store, run_id)
-    for item in found.objects:
-        store.delete(item.key)
-    for upload in found.uploads:
-        store.abort_upload(upload)
-    return found
 
 
 def _mark(store: Store, run_id: str) -> None:
@@ -95,6 +103,11 @@ def _check_never_live(store: Store, name: str, version: str) -> None:
             f"{version} {'is' if is_live_now else 'was'} champion of {name}, and a champion is never deleted: somebody "
             "may roll back to it"
         )
+
+
+def _models(objects: Iterable[Stored]) -> list[str]:
+    """Of which models there are versions among these."""
+    return sorted({item.key.split("/")[1] for item in objects if item.key.startswith(MODELS)})
 
 
 def _is_of(run_id: str, key: str) -> bool:

@@ -23,7 +23,7 @@ from nightshift.values import Count, Line, Loss, Moment, Number, Seconds, Share,
 
 Status = Literal["running", "interrupted", "finished", "failed", "cancelled"]
 READERS = 8
-"""How many records are read at a time."""
+"""How many objects of runs are read at a time."""
 
 
 class Lease(Part):

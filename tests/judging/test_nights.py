@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from nightshift.judging.nights import last_nights
+from nightshift.progress import shown_by
 from nightshift.records.keys import report_key
 from nightshift.records.lease import hold as hold_run
 from nightshift.records.run import Origin
 from nightshift.storage.memory import MemoryStore
 from nightshift.workspace import Workspace
 from tests.commands import Finished
+from tests.data.conftest import Told
 from tests.judging.test_gate import finish, promote, published, sha256
 from tests.records.test_lease import spec
 
@@ -58,7 +60,10 @@ def test_what_is_damaged_or_of_other_weights_is_left_out_of_its_line(tmp_path: P
     store.put(report_key("monday", "evaluation.json"), b'{"images": -1}')
     other = {"weights_sha256": "1" * 64, "images": 5, "interval": [0.1, 0.2]}
     store.put(report_key("tuesday", "evaluation.json"), json.dumps(other).encode())
-    nights = last_nights(store, "cifar10", 30, None)
+    store.put(report_key("tuesday", "metrics.jsonl"), b"{}")
+    with shown_by(told := Told()):
+        nights = last_nights(store, "cifar10", 30, None)
+    assert told.warnings == ["metrics.jsonl of run tuesday is damaged: 1 of its lines are left out"]
     assert [(night.run_id, night.interval) for night in nights] == [
         ("wednesday", None),
         ("tuesday", None),

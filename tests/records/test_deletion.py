@@ -1,6 +1,6 @@
 """A run is deleted with all that belongs to it and nothing else, whoever dies when; never a live one or a champion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
@@ -15,8 +15,10 @@ from nightshift.errors import (
 )
 from nightshift.records import champions, deletion, orphans
 from nightshift.records.history import history_key
+from nightshift.records.keys import Place, place_of
 from nightshift.records.run import read_record
-from nightshift.storage.store import Store
+from nightshift.storage.memory import MemoryStore
+from nightshift.storage.store import Store, Stored
 from nightshift.workspace import Workspace
 from tests.commands import Finished
 from tests.judging.test_gate import finish, promote, published
@@ -69,6 +71,32 @@ def test_all_that_belongs_to_a_run_is_deleted_and_nothing_else(store: Store) -> 
     assert not list(store.list_uploads(""))
     with pytest.raises(RunNotFoundError, match="there is nothing of a run 'night'"):
         deletion.delete(store, "night")
+
+
+class LateWriter(MemoryStore):
+    """A store into which somebody publishes for the run at the last instant before it is marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed: list[str] = []
+
+    def list(self, prefix: str) -> Iterator[Stored]:
+        self.listed.append(prefix)
+        return super().list(prefix)
+
+    def put(self, key: str, body: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
+        if key == "runs/night.json" and b'"deleted"' in body:
+            super().put("models/cifar10/night/weights.pth", b"late")
+        return super().put(key, body, if_match=if_match, if_absent=if_absent)
+
+
+def test_what_is_published_until_the_run_is_marked_goes_too_and_all_versions_are_listed_once() -> None:
+    store = LateWriter()
+    fill(store)
+    store.listed.clear()
+    assert "models/cifar10/night/weights.pth" in deletion.delete(store, "night").keys
+    assert store.listed.count("models/") == 1
+    assert [key for key in keys(store) if place_of(key) == Place("version", "night")] == []
 
 
 @pytest.mark.parametrize("key", OBJECTS)
