@@ -29,7 +29,8 @@ class Parts:
     stalls: float = 0.0
     """Of the training, for checkpoints."""
     replayed: float = 0.0
-    """Training that was lost with a process, and done again by the next."""
+    """Training that was lost with a process, and done again by the next. What a killed one did after its last write of
+    the record counts as waiting: a third of a lease at most."""
     evaluation: float = 0.0
     """From the last step to the verdict: evaluation, publication, gate, report."""
 
