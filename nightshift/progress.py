@@ -5,14 +5,17 @@ The core reports to `current()`: the log by default, a live display in a termina
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from nightshift.text import plain
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _log = logging.getLogger("nightshift")
 
 
@@ -128,6 +131,13 @@ _current: ContextVar[Progress] = ContextVar("nightshift_progress")
 
 def current() -> Progress:
     return _current.get(_LOG)
+
+
+def in_threads(call: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
+    """What `call` returns of each item, in order. Several threads call it, and report to this context's progress."""
+    with ThreadPoolExecutor(threads) as pool:
+        called = [pool.submit(copy_context().run, call, item) for item in items]
+        return [one.result() for one in called]
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 """The last nights, a line each: did it train, is it better, what did it cost."""
 
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from datetime import datetime
 from itertools import islice
 
 from pydantic import BaseModel, ValidationError
 
+from nightshift import progress
 from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError
 from nightshift.ids import Sha256
 from nightshift.judging.goodput import account
@@ -72,13 +71,9 @@ def last_nights(store: Store, name: str | None, limit: int, price_per_hour: floa
         for record in newest_records(store)
         if record.origin.promote and (name is None or record.dataset.name == name)
     )
-    with ThreadPoolExecutor(READERS) as pool:
-        # Each in a copy of this context, so that warnings are shown where those of the command are.
-        found = [
-            pool.submit(copy_context().run, _night, store, record, now, price_per_hour)
-            for record in islice(nights, limit)
-        ]
-        return [night.result() for night in found]
+    return progress.in_threads(
+        lambda record: _night(store, record, now, price_per_hour), islice(nights, limit), READERS
+    )
 
 
 def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float | None) -> Night:

@@ -36,6 +36,10 @@ _MOST_LARGE, _MOST_MARKS = 60, 500
 """More points than these have small marks; more than those are drawn as an image, which grows no further with them."""
 
 
+_MOST_NAMED = 15
+"""Of more nights than these not all have their names below the axis."""
+
+
 def learning_curves(record: RunRecord, lines: Sequence[Line], test_accuracy: float | None) -> dict[str, str]:
     """Loss, accuracy and learning rate over the epochs, at the ends of epochs and in between."""
     trained = [line for line in lines if isinstance(line, TrainingLine)]
@@ -140,10 +144,10 @@ def reliability(bins: Sequence[Bin]) -> str:
     return _svg(figure)
 
 
-def nights(labels: Sequence[str], accuracies: Sequence[float], promoted: Sequence[bool]) -> str:
+def nights(began: Sequence[datetime], accuracies: Sequence[float], promoted: Sequence[bool]) -> str:
     """Test accuracy of earlier runs and of this one, oldest first."""
     figure, axes = _figure("", "test accuracy (%)")
-    x, y = np.arange(len(labels)), 100 * np.asarray(accuracies)
+    x, y = np.arange(len(began)), 100 * np.asarray(accuracies)
     axes.plot(x, y, "-", color=_GREY, linewidth=1)
     for chosen, colour, marker, label in (
         (np.asarray(promoted), _BLUE, "o", "promoted"),
@@ -151,10 +155,27 @@ def nights(labels: Sequence[str], accuracies: Sequence[float], promoted: Sequenc
     ):
         if chosen.any():
             axes.plot(x[chosen], y[chosen], marker, color=colour, label=label, markersize=8, linestyle="none")
-    axes.set_xticks(x, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=10)
+    _name_nights(axes, began)
     axes.margins(y=0.2)
     axes.legend(frameon=False)
     return _svg(figure)
+
+
+def goodputs(began: Sequence[datetime], shares: Sequence[float | None]) -> str:
+    """The goodput of the same nights, as far as it is known."""
+    figure, axes = _figure("", "goodput (%)")
+    axes.bar(range(len(began)), [100 * (share or 0) for share in shares], color=_BLUE)
+    _name_nights(axes, began)
+    axes.set_ylim(0, 100)
+    return _svg(figure)
+
+
+def _name_nights(axes: Axes, began: Sequence[datetime]) -> None:
+    """Name as many nights below the axis as there is room for, the last among them."""
+    every = -(-len(began) // _MOST_NAMED)
+    named = range(len(began))[::-every]
+    labels = [f"{began[number]:%m-%d %H:%M}" for number in named]
+    axes.set_xticks(named, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=10)
 
 
 def _mark_events(axes: Axes, record: RunRecord, minutes: Any) -> None:

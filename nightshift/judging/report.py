@@ -23,7 +23,7 @@ from nightshift.judging.pictures import Picture, pictures
 from nightshift.records.curve import best_of, is_enough, kept_of
 from nightshift.records.keys import report_key
 from nightshift.records.lease import attached
-from nightshift.records.run import Result, RunRecord, newest_records
+from nightshift.records.run import READERS, Result, RunRecord, newest_records
 from nightshift.records.times import cost
 from nightshift.refs import CheckpointRef, Evaluation, ModelRef, Verdict
 from nightshift.storage.store import Store
@@ -31,7 +31,7 @@ from nightshift.text import markdown, plain
 from nightshift.tracking.metrics import CheckpointLine, Line, read_lines
 from nightshift.workspace import Workspace
 
-_NIGHTS = 14
+_NIGHTS = 30
 _WORST = 20
 """Of more classes than fit into a confusion matrix, only so many are shown: those that are recognized worst."""
 _NAMED = 10
@@ -60,11 +60,19 @@ class Night:
     promoted: bool
     began: str
     """With which weights: the kind of its parent."""
+    goodput: float | None
+    """None if an older nightshift has not noted its time."""
 
     @classmethod
-    def of(cls, record: RunRecord, accuracy: float, verdict: Verdict | None) -> Self:
-        began = record.parent.kind if record.parent else "scratch"
-        return cls(record.run_id, record.created_at, accuracy, bool(verdict and verdict.promoted), began)
+    def of(cls, record: RunRecord, accuracy: float, verdict: Verdict | None, spent: Goodput | None) -> Self:
+        return cls(
+            run_id=record.run_id,
+            at=record.created_at,
+            accuracy=accuracy,
+            promoted=bool(verdict and verdict.promoted),
+            began=record.parent.kind if record.parent else "scratch",
+            goodput=spent.goodput if spent else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,8 @@ def build_report(
     url = store.url(report_key(record.run_id, "report.html"))
     found, lines = evaluation.read_metrics(store, record.run_id), read_lines(store, record.run_id)
     champion = _metrics_of_champion(store, record.dataset.name, verdict, found)
-    nights = _nights(workspace, record, verdict, found)
     spent = account(record, lines)
+    nights = _nights(store, record, [Night.of(record, found.accuracy, verdict, spent)] if found else [])
     drift = read_drift(store, record.run_id)
     plots = _plots(record, found, lines, nights, spent)
     shown = pictures(workspace, record.dataset, found, drift)
@@ -190,18 +198,23 @@ def _metrics_of_champion(store: Store, name: str, verdict: Verdict | None, found
     return None
 
 
-def _nights(workspace: Workspace, record: RunRecord, verdict: Verdict | None, found: Metrics | None) -> list[Night]:
-    """The last finished runs of this model up to this one, oldest first."""
+def _nights(store: Store, record: RunRecord, this: list[Night]) -> list[Night]:
+    """The last finished runs of this model before this one, oldest first, and `this`."""
+
+    def night(other: RunRecord) -> Night:
+        assert other.result
+        spent = account(other, read_lines(store, other.run_id))
+        return Night.of(other, other.result.test_accuracy, other.result.verdict, spent)
+
     # However many trials a sweep has left among them.
     others = (
-        Night.of(other, other.result.test_accuracy, other.result.verdict)
-        for other in newest_records(workspace.store)
+        other
+        for other in newest_records(store)
         if other.result and other.dataset.name == record.dataset.name and other.origin.promote
         if other.run_id != record.run_id and other.created_at <= record.created_at
     )
-    before = islice(others, _NIGHTS)
-    this = [Night.of(record, found.accuracy, verdict)] if found else []
-    return sorted([*before, *this], key=lambda night: night.at)[-_NIGHTS:]
+    before = progress.in_threads(night, islice(others, _NIGHTS - len(this)), READERS)
+    return sorted([*before, *this], key=lambda night: night.at)
 
 
 def _control(nights: list[Night], record: RunRecord) -> tuple[Night, Night] | None:
@@ -224,10 +237,10 @@ def _plots(
         figures["goodput"] = plots.goodput(spent)
     if nights:
         figures["nights"] = plots.nights(
-            [f"{night.at:%m-%d %H:%M}" for night in nights],
-            [night.accuracy for night in nights],
-            [night.promoted for night in nights],
+            [night.at for night in nights], [night.accuracy for night in nights], [night.promoted for night in nights]
         )
+        if any(night.goodput is not None for night in nights):
+            figures["goodputs"] = plots.goodputs([night.at for night in nights], [night.goodput for night in nights])
     if found and found.confusion:
         figures["confusion"] = plots.confusion(found.confusion, [metric.name for metric in found.classes])
     if found:

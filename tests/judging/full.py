@@ -1,5 +1,6 @@
 """A report that has everything a report can have, of a night that was long and often interrupted."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from nightshift.judging.report import Report, build_report
 from nightshift.records.curve import CurvePoint
 from nightshift.records.keys import report_key
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import read_record
+from nightshift.records.run import Origin, read_record
 from nightshift.refs import ChampionRef, Comparison, DatasetRef, Guard, Verdict
 from nightshift.storage import documents
 from nightshift.tracking.metrics import CheckpointLine, TrainingLine
@@ -34,7 +35,8 @@ def full_report(workspace: Workspace, classes: int, size: int = 128) -> Report:
     night = Night()
     here = Workspace(night.store, workspace.home, 60, 5)
     dataset = known(here, size, classes, train=60, test=60)
-    _earlier_nights(night, 40)
+    _earlier_nights(night, dataset, 40)
+    night.scheduled = night.now
     for lost in (1, 20, 3, 40, 7):
         night.attempt(trains=HOURS * 600, lost=lost)
         night.passes(100)
@@ -54,11 +56,23 @@ def names_of(dataset: DatasetRef) -> tuple[str, ...]:
     return tuple(f"hexagon screw, M{number}" for number in range(dataset.classes))
 
 
-def _earlier_nights(night: Night, count: int) -> None:
+def _earlier_nights(night: Night, dataset: DatasetRef, count: int) -> None:
+    """Each of two hours or so, of which the training takes the more the later it is."""
     for number in range(count):
-        with hold_run(night.store, spec(f"parts-2026-10-{number:02}"), 60) as run:
-            run.end("finished", result=RESULT.changed(test_accuracy=0.8 + 0.003 * number % 0.1))
-        night.passes(60)
+        origin = Origin(scheduled_at=night.now, began_at=night.passes(600))
+        night.passes(60 * (count - number))
+        with hold_run(night.store, replace(spec(f"parts-{number:02}"), dataset=dataset, origin=origin), 60) as run:
+            run.trains()
+            night.passes(5000 + 100 * number)
+            night.seconds = 5000 + 100 * number
+            night.save(run)
+            night.passes(300)
+            accuracy, promoted = 0.7 + 0.002 * number + 0.01 * (number % 3), number % 3 == 2
+            verdict = Verdict(promoted=promoted, reason="", comparison=None, champion=None)
+            result = RESULT.changed(test_accuracy=accuracy, verdict=verdict)
+            run.end("finished", result=result)
+        night.passes(22 * 3600 - 100 * number)
+    night.seconds = 0
 
 
 def _curve(steps: int) -> list[CurvePoint]:

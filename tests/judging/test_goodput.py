@@ -23,7 +23,7 @@ class Night:
     """A run on a store whose clock the test sets: ten steps a second."""
 
     def __init__(self) -> None:
-        self.now = BEGAN
+        self.now = self.scheduled = BEGAN
         self.store = MemoryStore(clock=lambda: self.now)
         self.seconds = 0.0
 
@@ -33,7 +33,7 @@ class Night:
 
     def attempt(self, trains: float, lost: float = 0.0, ends: str = "") -> None:
         """Wait 5 s for a worker, 7 s for the data and 3 s for the first step; train, save, and train in vain."""
-        origin = Origin(scheduled_at=BEGAN, began_at=self.passes(5))
+        origin = Origin(scheduled_at=self.scheduled, began_at=self.passes(5))
         self.passes(7)
         try:
             with hold_run(self.store, replace(spec(), origin=origin), 600) as run:
@@ -57,7 +57,7 @@ class Night:
         checkpoint = Checkpoint(
             step=step,
             epoch=0,
-            key=payload_key("run", step, run.token),
+            key=payload_key(run.run_id, step, run.token),
             bytes=1,
             sha256="0" * 64,
             written_at=self.now,

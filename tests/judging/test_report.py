@@ -31,8 +31,9 @@ from nightshift.judging.drift import (
     drift_key,
 )
 from nightshift.judging.evaluation import ClassMetrics, Metrics
+from nightshift.judging.goodput import account
 from nightshift.judging.paired import compare
-from nightshift.judging.report import Night, Report, build_report, publish_report
+from nightshift.judging.report import Report, build_report, publish_report
 from nightshift.records import orphans
 from nightshift.records.lease import RunSpec
 from nightshift.records.lease import hold as hold_run
@@ -48,8 +49,9 @@ from nightshift.workspace import Workspace
 from tests.conftest import small_config
 from tests.hostile import HOSTILE, is_harmless
 from tests.judging.test_evaluation import answers_of, metrics_of
+from tests.judging.test_goodput import Night
 from tests.made_up import known
-from tests.records.test_lease import DATASET
+from tests.records.test_lease import DATASET, RESULT, spec
 
 Candidates = tuple[Workspace, dict[int, ModelRef]]
 
@@ -82,9 +84,9 @@ class Links(HTMLParser):
 def test_the_report_is_one_file_that_loads_nothing(page: Report) -> None:
     links = Links()
     links.feed(page.html)
-    assert [link.startswith("data:image/svg+xml;base64,") for link in links.found].count(True) == len(page.plots) == 9
+    assert [link.startswith("data:image/svg+xml;base64,") for link in links.found].count(True) == len(page.plots) == 10
     assert [link.startswith("data:image/webp;base64,") for link in links.found].count(True) == 10  # the mistakes
-    assert len(links.found) == 19
+    assert len(links.found) == 20
     assert not links.tags & {"script", "link", "iframe"}
     assert "url(" not in re.sub(r'src="[^"]*"', "", page.html)
     for svg in page.plots.values():
@@ -282,20 +284,40 @@ def test_the_last_nights_are_there_however_many_trials_came_after_them(workspace
             result = Result(test_accuracy=0.5, test_loss=1, weights_sha256="0" * 64, model="models/cifar10/x/")
             run.end("finished", result=result)
     last = read_record(store, "run-02")[0].changed(created_at=store.now() + timedelta(days=1), run_id="this-one")
-    nights = report._nights(replace(workspace, store=store), last, None, None)
+    nights = report._nights(store, last, [])
     assert [night.run_id for night in nights] == ["run-00", "run-01", "run-02"]
+
+
+def test_thirty_nights_are_shown_with_their_goodput() -> None:
+    night = Night()
+    for number in range(31):
+        night.seconds, began = 0, night.passes(3600)
+        with hold_run(night.store, replace(spec(f"night-{number:02}"), origin=Origin(began_at=began)), 60) as run:
+            night.passes(100)
+            run.trains()
+            night.passes(200 + number)
+            night.seconds += 200 + number
+            night.save(run)
+            run.end("finished", result=RESULT)
+    store, last = night.store, read_record(night.store, "night-30")[0]
+    this = report.Night.of(last, 0.5, None, account(last, []))
+    nights = report._nights(store, last, [this])
+    assert [shown.run_id for shown in nights] == [f"night-{number:02}" for number in range(1, 31)]
+    assert [shown.goodput for shown in nights] == pytest.approx([(200 + n) / (300 + n) for n in range(1, 31)])
+    figures = report._plots(last, None, [], [replace(nights[0], goodput=None), *nights[1:]], None)
+    assert {"nights", "goodputs"} <= set(figures)
 
 
 def test_a_night_from_scratch_is_compared_with_the_last_that_had_a_parent_and_the_other_way_round() -> None:
     now = datetime.now(UTC)
     champion, scratch = Parent(kind="champion", source="x", sha256="0" * 64), Parent(kind="scratch", detail="why")
     kinds = ("champion", "scratch", "champion", "champion")
-    nights = [Night(f"night-{number}", now, 0.5, False, kind) for number, kind in enumerate(kinds)]
+    nights = [report.Night(f"night-{number}", now, 0.5, False, kind, None) for number, kind in enumerate(kinds)]
     store = MemoryStore()
     with hold_run(store, RunSpec("run", small_config(), DATASET, {"torch": "x"}, 40, parent=champion), 60) as run:
         pass
 
-    def compared(nights: list[Night], parent: Parent | None) -> list[str] | None:
+    def compared(nights: list[report.Night], parent: Parent | None) -> list[str] | None:
         found = report._control(nights, run.record.changed(parent=parent))
         return found and [night.run_id for night in found]
 
