@@ -343,15 +343,21 @@ def answer_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) 
     """What a model says of all test images, predicted as the config says."""
     scale, shift = batches.normalizer(dataset, config)
     size = batches.images_at_a_time(dataset.image_size, len(dataset.classes))
-    parts, order = [], []
+    # Made before the images are: small tensors that stay, made among large ones that go, would keep the room of these.
+    count = len(dataset.test_labels)
+    answers = Answers(
+        labels=dataset.test_labels.long(),
+        predicted=torch.empty(count, dtype=torch.int64),
+        confidence=torch.empty(count),
+        in_top5=torch.empty(count, dtype=torch.bool),
+        loss=torch.empty(count),
+    )
     for numbers, images in in_parts(dataset.test_images, size):
         logits = predict(model, batches.to_input(images, scale, shift), config.evaluation.tta)
-        parts.append(answers_to(logits, dataset.test_labels[numbers].long()))
-        order.append(numbers)
-    back = torch.cat(order).argsort()
-    return Answers(
-        **{field.name: torch.cat([getattr(part, field.name) for part in parts])[back] for field in fields(Answers)}
-    )
+        part = answers_to(logits, answers.labels[numbers])
+        for field in fields(Answers):
+            getattr(answers, field.name)[numbers] = getattr(part, field.name)
+    return answers
 
 
 def _near(model: nn.Module, dataset: Dataset, config: TrainConfig) -> list[Near]:
