@@ -36,6 +36,9 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
 
     settings = Settings.load()
     quieten(verbose)
+    # As in the work pools: the automations of a server take a run for lost that was silent for 90 s, and Prefect's own
+    # default is a heartbeat every 180 s.
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     # Prefect sends a SIGTERM on to the handler it found: by default that would end us before we can say how we ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
