@@ -29,6 +29,8 @@ _GRPC_OFFSET = 10_000
 _PORTS = ("s3", "filer", "volume", "master", "admin")
 _RESERVE, _RESERVE_BYTES = "reserve", 32 * MIB
 """A file of nothing. When the disk is full, it makes room for what deleting objects needs to write."""
+_MOST_FILES = 100_000
+"""How many files of objects weed may have: more than any disk holds."""
 _GENERATION = 1
 """0 asked nobody for a certificate."""
 
@@ -116,6 +118,9 @@ def _plan(directory: Path, credentials: Credentials) -> Server:
         "master.telemetry": "false",
         # What was deleted takes room until it is swept out: by default that is every 14 minutes.
         "master.vacuumIntervalSeconds": 60,
+        # By default it makes no new file for objects where less than a whole one (64 MiB to 1 GiB) is free, and then
+        # writes nothing, long before the disk is full.
+        "volume.max": _MOST_FILES,
         "admin.ui": "false",
         "webdav": "false",
         "s3.port.iceberg": 0,

@@ -6,6 +6,7 @@ A scenario is a function that gets a directory on that disk. It runs in a proces
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,14 @@ from typing import Any
 import pytest
 
 from nightshift import progress
+from nightshift.disk import free_bytes
 from nightshift.errors import DiskError, NightshiftError, StorageError, StorageFullError
 from nightshift.local import supervisor
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.keys import payload_key
 from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
-from nightshift.storage.s3 import S3
+from nightshift.storage.s3 import MIB, S3
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.conftest import eventually, small_config
@@ -166,8 +168,33 @@ def not_running(disk: Path) -> dict[str, Any]:
     return found
 
 
+def files_are_full(disk: Path) -> dict[str, Any]:
+    """Less than one more of the server's files has room, and each that there is has its largest size."""
+    home = disk / "home"
+    found: dict[str, Any] = {}
+    with embedded_s3(home) as store:
+        while not (files := _files(home)) or min(files) < 64 * MIB:
+            store.put(f"large/{secrets.token_hex(8)}", secrets.token_bytes(16 * MIB))
+    eventually(lambda: not supervisor.running_facts(home / "s3"), 60)
+    left = free_bytes(disk) - 48 * MIB
+    with open(disk / "filler", "wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, left)
+    with embedded_s3(home) as store:
+        store.put("key", b"body")
+        found["body"] = store.get("key")[0].decode()
+        found["runs"] = nightshift(home, "runs")
+    found["largest"], found["free"] = max(_files(home)), free_bytes(disk)
+    found["limit"] = shutil.disk_usage(disk).total / 100
+    return found
+
+
+def _files(home: Path) -> list[int]:
+    """How large those files are in which the server keeps our objects."""
+    return [path.stat().st_size for path in (home / "s3" / "data").glob("nightshift_*.dat")]
+
+
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    scenario.__name__: scenario for scenario in (reads_and_gc, training, not_running)
+    scenario.__name__: scenario for scenario in (reads_and_gc, training, not_running, files_are_full)
 }
 
 if __name__ == "__main__":

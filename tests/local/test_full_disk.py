@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nightshift.refs import DatasetRef
+from nightshift.storage.s3 import MIB
 from tests.local import small_disk
 
 pytestmark = small_disk.needs_a_mount
@@ -15,6 +16,14 @@ def test_what_only_reads_and_gc_need_no_room_and_writes_come_back_with_it(tmp_pa
     assert "there is no run 'missing'" in found["show"]["err"]
     assert "deleted 0 objects" not in found["deleted"]["out"]
     assert found["seconds"] < 60
+
+
+def test_a_store_whose_files_are_full_is_written_to_as_long_as_the_disk_is_not(tmp_path: Path) -> None:
+    found = small_disk.run("files_are_full", tmp_path / "disk", megabytes=400)
+    assert found["largest"] > 64 * MIB
+    assert 1.1 * found["limit"] < found["free"] < 64 * MIB, "no room for one more file of the largest size"
+    assert found["body"] == "body"
+    assert found["runs"]["exit_code"] == 0, found["runs"]["err"]
 
 
 def test_a_server_that_has_no_room_to_start_is_told_in_one_line_within_two_seconds(tmp_path: Path) -> None:
