@@ -40,12 +40,17 @@ def embedded_s3(home: Path, prefix: str = "") -> Iterator[S3]:
     """The server whose data is under `home`: started if it is not running, stopped some seconds after its last user.
 
     Raises:
-        LocalServiceError: it does not start.
+        LocalServiceError: it does not start, or it has another key pair than its file `credentials.json`.
         DiskError: it does not run, and the disk is too full to start it.
     """
     directory = home / "s3"
     credentials = embedded_credentials(directory)
     with using(directory, lambda: _plan(directory, credentials), _GENERATION) as facts:
+        if facts.get("access_key", credentials.access_key) != credentials.access_key:
+            raise LocalServiceError(
+                f"the local s3 server still has another key pair than {directory / 'credentials.json'}: type "
+                "`nightshift down`, end the commands that still use it, and try again ten seconds later"
+            )
         settings = S3Settings(endpoint_url=facts["endpoint_url"], bucket=BUCKET, prefix=prefix)
         impatient = S3(settings.model_copy(update={"timeout_seconds": 5.0}), credentials, attempts=1)
         wait_until(lambda: _answers(impatient, directory), directory, timeout=30)
@@ -136,7 +141,7 @@ def _plan(directory: Path, credentials: Credentials) -> Server:
         # To its own files, weed would print that it exits when it finds no room for a line.
         command=[_weed(), "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in options.items())],
         environment={"AWS_ACCESS_KEY_ID": credentials.access_key, "AWS_SECRET_ACCESS_KEY": credentials.secret_key},
-        facts={"endpoint_url": f"http://127.0.0.1:{ports['s3']}"},
+        facts={"endpoint_url": f"http://127.0.0.1:{ports['s3']}", "access_key": credentials.access_key},
         umask=0o077,
         litter=[_grpc_socket(name, port) for name, port in ports.items()],
         mended_by_room=False,  # its database refuses every write after one that found no room, and hangs

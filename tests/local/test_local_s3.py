@@ -155,6 +155,19 @@ def test_the_server_listens_on_loopback_only(home: Path, server: S3) -> None:
     assert set(found.values()) == {"0100007F"}, f"127.0.0.1 is 0100007F, but: {found}"
 
 
+def test_a_key_pair_that_was_made_anew_below_a_running_server_is_told_at_once_and_what_runs_goes_on(
+    tmp_path: Path,
+) -> None:
+    with embedded_s3(tmp_path) as store:
+        store.put("key", b"body")
+        (tmp_path / "s3" / "credentials.json").unlink()
+        began = time.monotonic()
+        with pytest.raises(LocalServiceError, match=r"another key pair.* `nightshift down`"), embedded_s3(tmp_path):
+            pass
+        assert time.monotonic() - began < 2
+        assert store.get("key")[0] == b"body"
+
+
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
 def test_who_has_no_credentials_is_refused(server: S3, prefix: str, method: str) -> None:
     server.put(f"{prefix}/key", b"body")
