@@ -301,7 +301,10 @@ def doctor(as_json: AsJson = False) -> None:
     else:
         for check in checks:
             mark = styled("✓", "green") if check.ok else styled("✗", "red")
-            console().print(mark, f"{check.name:<20} {check.detail}", soft_wrap=True)
+            first, *more = check.detail.split("\n")  # the end of a server's log has several lines
+            console().print(mark, f"{check.name:<20} {first}", soft_wrap=True)
+            for line in more:
+                console().print(f"    {line}", soft_wrap=True)
     if not ok:
         raise typer.Exit(1)
 

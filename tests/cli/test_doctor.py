@@ -85,6 +85,17 @@ def test_doctor_shows_no_password(nightshift: Callable[..., Finished], home: Pat
     assert f"http://user:***@{stranger}/api" in found["Prefect"]["detail"]
 
 
+def test_the_end_of_a_servers_log_is_shown_line_by_line(nightshift: Callable[..., Finished], tmp_path: Path) -> None:
+    (tmp_path / "s3").mkdir(mode=0o700)
+    (tmp_path / "s3" / "server.pem").write_text("no certificate")
+    done = nightshift("doctor", NIGHTSHIFT_HOME=str(tmp_path))
+    assert done.exit_code == 1
+    told, line, *_ = done.out.splitlines()
+    assert told.endswith("The end of " + str(tmp_path / "s3" / "server.log:"))
+    assert line.startswith("    ")
+    assert line.endswith("error processing certificate in server.pem")
+
+
 @pytest.mark.parametrize("url", ["nonsense", "http://", "http://[", "http://user:sec ret@host", "http://host:secret"])
 def test_a_prefect_server_that_is_no_url_is_refused(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("PREFECT_API_URL", url)
