@@ -83,7 +83,7 @@ def resume(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Go on with a stored run, with the config it was started with."""
+    """Go on with a stored run on this machine, with its own config. On the server: `submit --run-id`."""
     from nightshift.records.run import read_record
 
     changes = parse_overrides(overrides)
