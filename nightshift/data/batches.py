@@ -154,7 +154,7 @@ def training_batch(
         images = _gather(images, indices[wanted], indices, config, plan, step, wanted)
     else:
         images = images[indices[wanted]] if decoded is None else decoded
-        images = _gather(images, torch.arange(len(images)), indices, config, plan, step, wanted)
+        images = _gather(images, None, indices, config, plan, step, wanted)
     labels = dataset.train_labels[indices[wanted].to(dataset.train_labels.device)].long()
     if config.augment.per_image:
         epoch, within = plan.position(step)
@@ -282,7 +282,7 @@ def _first_flips(images: int, seed: int) -> Tensor:
 
 
 def _gather(
-    images: Tensor, chosen: Tensor, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: Tensor
+    images: Tensor, chosen: Tensor | None, indices: Tensor, config: TrainConfig, plan: Plan, step: int, share: Tensor
 ) -> Tensor:
     """Flip, shift and gather in one look-up: each output pixel names the pixel it comes from.
 
@@ -290,7 +290,7 @@ def _gather(
     number of ranks. They are few.
 
     Args:
-        chosen: the rows of `images` in which the images of the share are.
+        chosen: the rows of `images` in which the images of the share are; None: `images` are those.
         indices: the numbers of all images of the batch.
     """
     whole, batch, size, device = len(indices), len(indices[share]), images.shape[1], images.device
@@ -303,9 +303,9 @@ def _gather(
         span = 2 * config.augment.translate + 1
         shifts = torch.randint(span, (2, whole, 1), generator=generator)[:, share].to(device) - config.augment.translate
         rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
-    chosen = chosen.to(device)
     if rows is cols:
-        return images.index_select(0, chosen)
+        return images if chosen is None else images.index_select(0, chosen.to(device))
+    chosen = torch.arange(batch, device=device) if chosen is None else chosen.to(device)
     pixels = (chosen[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]
     return images.reshape(-1, 3).index_select(0, pixels.flatten()).view(batch, size, size, 3)
 
