@@ -48,7 +48,7 @@ def arrays_of(size: int, classes: int, train: int = 96, test: int = 40, seed: in
 def made_up(size: int, classes: int, **counts: int) -> Dataset:
     """Such a data set in memory."""
     arrays = arrays_of(size, classes, **counts)
-    mean, std = channel_statistics(arrays["train_images"])
+    mean, std = channel_statistics([arrays["train_images"]])
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Dataset(
         NAME,

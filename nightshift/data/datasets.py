@@ -1,7 +1,7 @@
 """A data set on this machine: what training and judging see of the images."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -121,12 +121,12 @@ def open_dataset(workspace: Workspace, ref: DatasetRef, threads: int | None = No
     return open_of_before(workspace, ref) if is_of_before(ref) else open_packed(workspace, ref, threads)
 
 
-def channel_statistics(images: np.ndarray) -> tuple[RGB, RGB]:
-    """Mean and standard deviation of each channel of uint8 images (N, H, W, 3), from exact sums in integers."""
-    pixels = images.reshape(-1, 3)
-    counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]).astype(object)
-    values = np.arange(256).astype(object)
-    total = len(pixels)
+def channel_statistics(parts: Iterable[np.ndarray]) -> tuple[RGB, RGB]:
+    """Mean and standard deviation of each channel, from exact sums, of uint8 images (N, H, W, 3) in several parts."""
+    counts, values = np.zeros((3, 256), object), np.arange(256).astype(object)
+    for part in parts:
+        counts += np.stack([np.bincount(part[..., channel].ravel(), minlength=256) for channel in range(3)])
+    total = int(counts[0].sum())
     mean = [int(value) / total for value in counts @ values]
     variance = [int(value) / total - m * m for value, m in zip(counts @ (values * values), mean, strict=True)]
     std = [max(value, 0.0) ** 0.5 for value in variance]  # rounding may leave less than nothing

@@ -57,7 +57,7 @@ def open_of_before(workspace: Workspace, ref: DatasetRef) -> Dataset:
     _, path = arrays_of(workspace, spec)
     with safe_open(path, framework="pt") as file:
         arrays = {name: file.get_tensor(name) for name in spec.sha256}
-    mean, std = channel_statistics(arrays["train_images"].numpy())
+    mean, std = channel_statistics([arrays["train_images"].numpy()])
     return Dataset(spec.name, spec.digest, spec.classes, **arrays, mean=mean, std=std)
 
 

@@ -13,8 +13,9 @@ import hashlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from nightshift import progress
 from nightshift.config.project import Effect
 from nightshift.data import rows as table
 from nightshift.data.arrays import write_arrays
-from nightshift.data.datasets import Dataset, Judged, Pair, channel_statistics
+from nightshift.data.datasets import Dataset, Judged, Pair, channel_statistics, in_parts
 from nightshift.data.encoded import Decoding, EncodedImages
 from nightshift.data.near import LEAST_ALIKE, near_pairs
 from nightshift.data.shards import Shards, fetch
@@ -43,7 +44,7 @@ from nightshift.values import Resize
 from nightshift.workspace import Workspace
 
 _MOST_PAIRS = 10_000
-_SAMPLE = 10_000
+_SAMPLE, _SAMPLED_AT_ONCE = 10_000, 100
 """How many encoded images are looked at for their mean and deviation."""
 
 
@@ -126,10 +127,10 @@ def _in_cache(workspace: Workspace, ref: DatasetRef) -> tuple[Path, dict[str, An
     if manifest.storage == "encoded":
         arrays, near, shards = _located(rows, classes, manifest.shards), [], manifest.shards
         images = _encoded(Decoding(Shards(workspace), shards, manifest.image_size), arrays, "train")
-        sample = images[images.order[:_SAMPLE]].numpy()
+        sample = (part.numpy() for _, part in islice(in_parts(images, _SAMPLED_AT_ONCE), _SAMPLE // _SAMPLED_AT_ONCE))
     else:
         arrays, shards = _assembled(workspace.store, rows, classes, manifest.image_size), []
-        near, sample = [] if ref.name in SPECS else _near(arrays), arrays["train_images"]
+        near, sample = [] if ref.name in SPECS else _near(arrays), None
     with complete_file(path) as file:
         facts = write_packed(file.name, ref.name, classes, arrays, manifest.resize, near, sample, shards)
         _check_known(ref.name, facts)
@@ -143,16 +144,16 @@ def write_packed(
     arrays: dict[str, np.ndarray],
     resize: Resize,
     near: Sequence[tuple[str, int, int, float]] = (),
-    sample: np.ndarray | None = None,
+    sample: Iterable[np.ndarray] | None = None,
     shards: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the arrays of all splits to a file, and return what it says of them.
 
     Args:
-        sample: uint8 (N, size, size, 3), of which mean and deviation are taken; by default all images to train on.
+        sample: uint8 (N, size, size, 3) in parts, whose mean and deviation count; by default the images to train on.
         shards: in which the images lie, if they are encoded.
     """
-    mean, std = channel_statistics(arrays["train_images"] if sample is None else sample)
+    mean, std = channel_statistics([arrays["train_images"]] if sample is None else sample)
     facts = {
         "name": name,
         "classes": classes,

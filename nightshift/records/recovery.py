@@ -44,8 +44,8 @@ class InterruptedRun:
         """The earliest moment at which it is to be started again."""
         recoveries = self.record.recoveries
         stuck = sum(event.step == self.record.step for event in recoveries)
-        if not stuck:
-            return self.record.updated_at
+        if not stuck:  # at once, and not when it was written to last: that may lie a moment ahead of the store's clock
+            return self.record.created_at
         doublings = min(stuck - 1, 16)  # 2 to the power of more does not fit a timedelta
         return recoveries[-1].at + min(FIRST_PAUSE * (1 << doublings), LONGEST_PAUSE)
 

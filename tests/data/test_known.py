@@ -85,7 +85,7 @@ def test_its_images_are_in_the_order_in_which_they_always_were(
 
 
 def test_statistics_are_those_of_the_training_images(arrays: Arrays) -> None:
-    mean, std = channel_statistics(arrays["train_images"])
+    mean, std = channel_statistics([arrays["train_images"]])
     channels = [arrays["train_images"][..., channel] for channel in range(3)]
     np.testing.assert_allclose(mean, [channel.mean(dtype=np.float64) for channel in channels], rtol=1e-9)
     np.testing.assert_allclose(std, [channel.std(dtype=np.float64) for channel in channels], rtol=1e-9)

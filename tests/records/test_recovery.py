@@ -67,6 +67,14 @@ def test_a_run_whose_lease_has_run_out_is_started_again(store: Store) -> None:
     assert [event.what for event in read(store).events] == ["started", "recovered"]
 
 
+def test_a_run_that_stopped_a_moment_ago_is_started_again_though_its_clock_is_a_little_ahead(store: Store) -> None:
+    """The store's is exact to a second."""
+    interrupt(store, step=5)
+    record, etag = read_record(store, "run")
+    write_record(store, record.changed(updated_at=store.now() + timedelta(seconds=2)), etag)
+    assert claimed(store) == ["run"]
+
+
 def test_a_run_that_nobody_trains_any_more_is_shown_as_lost(
     workspace: Workspace, nightshift: Callable[..., Finished]
 ) -> None:
