@@ -44,6 +44,7 @@ from nightshift.values import Resize
 from nightshift.workspace import Workspace
 
 _MOST_PAIRS = 10_000
+_NO_MATCH = "the snapshot's rows and its manifest do not match: bring older versions back, or make a new snapshot"
 _SAMPLE, _SAMPLED_AT_ONCE = 10_000, 100
 """How many encoded images are looked at for their mean and deviation."""
 
@@ -232,11 +233,17 @@ def _assembled(store: Store, rows: pa.Table, classes: list[str], size: int) -> d
 
 
 def _located(rows: pa.Table, classes: list[str], shards: Sequence[str]) -> dict[str, np.ndarray]:
-    """Where the images of all splits lie in which shard, and their classes."""
+    """Where the images of all splits lie in which shard, and their classes.
+
+    Raises:
+        DataCorruptError: a row does not say where, or names a class or a shard that the manifest does not.
+    """
     arrays: dict[str, np.ndarray] = {}
     of_shards = pa.array([bytes.fromhex(shard) for shard in shards], pa.binary(32))
     for split in SPLITS:
         part = table.of_split(rows, split)
+        if part["offset"].null_count or part["pixels"].null_count:
+            raise DataCorruptError(_NO_MATCH)
         arrays |= {
             f"{split}_labels": _numbers(part["label"], pa.array(classes)).astype(_label_type(classes)),
             f"{split}_shard": _numbers(part["shard"], of_shards),
@@ -248,8 +255,11 @@ def _located(rows: pa.Table, classes: list[str], shards: Sequence[str]) -> dict[
 
 def _numbers(values: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
     """The place of each value in `known`, int32 (N,)."""
-    places: np.ndarray = compute.index_in(values, value_set=known).to_numpy()
-    return places.astype(np.int32)
+    places = compute.index_in(values, value_set=known)
+    if places.null_count:
+        raise DataCorruptError(_NO_MATCH)
+    numbers: np.ndarray = places.to_numpy()
+    return numbers.astype(np.int32)
 
 
 def _sums(column: pa.ChunkedArray) -> np.ndarray:

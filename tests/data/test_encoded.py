@@ -20,6 +20,7 @@ from nightshift.data.rows import of_split
 from nightshift.data.snapshot import read_rows
 from nightshift.disk import complete_file
 from nightshift.errors import DataCorruptError, StorageUnreachableError
+from nightshift.records.snapshots import manifest_key, write_manifest
 from nightshift.refs import DatasetRef
 from nightshift.storage.memory import MemoryStore
 from nightshift.training.ranks import Ranks
@@ -215,3 +216,15 @@ def test_validation_and_test_images_are_read_shard_by_shard(here: Workspace, ref
     numbers = [number for rank in parts for some, _ in rank for number in some.tolist()]
     assert sorted(numbers) == list(range(len(images)))
     assert torch.equal(few(images, 5), images[images.order[:5]])
+
+
+@pytest.mark.parametrize("what", ["shards", "classes"])
+def test_rows_that_name_what_the_manifest_does_not_are_told_in_a_sentence(
+    here: Workspace, ref: DatasetRef, tmp_path: Path, what: str
+) -> None:
+    manifest, _ = read_rows(here.store, ref.name, ref.digest)
+    less = {"shards": manifest.shards[1:]} if what == "shards" else {"classes": {"ant": 200}}
+    here.store.delete(manifest_key(ref.name, ref.digest))
+    write_manifest(here.store, manifest.changed(**less))
+    with pytest.raises(DataCorruptError, match="rows and its manifest do not match"):
+        open_dataset(replace(here, home=tmp_path / "other"), ref)
