@@ -132,7 +132,8 @@ def diff(dataset: NameOrPlace, before: Digest = None, after: Digest = None, as_j
     """Say what differs between two snapshots; by default the last two."""
     name = _name_of(dataset)
     with configured_workspace() as workspace:
-        from nightshift.data.snapshot import difference, read_rows
+        from nightshift.data.snapshot import difference
+        from nightshift.data.stored import read_rows
         from nightshift.records.snapshots import read_history
 
         history = read_history(workspace.store, name)

@@ -117,7 +117,7 @@ def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
     images = min(len(dataset.train_images), config.data.max_train_images or len(dataset.train_images))
     members = Members.by(dataset.train_labels[:images].cpu()) if config.data.sampling == "balanced" else None
     pixels, windows = dataset.train_images, None
-    if not isinstance(pixels, Tensor):
+    if not isinstance(pixels, Tensor) and not members:  # of which some are shown again and again, all over an epoch
         windows = Windows(pixels.shards[:images])
     return Plan(
         images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last, members, windows

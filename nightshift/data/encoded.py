@@ -25,11 +25,17 @@ class Pending:
 
     images: Tensor
     parts: Sequence[Future[None]]
+    decoding: "Decoding"
 
     def wait(self) -> Tensor:
         """Them, uint8 (N, side, side, 3); raises as `EncodedImages`."""
-        for part in self.parts:
-            part.result()
+        try:
+            for part in self.parts:
+                part.result()
+        except BaseException as error:
+            if not isinstance(error, Exception):  # the process is to end, and would wait for its threads
+                self.decoding.stop()
+            raise
         return self.images
 
 
@@ -44,6 +50,11 @@ class Decoding:
     def __init__(self, shards: Shards, digests: Sequence[str], size: int, threads: int | None = None) -> None:
         self.shards, self.digests, self.size = shards, digests, size
         self.pool = ThreadPoolExecutor(threads or os.cpu_count(), "decode")
+
+    def stop(self) -> None:
+        """Wait for nothing any more, because this process is to end."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.shards.stop()
 
 
 class EncodedImages:
@@ -87,7 +98,7 @@ class EncodedImages:
     def expect(self, numbers: Tensor) -> None:
         """Fetch the shards of images that will soon be asked for."""
         digests = self._decoding.digests
-        self._decoding.shards.expect(digests[shard] for shard in np.unique(self._shard[numbers.numpy()]))
+        self._decoding.shards.expect(digests[shard] for shard in dict.fromkeys(self._shard[numbers.numpy()].tolist()))
 
     def begin(self, numbers: Tensor) -> Pending:
         """Begin to decode images."""
@@ -96,7 +107,7 @@ class EncodedImages:
         for start in range(0, len(numbers), _AT_ONCE):
             some = numbers[start : start + _AT_ONCE].tolist()
             parts.append(self._decoding.pool.submit(self._decode, some, into[start : start + _AT_ONCE]))
-        return Pending(images, parts)
+        return Pending(images, parts, self._decoding)
 
     def _decode(self, numbers: Iterable[int], into: np.ndarray) -> None:
         for number, image in zip(numbers, into, strict=True):
@@ -108,11 +119,11 @@ class EncodedImages:
     def _digest(self, number: int) -> str:
         return self._decoding.digests[int(self._shard[number])]
 
-    def _stored(self, number: int) -> memoryview:
+    def _stored(self, number: int) -> bytes:
         """An image's bytes. A shard that has been damaged here is fetched again."""
         shards, digest, wanted = self._decoding.shards, self._digest(number), self._sha256[number].tobytes()
         for _ in range(2):
-            stored = jpeg.stored_at(shards.view(digest), int(self._offset[number]))
+            stored = jpeg.stored_at(shards.open(digest).read, int(self._offset[number]))
             if hashlib.sha256(stored).digest() == wanted:
                 return stored
             shards.forget(digest)

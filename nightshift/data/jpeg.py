@@ -5,6 +5,7 @@ set stores images. It was made once, when the image was read. A file that is suc
 """
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -15,6 +16,7 @@ from nightshift.errors import DataCorruptError
 
 _QUALITY = 95
 _LENGTH = 4
+_LARGEST = 4 * 1024**2
 _UPRIGHT = 1
 
 
@@ -29,13 +31,20 @@ def as_stored(pixels: np.ndarray, file: bytes) -> bytes:
     return len(jpeg).to_bytes(_LENGTH, "little") + jpeg
 
 
-def stored_at(shard: memoryview, offset: int) -> memoryview:
-    """A stored image in its shard; less than that, or nothing, where the shard is another."""
-    length = int.from_bytes(shard[offset : offset + _LENGTH], "little")
-    return shard[offset : offset + _LENGTH + length]
+def stored_at(read: Callable[[int, int], bytes], offset: int) -> bytes:
+    """A stored image in its shard; less than that, or nothing, where the shard is another or cannot be read.
+
+    Args:
+        read: of an offset and a length, in bytes, what is in the shard.
+    """
+    try:
+        length = int.from_bytes(read(offset, _LENGTH), "little")
+        return read(offset, _LENGTH + min(length, _LARGEST))
+    except OSError:  # the disk cannot read it, or there is no such place
+        return b""
 
 
-def decode(stored: memoryview, into: np.ndarray) -> None:
+def decode(stored: bytes, into: np.ndarray) -> None:
     """Decode a stored image. Python's lock is free meanwhile.
 
     Args:
@@ -44,7 +53,7 @@ def decode(stored: memoryview, into: np.ndarray) -> None:
     Raises:
         DataCorruptError: it is no JPEG of this size.
     """
-    jpeg = stored[_LENGTH:]
+    jpeg = memoryview(stored)[_LENGTH:]
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
         if (height, width) != into.shape[:2]:  # before any memory is taken for it
@@ -71,7 +80,7 @@ def _is_as_stored(pixels: np.ndarray, file: bytes) -> bool:
             return False
     decoded = np.empty_like(pixels)
     try:
-        decode(memoryview(bytes(_LENGTH) + file), decoded)
+        decode(bytes(_LENGTH) + file, decoded)
     except DataCorruptError:  # Pillow is more patient with what is not quite right
         return False
     return np.array_equal(decoded, pixels)

@@ -32,8 +32,8 @@ from nightshift.data.datasets import Dataset, Judged, Pair, channel_statistics, 
 from nightshift.data.encoded import Decoding, EncodedImages
 from nightshift.data.near import LEAST_ALIKE, near_pairs
 from nightshift.data.shards import Shards, fetch
-from nightshift.data.snapshot import read_rows
 from nightshift.data.specs import SPECS
+from nightshift.data.stored import read_rows
 from nightshift.disk import complete_file
 from nightshift.errors import DataCorruptError, DatasetRejectedError
 from nightshift.records import snapshots
@@ -96,8 +96,8 @@ def open_packed(workspace: Workspace, ref: DatasetRef, threads: int | None = Non
     with safe_open(path, framework="pt") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     images: dict[str, Any] = {}
-    if shards := facts.get("shards"):
-        decoding = Decoding(Shards(workspace), shards, ref.image_size, threads)
+    if "train_shard" in arrays:
+        decoding = Decoding(Shards(workspace), facts["shards"], ref.image_size, threads)
         images = {f"{split}_images": _encoded(decoding, arrays, split) for split in SPLITS}
         arrays = {name: array for name, array in arrays.items() if name.endswith(("_labels", "_content"))}
     return Dataset(

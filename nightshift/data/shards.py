@@ -1,11 +1,11 @@
 """Shards on this machine's disk: fetched when they are needed, and the least recently used deleted when they are many.
 
 They lie in NIGHTSHIFT_HOME/shards, by their sha256, for all processes of the machine. One that is in use may be
-deleted: whoever has mapped it into memory keeps it.
+deleted: whoever has opened it keeps it.
 """
 
 import hashlib
-import mmap
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -13,11 +13,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import IO
 
 from filelock import FileLock
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_exponential_jitter,
+)
 
 from nightshift import progress
 from nightshift.disk import complete_file
@@ -37,8 +45,8 @@ MAX_BYTES = 1024**3
 """Of a shard."""
 _FETCHED_AT_ONCE = 2
 _SHA256_DIGITS, _STALE_SECONDS = 64, 3600
-_MAPPED = 256
-"""How many shards a process has mapped into memory: each takes a file descriptor."""
+_OPEN = 32
+"""How many shards a process has open at most. One that was deleted takes room as long as it is."""
 
 
 def fetch(store: Store, digest: str, into: IO[bytes]) -> None:
@@ -63,25 +71,45 @@ def fetch(store: Store, digest: str, into: IO[bytes]) -> None:
     raise DataCorruptError(f"{store.url(key)} is damaged: bring an older version of it back")
 
 
+class Shard:
+    """A shard as an open file, which is closed when nobody has it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it could not be opened
+            os.close(self._file)
+
+    def touch(self) -> None:
+        """So that it is not the next to be deleted."""
+        os.utime(self._file)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """So many bytes, or as many as there are; raises OSError if the disk cannot read them."""
+        return os.pread(self._file, length, offset)
+
+
 class Shards:
-    """The shards of a store, mapped into memory. Safe to use from several threads."""
+    """The shards of a store, as open files. Safe to use from several threads."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._store, self._folder = workspace.store, workspace.home / "shards"
         self._max_bytes = int(workspace.cache_gigabytes * 1e9)
         self._patience = workspace.save_retry_seconds
         self._pool = ThreadPoolExecutor(_FETCHED_AT_ONCE, "shards")
-        self._mapped: OrderedDict[str, Future[memoryview]] = OrderedDict()
+        self._opened: OrderedDict[str, Future[Shard]] = OrderedDict()
+        self._stopped = Event()
         self._lock = Lock()
         self._context = copy_context()  # whoever shows warnings shows those of the threads too
 
     def expect(self, digests: Iterable[str]) -> None:
-        """Begin to fetch those that are not here. Nothing is raised; `view` will."""
+        """Begin to fetch those that are not here. Nothing is raised; `open` will."""
         for digest in digests:
             self._begin(digest)
 
-    def view(self, digest: str) -> memoryview:
-        """A shard's bytes. A store that does not answer and a disk without room are waited for.
+    def open(self, digest: str) -> Shard:
+        """A shard. A store that does not answer and a disk without room are waited for.
 
         Raises:
             DataCorruptError: it is gone, or damaged.
@@ -89,33 +117,59 @@ class Shards:
         """
         return self._begin(digest).result()
 
+    def stop(self) -> None:
+        """Wait for nothing any more, because this process is to end. Nobody may ask for a shard afterwards."""
+        self._stopped.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def forget(self, digest: str) -> None:
         """Delete what is here of a shard, because it is damaged."""
         with self._lock:
-            self._mapped.pop(digest, None)
+            self._opened.pop(digest, None)
             (self._folder / digest).unlink(missing_ok=True)
 
-    def _begin(self, digest: str) -> "Future[memoryview]":
+    def _begin(self, digest: str) -> "Future[Shard]":
         with self._lock:
-            known = self._mapped.get(digest)
+            known = self._opened.get(digest)
             if known is None or (known.done() and known.exception()):  # whoever asks again has another try
-                self._mapped[digest] = self._pool.submit(self._context.copy().run, self._open, digest)
-            self._mapped.move_to_end(digest)
-            while len(self._mapped) > _MAPPED:
-                self._mapped.popitem(last=False)
-            return self._mapped[digest]
+                self._opened[digest] = self._pool.submit(self._context.copy().run, self._open, digest)
+            self._opened.move_to_end(digest)
+            while len(self._opened) > _OPEN:
+                self._opened.popitem(last=False)
+            return self._opened[digest]
 
-    def _open(self, digest: str) -> memoryview:
+    def _open(self, digest: str) -> Shard:
         path = self._folder / digest
         self._folder.mkdir(parents=True, exist_ok=True)
         for attempt in self._attempts():
             with attempt, FileLock(self._folder / f"{digest[:2]}.lock"):
-                if not path.exists():
-                    self._fetch(digest, path)
-                path.touch()  # so that it is not the next to go
-                with open(path, "rb") as file:
-                    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                return self._opened_here(path) or self._fetched(digest, path)
         raise AssertionError
+
+    def _opened_here(self, path: Path) -> Shard | None:
+        with suppress(FileNotFoundError):
+            shard = Shard(path)
+            shard.touch()
+            return shard
+        return None
+
+    def _fetched(self, digest: str, path: Path) -> Shard:
+        try:
+            with complete_file(path) as file:
+                fetch(self._store, digest, file)
+                opened = Shard(Path(file.name))  # before it has the name by which another may delete it
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            self._keep(0)  # all others can be had again
+            with self._lock:  # and as long as they are open they take room
+                for known in [name for name, future in self._opened.items() if future.done()]:
+                    del self._opened[known]
+            raise DiskError(
+                f"there is no room for {path}: make room there, or let NIGHTSHIFT_HOME be elsewhere"
+            ) from error
+        self._keep(self._max_bytes, path)
+        return opened
 
     def _attempts(self) -> Retrying:
         def warn(state: RetryCallState) -> None:
@@ -127,23 +181,11 @@ class Shards:
                 lambda error: isinstance(error, DiskError) or (isinstance(error, StorageError) and error.transient)
             ),
             wait=wait_exponential_jitter(multiplier=0.5, max=5),
-            stop=stop_after_delay(self._patience),
+            stop=stop_after_delay(self._patience) | stop_when_event_set(self._stopped),
+            sleep=sleep_using_event(self._stopped),
             before_sleep=warn,
             reraise=True,
         )
-
-    def _fetch(self, digest: str, path: Path) -> None:
-        try:
-            with complete_file(path) as file:
-                fetch(self._store, digest, file)
-        except OSError as error:
-            if error.errno not in DISK_IS_FULL:
-                raise
-            self._keep(0)  # all others can be had again
-            raise DiskError(
-                f"there is no room for {path}: make room there, or let NIGHTSHIFT_HOME be elsewhere"
-            ) from error
-        self._keep(self._max_bytes, path)
 
     def _keep(self, most: int, newest: Path | None = None) -> None:
         """Delete the shards that were used least lately, until they have at most so many bytes; but not the newest."""

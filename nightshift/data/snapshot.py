@@ -32,6 +32,7 @@ from nightshift.data.rules import CONFLICT, classes_of, findings_of
 from nightshift.data.sources.listed import Listed, Source
 from nightshift.data.sources.places import open_source
 from nightshift.data.split import split_of
+from nightshift.data.stored import lying_as_before, read_rows, shape_of
 from nightshift.errors import (
     ConfigError,
     DataCorruptError,
@@ -131,6 +132,7 @@ def make_snapshot(
         if finding.rule == "fit":
             raise DatasetRejectedError(f"{name} cannot be trained on: {finding.detail}")
     manifest = _manifest(name, look.rows, look.shape)
+    rows = lying_as_before(store, manifest, look.rows)
     added, removed, relabelled = difference(look.before, look.rows)
     entry = Entry(
         digest=manifest.digest,
@@ -144,7 +146,7 @@ def make_snapshot(
         read=len(look.new),
         findings=look.findings,
     )
-    store.upload(snapshots.rows_key(name, manifest.digest), io.BytesIO(table.as_parquet(look.rows, look.shape)))
+    store.upload(snapshots.rows_key(name, manifest.digest), io.BytesIO(table.as_parquet(rows, look.shape)))
     snapshots.write_manifest(store, manifest)
     snapshots.append(store, name, entry)
     for key in [*look.parts, *(part_key(name, part, look.shape) for part in in_parts(look.new, look.shape))]:
@@ -171,28 +173,6 @@ def check_rules(snapshot: SnapshotRef) -> None:
             f"{'; '.join(finding.detail for finding in broken)}. "
             f"Mend them; or, if it is meant to be so, set {rules} in [datasets.{snapshot.name}.rules] for a night"
         )
-
-
-def read_rows(store: Store, name: str, digest: str) -> tuple[Manifest, pa.Table]:
-    """A snapshot's manifest and rows, which were checked against its digest.
-
-    Raises:
-        SourceError: there is no such snapshot.
-        DataCorruptError: its rows are not what its digest says.
-    """
-    manifest = snapshots.read_manifest(store, name, digest)
-    shape = shape_of(manifest)
-    key = snapshots.rows_key(name, digest)
-    body = store.download_bytes(key, max_bytes=table.MAX_BYTES)
-    rows = table.from_parquet(body, ROWS, shape, store.url(key))
-    if table.digest_of(rows, shape) != digest:
-        raise DataCorruptError(f"{store.url(key)} is not what its digest says: bring an older version of it back")
-    return manifest, rows
-
-
-def shape_of(manifest: Manifest) -> Shape:
-    """How the images of a snapshot are stored."""
-    return Shape(manifest.image_size, manifest.resize, manifest.storage)
 
 
 def difference(before: pa.Table | None, after: pa.Table) -> tuple[list[str], list[str], list[str]]:

@@ -14,8 +14,8 @@ from safetensors.numpy import load as load_safetensors
 
 from nightshift import progress
 from nightshift.data import rows as table
-from nightshift.data.snapshot import read_rows
 from nightshift.data.specs import SPECS, is_same_data
+from nightshift.data.stored import read_rows
 from nightshift.errors import (
     CheckpointCorruptError,
     ConfigError,

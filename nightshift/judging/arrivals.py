@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from nightshift.data import rows as table
-from nightshift.data.snapshot import read_rows
+from nightshift.data.stored import read_rows
 from nightshift.records.snapshots import SPLITS, Split
 from nightshift.storage.store import Store
 

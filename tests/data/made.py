@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from nightshift.data.rows import iterate, kept
-from nightshift.data.snapshot import make_snapshot, read_rows, refusals_of
+from nightshift.data.snapshot import make_snapshot, refusals_of
+from nightshift.data.stored import read_rows
 from nightshift.refs import SnapshotRef
 from nightshift.storage.store import Store
 from tests.data.pictures import config

@@ -2,6 +2,8 @@
 
 import errno
 import io
+import os
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from nightshift.data.datasets import Dataset, few, in_parts, open_dataset
 from nightshift.data.encoded import EncodedImages
 from nightshift.data.packed import pack_snapshot
 from nightshift.data.rows import of_split
-from nightshift.data.snapshot import read_rows
+from nightshift.data.stored import read_rows
 from nightshift.disk import complete_file
 from nightshift.errors import DataCorruptError, StorageUnreachableError
 from nightshift.records.snapshots import manifest_key, write_manifest
@@ -139,13 +141,15 @@ def test_an_epoch_shows_each_image_once_and_reads_one_window_after_the_other(
     assert torch.equal(torch.cat([batch_indices(plan, 0, step) for step in range(plan.steps_per_epoch)]), orders[0])
 
 
-@pytest.mark.parametrize("what", ["changed", "cut", "another"])
+@pytest.mark.parametrize("what", ["changed", "cut", "empty", "another"])
 def test_a_shard_that_is_damaged_on_this_machine_is_fetched_again(here: Workspace, ref: DatasetRef, what: str) -> None:
     expected = open_dataset(here, ref).train_images[:]
     for path in (here.home / "shards").iterdir():
         body = path.read_bytes()
         if path.suffix != ".lock":
-            path.write_bytes({"changed": bytes(len(body)), "cut": body[:100], "another": body[::-1]}[what])
+            path.write_bytes(
+                {"changed": bytes(len(body)), "cut": body[:100], "empty": b"", "another": body[::-1]}[what]
+            )
     assert torch.equal(open_dataset(here, ref).train_images[:], expected)
 
 
@@ -228,3 +232,53 @@ def test_rows_that_name_what_the_manifest_does_not_are_told_in_a_sentence(
     write_manifest(here.store, manifest.changed(**less))
     with pytest.raises(DataCorruptError, match="rows and its manifest do not match"):
         open_dataset(replace(here, home=tmp_path / "other"), ref)
+
+
+def test_an_image_that_is_read_again_lies_where_it_lay(here: Workspace, ref: DatasetRef, root: Path) -> None:
+    expected = open_dataset(here, ref).train_images[:]
+    for path in sorted(root.rglob("*.png"))[:3]:
+        os.utime(path, (0, 0))
+    again = made(here.store, root, storage="encoded")
+    assert (again.digest, again.read) == (ref.digest, 3)
+    manifest, rows = read_rows(here.store, ref.name, ref.digest)
+    assert {shard.hex() for shard in rows["shard"].to_pylist()} == set(manifest.shards)
+    assert made(here.store, root, storage="encoded").read == 0
+    other = replace(here, home=here.home / "other")
+    assert torch.equal(open_dataset(other, ref).train_images[:], expected)
+
+
+def test_threads_and_machines_that_share_too_little_room_see_no_other_image(
+    here: Workspace, ref: DatasetRef, tmp_path: Path
+) -> None:
+    expected = open_dataset(here, ref).train_images[:]
+    none = replace(here, home=tmp_path / "none", cache_gigabytes=0)
+    several = [images_of(open_dataset(none, ref, 4)) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda images: images[torch.randperm(len(images)).argsort()], several))
+            assert all(len(images) == len(expected) for images in found)
+    assert all(torch.equal(images[:], expected) for images in several)
+
+
+def test_an_interrupted_process_does_not_wait_for_the_store(
+    here: Workspace, ref: DatasetRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Away(MemoryStore):
+        def download(self, *arguments: object, **more: object) -> None:
+            raise StorageUnreachableError("it does not answer")
+
+    dataset = open_dataset(here, ref)
+    for path in (here.home / "shards").iterdir():
+        path.unlink()
+    images = images_of(open_dataset(replace(here, store=Away(), save_retry_seconds=600), ref))
+    pending = images.begin(torch.arange(len(dataset.train_images)))
+
+    def interrupt(self: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(pending.parts[0]), "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pending.wait()
+    monkeypatch.undo()
+    for part in pending.parts:
+        assert part.cancelled() or isinstance(part.exception(timeout=30), StorageUnreachableError | CancelledError)

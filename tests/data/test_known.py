@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save
 
 from nightshift.data.datasets import channel_statistics, open_dataset
 from nightshift.data.known import fetch
-from nightshift.data.snapshot import read_rows
 from nightshift.data.specs import SPECS, Arrays, Spec
+from nightshift.data.stored import read_rows
 from nightshift.errors import ConfigError, DataUnavailableError
 from nightshift.records.snapshots import read_history
 from nightshift.refs import DatasetRef

@@ -17,9 +17,9 @@ from nightshift.data.snapshot import (
     _unfit,
     difference,
     make_snapshot,
-    read_rows,
     stored_snapshot,
 )
+from nightshift.data.stored import read_rows
 from nightshift.errors import (
     DatasetRejectedError,
     NightshiftError,

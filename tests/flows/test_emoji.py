@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nightshift.data import rows as table
-from nightshift.data.snapshot import read_rows
+from nightshift.data.stored import read_rows
 from nightshift.judging.evaluation import evaluate
 from nightshift.records.run import dataset_of, read_record
 from nightshift.records.snapshots import read_history

@@ -10,7 +10,7 @@ from PIL import Image
 
 from nightshift.data import rows as table
 from nightshift.data.datasets import open_dataset
-from nightshift.data.snapshot import read_rows
+from nightshift.data.stored import read_rows
 from nightshift.errors import ConfigError
 from nightshift.judging import gate
 from nightshift.judging.answers import read_predictions, slices

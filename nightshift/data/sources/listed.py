@@ -26,7 +26,7 @@ class Listed:
     refused: str = ""
 
 
-ROW = "row "
+ROW = "\0row "
 """What the place of an image begins with that lies in a row of its table, whose rows are read in their order."""
 
 

@@ -84,7 +84,7 @@ class Table:
                 place = row["image"].get("path") if isinstance(row.get("image"), Mapping) else None
                 sha256 = hashlib.sha256(name).hexdigest()
                 yield Listed(
-                    str(place or f"{ROW}{number}"), f"{ROW}{number}", sha256, size=len(name), refused=reason, **more
+                    str(place or f"row {number}"), f"{ROW}{number}", sha256, size=len(name), refused=reason, **more
                 )
                 continue
             path = paths.get(name or "", "")
