@@ -67,7 +67,8 @@ def _write(sections: dict[str, str]) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in machine().items() if name != "load_before")
     _RESULTS.write_text(
         f"# Results\n\nWritten by `make bench`. What each figure means is in the script's first lines.\n\n"
-        f"Machine, where a section names no other: {facts}.\n\n" + "\n".join(f"## {title}\n\n{sections[title]}" for title in titles)
+        f"Machine, where a section names no other: {facts}.\n\n"
+        + "\n".join(f"## {title}\n\n{sections[title]}" for title in titles)
     )
 
 
