@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
-
 from nightshift import progress
 from nightshift.checkpoints.payload import Payload, read_payload
 from nightshift.errors import CheckpointCorruptError, StorageError, StorageUnreachableError
 from nightshift.records.lease import Run
 from nightshift.records.run import Checkpoint, RunRecord
+from nightshift.storage.patience import patient
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,7 @@ def restore_newest(
     skipped: list[UnusableCheckpoint] = []
     failure: StorageError | None = None
     restored = None
-    reading = Retrying(
-        retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
-        wait=wait_exponential_jitter(multiplier=0.5, max=15),
-        stop=stop_after_delay(retry_seconds),
-        reraise=True,
-    )
+    reading = patient(retry_seconds)
     for checkpoint in reversed(run.record.checkpoints):
         run.check()
         try:

@@ -17,15 +17,6 @@ from threading import Event, Lock
 from typing import IO
 
 from filelock import FileLock
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    sleep_using_event,
-    stop_after_delay,
-    stop_when_event_set,
-    wait_exponential_jitter,
-)
 
 from nightshift import progress
 from nightshift.disk import complete_file
@@ -35,9 +26,9 @@ from nightshift.errors import (
     DiskError,
     ObjectNotFoundError,
     ObjectTooLargeError,
-    StorageError,
 )
 from nightshift.records import snapshots
+from nightshift.storage.patience import patient
 from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
 
@@ -141,7 +132,7 @@ class Shards:
     def _open(self, digest: str) -> Shard:
         path = self._folder / digest
         self._folder.mkdir(parents=True, exist_ok=True)
-        for attempt in self._attempts():
+        for attempt in patient(self._patience, 5, self._stopped, _say_that_we_wait, also=(DiskError,)):
             with attempt, FileLock(self._folder / f"{digest[:2]}.lock"):
                 return self._opened_here(path) or self._fetched(digest, path)
         raise AssertionError
@@ -171,22 +162,6 @@ class Shards:
         self._keep(self._max_bytes, path)
         return opened
 
-    def _attempts(self) -> Retrying:
-        def warn(state: RetryCallState) -> None:
-            assert state.outcome is not None
-            progress.current().warn(f"the images are waited for: {state.outcome.exception()}")
-
-        return Retrying(
-            retry=retry_if_exception(
-                lambda error: isinstance(error, DiskError) or (isinstance(error, StorageError) and error.transient)
-            ),
-            wait=wait_exponential_jitter(multiplier=0.5, max=5),
-            stop=stop_after_delay(self._patience) | stop_when_event_set(self._stopped),
-            sleep=sleep_using_event(self._stopped),
-            before_sleep=warn,
-            reraise=True,
-        )
-
     def _keep(self, most: int, newest: Path | None = None) -> None:
         """Delete the shards that were used least lately, until they have at most so many bytes; but not the newest."""
         found, stale = [], time.time() - _STALE_SECONDS
@@ -202,3 +177,7 @@ class Shards:
             if total > most and path != newest:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _say_that_we_wait(error: BaseException) -> None:
+    progress.current().warn(f"the images are waited for: {error}")

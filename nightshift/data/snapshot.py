@@ -32,15 +32,11 @@ from nightshift.data.rules import CONFLICT, classes_of, findings_of
 from nightshift.data.sources.listed import Listed, Source
 from nightshift.data.sources.places import open_source
 from nightshift.data.split import split_of
-from nightshift.data.stored import lying_as_before, read_rows, shape_of
+from nightshift.data.stored import UNUSABLE, lying_as_before, read_rows, shape_of
 from nightshift.errors import (
     ConfigError,
-    DataCorruptError,
     DatasetRejectedError,
-    DocumentDamagedError,
     NoImagesError,
-    ObjectNotFoundError,
-    SourceError,
 )
 from nightshift.records import snapshots
 from nightshift.records.snapshots import SPLITS, Entry, History, Manifest
@@ -72,6 +68,8 @@ class Look:
     findings: list[Finding]
     parts: list[str]
     """The keys of what an interrupted snapshot has left."""
+    newest: str | None
+    """The digest of the last snapshot."""
 
 
 def look_at(
@@ -108,7 +106,8 @@ def look_at(
     rows = _divided(rows, config)
     unfit = [Finding(rule="fit", ok=False, detail=reason)] if (reason := _unfit(rows)) else []
     findings = unfit + findings_of(rows, accepted, config.rules)
-    return Look(rows, shape, before, new, findings, list(parts))
+    last = history.newest.digest if history.newest else None
+    return Look(rows, shape, before, new, findings, list(parts), last)
 
 
 def make_snapshot(
@@ -132,7 +131,9 @@ def make_snapshot(
         if finding.rule == "fit":
             raise DatasetRejectedError(f"{name} cannot be trained on: {finding.detail}")
     manifest = _manifest(name, look.rows, look.shape)
-    rows = lying_as_before(store, manifest, look.rows)
+    rows = look.rows
+    if len(look.new) or manifest.digest != look.newest:  # else they are the stored rows
+        rows = lying_as_before(store, manifest, rows)
     added, removed, relabelled = difference(look.before, look.rows)
     entry = Entry(
         digest=manifest.digest,
@@ -250,7 +251,7 @@ def _stored(store: Store, history: History, entry: Entry | None) -> tuple[Shape,
         return None
     try:
         manifest, rows = read_rows(store, history.name, entry.digest)
-    except (DataCorruptError, SourceError, ObjectNotFoundError, DocumentDamagedError) as error:
+    except UNUSABLE as error:
         progress.current().warn(f"the last snapshot of {history.name} cannot be used, so all is read anew: {error}")
         return None
     return shape_of(manifest), rows

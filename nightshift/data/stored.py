@@ -11,6 +11,9 @@ from nightshift.records import snapshots
 from nightshift.records.snapshots import Manifest
 from nightshift.storage.store import Store
 
+UNUSABLE = (DataCorruptError, SourceError, ObjectNotFoundError, DocumentDamagedError)
+"""What `read_rows` raises of a snapshot that is damaged or not there, while the store answers."""
+
 
 def read_rows(store: Store, name: str, digest: str) -> tuple[Manifest, pa.Table]:
     """A snapshot's manifest and rows, which were checked against its digest.
@@ -42,7 +45,7 @@ def lying_as_before(store: Store, manifest: Manifest, rows: pa.Table) -> pa.Tabl
     """
     try:
         _, stored = read_rows(store, manifest.name, manifest.digest)
-    except (DataCorruptError, SourceError, ObjectNotFoundError, DocumentDamagedError):
+    except UNUSABLE:
         return rows
     used = table.kept(stored, "id", "shard", "offset")
     at = compute.index_in(rows["id"], value_set=used["id"])

@@ -15,15 +15,7 @@ import time
 from contextlib import suppress
 
 import torch
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    sleep_using_event,
-    stop_after_delay,
-    stop_when_event_set,
-    wait_exponential_jitter,
-)
+from tenacity import Retrying
 
 from nightshift import progress
 from nightshift.checkpoints.payload import Payload
@@ -35,6 +27,7 @@ from nightshift.records.keys import payload_key
 from nightshift.records.lease import Run
 from nightshift.records.run import Checkpoint, CheckpointMetrics, RunRecord
 from nightshift.refs import CheckpointRef
+from nightshift.storage.patience import patient
 from nightshift.tracking.metrics import MetricsLog
 from nightshift.training.snapshot import Snapshot
 from nightshift.training.state import TrainState
@@ -201,20 +194,10 @@ class Saver:
             progress.current().warn(f"{problem}: {error}. {advice}")
 
     def _attempts(self) -> Retrying:
-        def warn(state: RetryCallState) -> None:
-            assert state.outcome is not None
-            error = state.outcome.exception()
-            assert error is not None
+        def warn(error: BaseException) -> None:
             self._warn("a checkpoint is not stored yet", error, "Trying again")
 
-        return Retrying(
-            retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
-            wait=wait_exponential_jitter(multiplier=0.5, max=15),
-            stop=stop_after_delay(self._retry_seconds) | stop_when_event_set(self._abandoned),
-            sleep=sleep_using_event(self._abandoned),
-            before_sleep=warn,
-            reraise=True,
-        )
+        return patient(self._retry_seconds, given_up=self._abandoned, warn=warn)
 
     def _commit(self, checkpoint: Checkpoint, curve: list[CurvePoint]) -> None:
         """Commit the checkpoint, then delete what retention no longer keeps."""
