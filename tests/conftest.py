@@ -31,6 +31,7 @@ from nightshift.storage.store import Store
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests.commands import Command, Finished
+from tests.forked import forked
 
 # Whoever shares the cores may keep an example waiting for as long as it likes.
 hypothesis.settings.register_profile("shared cores", deadline=None)
@@ -71,6 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         room = item.path.parent.relative_to(Path(__file__).parent).as_posix()
         if room in SLOW or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports() -> None:
+    """What many processes need is imported once, while the first tests run."""
+    forked()
 
 
 @pytest.fixture(scope="session")

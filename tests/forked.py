@@ -12,15 +12,40 @@ from unittest import mock
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 # The first optimizer imports torch._dynamo, the publication torch.export and the report scipy.stats: ten seconds.
-HEAVY = ("torch._dynamo", "torch.export", "scipy.stats")
-OURS = ("nightshift.local.s3", "nightshift.publishing.export", "nightshift.judging.plots", "nightshift.parallel.worker")
+HEAVY = ("torch._dynamo", "torch.export", "torch._functorch.aot_autograd", "networkx", "scipy.stats", "pyarrow.parquet")
+OURS = (
+    "nightshift.cli.train",
+    "nightshift.data.snapshot",
+    "nightshift.judging.plots",
+    "nightshift.judging.report",
+    "nightshift.local.s3",
+    "nightshift.parallel.worker",
+    "nightshift.publishing.export",
+    "nightshift.training.run",
+)
 # Prefect itself reads the environment when it is imported; these are what it imports.
-OF_PREFECT = ("griffe", "httpx", "jinja2", "jsonschema", "opentelemetry.trace", "pendulum", "prometheus_client")
+OF_PREFECT = (
+    *("amplitude", "asgi_lifespan", "coolname", "fastapi", "fsspec", "graphviz", "griffe", "httpx", "humanize"),
+    *(
+        "jinja2",
+        "jsonschema",
+        "opentelemetry.trace",
+        "pathspec",
+        "pendulum",
+        "prometheus_client",
+        "websockets.asyncio.client",
+    ),
+)
 
 
 @cache
 def forked() -> ForkServerContext:
-    """Where to make such processes."""
+    """Where to make such processes.
+
+    A process has one such server, and the first who wants it says what it imports. So this is to be called before any
+    image is decoded, which wants it too.
+    """
+    assert forkserver._forkserver._forkserver_pid is None, "call forked() earlier: others have started the server"  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*HEAVY, *OURS, *OF_PREFECT])  # only what is installed is found there
     # What the launcher of ranks gives to those that it starts itself.

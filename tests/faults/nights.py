@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     console, started = Screen(stderr=True), time.monotonic()
+    forked()
     with (
         tempfile.TemporaryDirectory() as directory,
         embedded_s3(Path(directory)) as store,

@@ -270,6 +270,7 @@ def main() -> None:
     halves = zip(itertools.repeat(RANDOM), itertools.cycle(POINTS), strict=False)
     points = itertools.islice(itertools.chain.from_iterable(halves), arguments.kills)
     console, started = Screen(stderr=True), time.monotonic()
+    forked()
     with (
         tempfile.TemporaryDirectory() as directory,
         embedded_s3(Path(directory)) as store,
