@@ -70,6 +70,7 @@ def submit(name: str, parameters: Mapping[str, Any], project: Project) -> Submit
             plan(
                 durable_run_id(wanted, label, datetime.now(UTC), ""),
                 **{name: chosen[name] for name in _PLAN if name in chosen},
+                project=project,
             )
         elif "recipe" in chosen and parameters.keys() & {"recipe", "overrides"}:
             config = checked_config(chosen["recipe"], chosen.get("overrides"), project=project)

@@ -10,6 +10,7 @@ import httpx
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound, TerminationSignal
@@ -21,6 +22,7 @@ from flows.nights import this_start
 from flows.recover import CANCELLED, is_being_cancelled, newest_flow_run, start_again_if_lost
 from flows.verdicts import handle_rejection, verdict_message
 from nightshift import progress
+from nightshift.config.project import load_project
 from nightshift.errors import DeploymentNotFoundError, RecoveryLimitError, StorageError
 from nightshift.ids import durable_run_id
 from nightshift.records import recovery
@@ -68,15 +70,15 @@ def sweep(
     seed: NotNegative = 0,
     startup_trials: AtLeastOne = 4,
     warmup_epochs: NotNegative = 2,
-    deployment: str = "train-cifar/adhoc",
+    deployment: str | None = None,
     promote: bool = True,
 ) -> State[SweepResult]:
     """Train many configs, each as a run of its own, stop the bad ones early, and send the best to the gate.
 
-    A sweep that is started again under the same sweep id goes on where it stopped, with the same trials. So a cancelled
-    sweep is only halted: no further trial starts, and those that train go on. The best is chosen on the test images,
-    as the champion is. Among equally good trials it is the luckiest, so its accuracy is optimistic, more so with more
-    trials. The gate does not correct for that.
+    A sweep that is started again under the same sweep id goes on where it stopped, with the same trials and images. So
+    a cancelled sweep is only halted: no further trial starts, and those that train go on. The best is chosen on the
+    validation images. CIFAR-10 has none, and there it is chosen on the test images: among equally good trials it is the
+    luckiest, so its test accuracy is optimistic, more so with more trials, and the gate does not correct for that.
 
     Args:
         space: Fields of the config, each with a list of values or a range, such as {"lr": {"low": 0.01, "high": 0.2,
@@ -92,20 +94,23 @@ def sweep(
         startup_trials: How many trials must have finished before one is stopped early. With as many as there are
             trials, none is.
         warmup_epochs: How many epochs a trial trains before it may be stopped.
-        deployment: What trains a trial, as FLOW/DEPLOYMENT of the flow train-cifar.
+        deployment: What trains a trial, as FLOW/DEPLOYMENT. None: train-cifar/adhoc, or, for images of your own, the
+            deployment of the flow retrain that has the recipe.
         promote: Let the best go live if it is better.
     """
-    planned = plan(_sweep_id(sweep_id), recipe, space, overrides, trials, seed, startup_trials, warmup_epochs)
     settings = Settings.load()
+    project = load_project(settings.project)
+    planned = plan(_sweep_id(sweep_id), recipe, space, overrides, trials, seed, startup_trials, warmup_epochs, project)
     if flow_run.get_run_count() > 1 + settings.max_recoveries:
         raise RecoveryLimitError(
             f"sweep {planned.sweep_id} was started again {settings.max_recoveries} times and is given up "
             "(NIGHTSHIFT_MAX_RECOVERIES). Start it again under this sweep id to go on with it all the same"
         )
     with open_workspace(settings) as workspace, get_client(sync_client=True) as client:
-        runs = _Runs(client, workspace.store, _read_deployment(client, deployment))
+        study = begin(workspace.store, planned)
+        runs = _Runs(client, workspace.store, _read_deployment(client, deployment or _trainer(client, study)))
         try:
-            done = runs.train_all(begin(workspace.store, planned), parallel)
+            done = runs.train_all(study, parallel)
             ended = results(done, runs.records)
             create_table_artifact(table(ended), key="sweep", description=f"Sweep {done.sweep_id}")
             best = best_model(ended, runs.records)
@@ -122,7 +127,7 @@ def sweep(
             return Cancelled(message="Cancelled: no further trial is started, and those that train go on.")
     if not best:
         return Failed(message=f"None of {len(ended)} trials has finished: {ended[-1].reason}")
-    sentence = f"{best.run_id} is the best of {len(ended)} trials: {best.test_accuracy:.2%}"
+    sentence = f"{best.run_id} is the best of {len(ended)} trials: {best.test_accuracy:.2%} of the test images"
     if verdict:
         handle_rejection(best.run_id, verdict, settings.gate.fail_when_rejected)
         sentence += f". {verdict_message(best.run_id, verdict)}"
@@ -138,6 +143,7 @@ def table(results: list[TrialResult]) -> list[dict[str, Any]]:
             "run": trial.run_id,
             "overrides": "  ".join(f"{name}={value}" for name, value in trial.overrides.items()),
             "status": trial.status,
+            **({} if trial.validation_accuracy is None else {"validation accuracy": trial.validation_accuracy}),
             "test accuracy": trial.test_accuracy,
             "training seconds": round(trial.train_seconds, 1),
             "reason": plain(trial.reason),
@@ -153,12 +159,22 @@ def _passes(error: httpx.HTTPError | StorageError) -> bool:
     return not isinstance(error, StorageError) or error.transient
 
 
+def _trainer(client: SyncPrefectClient, study: Sweep) -> str:
+    """The deployment that trains a trial, if none is named."""
+    if not study.snapshot:
+        return "train-cifar/adhoc"
+    found = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=["retrain"])))
+    names = sorted(trainer.name for trainer in found if trainer.parameters.get("recipe") == study.recipe)
+    return f"retrain/{names[0] if names else study.recipe}"
+
+
 def _read_deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
     try:
         return client.read_deployment_by_name(name)
     except (ObjectNotFound, ValueError):
         raise DeploymentNotFoundError(
-            f"there is no deployment {name!r} to train the trials. `nightshift deploy` makes those of nightshift"
+            f"there is no deployment {name!r} to train the trials. `nightshift deploy` makes those of nightshift, "
+            "and for images of your own those of nightshift.toml ([deployments.NAME])"
         ) from None
 
 
@@ -231,9 +247,10 @@ class _Runs:
                 self.trainer.id,
                 parameters={
                     "recipe": study.recipe,
-                    "overrides": {**study.overrides, **trial.overrides},
+                    "overrides": study.fields(trial.overrides),
                     "run_id": trial.run_id,
                     "promote": False,
+                    **({"snapshot": study.snapshot} if study.snapshot else {}),
                 },
                 tags=[study.sweep_id],
                 # If the sweep was started again, this returns the flow run that exists already.

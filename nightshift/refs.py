@@ -176,6 +176,8 @@ class TrialResult(_Ref):
     """The values of the swept fields."""
     status: Literal["finished", "pruned", "cancelled", "failed"]
     test_accuracy: Share | None
+    validation_accuracy: Share | None = None
+    """Of the weights that were kept so far; None if it has not looked at validation images."""
     train_seconds: Seconds
     reason: Text
     """Why it did not finish; empty if it did."""

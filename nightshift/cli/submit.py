@@ -78,13 +78,21 @@ def sweep(
     warmup_epochs: Annotated[
         int, typer.Option(min=0, help="So many epochs each trial has before it may be stopped early.")
     ] = 2,
+    deployment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FLOW/DEPLOYMENT",
+            help="What trains a trial; by default train-cifar/adhoc, or the deployment of the recipe.",
+        ),
+    ] = None,
     promote: Annotated[bool, typer.Option(help="Let the best go live if it is better.")] = True,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for the end, and show how the trials ended.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train many configs on the Prefect server, each as a run, and let the best go live if it is better."""
-    from nightshift.config.project import Project
+    from nightshift.config.project import load_project
     from nightshift.ids import durable_run_id, new_run_id
+    from nightshift.settings import Settings
     from nightshift.sweeps.stored import plan
 
     now = datetime.now(UTC)
@@ -98,13 +106,15 @@ def sweep(
         "warmup_epochs": warmup_epochs,
     }
     sweep_id = sweep_id if sweep_id is not None else new_run_id("sweep", now)
-    plan(durable_run_id(sweep_id, "sweep", now, ""), **wanted)  # raises ConfigError for whatever is not valid
+    project = load_project(Settings.load().project)
+    plan(
+        durable_run_id(sweep_id, "sweep", now, ""), **wanted, project=project
+    )  # raises ConfigError for whatever is not valid
     use_server()
     from deployments import submit as submission
 
-    submitted = submission.submit(
-        "sweep/manual", {**wanted, "sweep_id": sweep_id, "parallel": parallel, "promote": promote}, Project()
-    )
+    chosen = {"sweep_id": sweep_id, "parallel": parallel, "deployment": deployment, "promote": promote}
+    submitted = submission.submit("sweep/manual", {**wanted, **chosen}, project)
     state, is_good = _follow(submitted, watch, as_json)
     trials_table = submission.read_table(submitted, "sweep") if watch else None
     if as_json:

@@ -5,6 +5,9 @@ the same epoch, and stops after the same one, as if nothing had happened.
 """
 
 from collections.abc import Sequence
+from typing import Self
+
+from pydantic import model_validator
 
 from nightshift.config.sections import EvaluationConfig
 from nightshift.storage.documents import Part
@@ -21,6 +24,12 @@ class CurvePoint(Part):
     validation_loss: Number | None = None
     """Mean cross-entropy of the validation images; None if they were not looked at after this epoch."""
     validation_accuracy: Share | None = None
+
+    @model_validator(mode="after")
+    def _was_looked_at_or_not(self) -> Self:
+        if (self.validation_loss is None) != (self.validation_accuracy is None):
+            raise ValueError("of the validation images, it has the loss or the accuracy, and not both")
+        return self
 
 
 def is_validated(epoch: int, epochs: int, config: EvaluationConfig) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nightshift.config.project import Project
 from nightshift.config.train import TrainConfig
 from nightshift.data.names import checked_config
 from nightshift.errors import ConfigError
@@ -43,7 +44,9 @@ def grid(space: Space) -> list[dict[str, Any]]:
     return [dict(zip(space, point, strict=True)) for point in itertools.product(*values)]
 
 
-def checked_values(recipe: str, fixed: Mapping[str, Any], name: str, wanted: Any) -> list[Any] | Range:
+def checked_values(
+    recipe: str, fixed: Mapping[str, Any], name: str, wanted: Any, project: Project | None = None
+) -> list[Any] | Range:
     """A field's values as the config has them: text from the command line has become a number.
 
     Raises:
@@ -51,7 +54,7 @@ def checked_values(recipe: str, fixed: Mapping[str, Any], name: str, wanted: Any
     """
 
     def valid(value: Any) -> Any:
-        return checked_config(recipe, {**fixed, name: value}).value_of(name)
+        return checked_config(recipe, {**fixed, name: value}, project=project).value_of(name)
 
     if isinstance(wanted, Mapping):
         try:

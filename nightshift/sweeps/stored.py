@@ -13,17 +13,17 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from nightshift.config.recipes import make_config
+from nightshift.config.project import Project
+from nightshift.config.recipes import get_recipe, make_config, named
 from nightshift.config.train import TrainConfig
 from nightshift.data.names import checked_config
-from nightshift.errors import (
-    ConfigError,
-    ResumeMismatchError,
-    RunNotFoundError,
-)
-from nightshift.ids import RunId, parse_run_id
+from nightshift.data.specs import SPECS
+from nightshift.errors import ConfigError, ResumeMismatchError, RunNotFoundError, SourceError
+from nightshift.ids import RunId, Sha256, parse_run_id
+from nightshift.records.curve import kept_of
 from nightshift.records.keys import SWEEPS
 from nightshift.records.run import RunRecord, read_record
+from nightshift.records.snapshots import read_history, read_manifest
 from nightshift.refs import ModelRef, TrialResult
 from nightshift.storage import documents
 from nightshift.storage.documents import Document, Part
@@ -54,11 +54,17 @@ class Sweep(Document):
     )
     max_bytes: ClassVar[int] = 4 * documents.MIB
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     sweep_id: RunId
     recipe: Line
+    base: Line | None = None
+    """The recipe of nightshift that `overrides` change, where `recipe` is one of a team's own."""
     overrides: dict[str, Any]
     """The fields that are the same in every trial."""
+    snapshot: Sha256 | None = None
+    """The images of a team's own data set on which all trials train."""
+    validated: bool = False
+    """Whether these images have validation ones: then each epoch is looked at, unless the trials say otherwise."""
     space: Space
     trials: Count | None
     """How many the study asks for; None: each point of the grid, once."""
@@ -85,7 +91,12 @@ class Sweep(Document):
 
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """A trial's config; raises ConfigError."""
-        return make_config(self.recipe, {**self.overrides, **overrides})
+        return make_config(self.base or self.recipe, self.fields(overrides))
+
+    def fields(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """What a trial replaces in the recipe. Of two that mean the same field, the later counts."""
+        looks = {"evaluation.validate_every": 1} if self.validated else {}
+        return {**looks, **self.overrides, **overrides}
 
 
 def plan(
@@ -97,6 +108,7 @@ def plan(
     seed: int = 0,
     startup_trials: int = 4,
     warmup_epochs: int = 2,
+    project: Project | None = None,
 ) -> Sweep:
     """A sweep with no trial asked yet, after everything it can ask was found valid.
 
@@ -107,11 +119,12 @@ def plan(
         seed: of the study. The trainings have a seed of their own in the config.
         startup_trials: how many must have finished before any is pruned. With `trials` or more, none ever is.
         warmup_epochs: how many epochs a trial has before it may be pruned.
+        project: what else there are recipes and data sets in.
 
     Raises:
         ConfigError: naming the field that is not valid, or what is missing.
     """
-    config = checked_config(recipe, overrides)
+    config = checked_config(recipe, overrides, project=project)
     # The config's values, so that text from the command line and a number from a form are the same.
     fixed = {name: config.value_of(name) for name in overrides or {}}
     if not space:
@@ -119,16 +132,24 @@ def plan(
     paths = {config.path_of(name) for name in fixed}
     if twice := sorted(name for name in space if config.path_of(name) in paths):
         raise ConfigError(f"{', '.join(twice)}: swept and fixed at once. Take it out of one of the two")
-    checked = {name: checked_values(recipe, fixed, name, wanted) for name, wanted in space.items()}
+    swept = {config.path_of(name) for name in space}
+    if "data.dataset" in swept:
+        raise ConfigError("dataset: trials are compared on the same images. Make a sweep of each data set")
+    checked = {name: checked_values(recipe, fixed, name, wanted, project) for name, wanted in space.items()}
     ranges = [name for name, wanted in checked.items() if isinstance(wanted, Range)]
     if trials is None and ranges:
         raise ConfigError(f"{', '.join(ranges)}: a range has no end of values. Say how many trials (--trials)")
     if trials is not None and trials < 1:
         raise ConfigError(f"trials={trials} is not valid: at least one")
+    base, of_recipe = None, dict[str, Any]()
+    if project and recipe in project.recipes:
+        # Written down whole: whoever reads the sweep later may have another project file, or none.
+        base, of_recipe = named(get_recipe(recipe, project).config)
     sweep = Sweep(
         sweep_id=parse_run_id(sweep_id),
         recipe=recipe,
-        overrides=fixed,
+        base=base,
+        overrides={**{name: value for name, value in of_recipe.items() if name not in paths | swept}, **fixed},
         space=checked,
         trials=trials,
         seed=seed,
@@ -145,14 +166,16 @@ def plan(
 
 
 def begin(store: Store, planned: Sweep) -> Sweep:
-    """The stored sweep of this id, or the planned one, stored.
+    """The stored sweep of this id, or the planned one, stored with the newest images there are of its data set.
 
     Raises:
         ResumeMismatchError: the stored one wants something else; the message lists what.
+        SourceError: no snapshot of its data set is fit to train on.
         StorageError: it cannot be read or written.
     """
-    stored = change_sweep(store, planned.sweep_id, lambda found: found or planned)
-    ours, theirs = planned.model_dump(exclude={"asked"}), stored.model_dump(exclude={"asked"})
+    stored = change_sweep(store, planned.sweep_id, lambda found: found or _with_images(store, planned))
+    not_wanted = {"asked", "snapshot", "validated"}
+    ours, theirs = planned.model_dump(exclude=not_wanted), stored.model_dump(exclude=not_wanted)
     differing = [
         f"  {name}: stored {theirs[name]!r:.500}, now {ours[name]!r}" for name in ours if ours[name] != theirs[name]
     ]
@@ -162,6 +185,20 @@ def begin(store: Store, planned: Sweep) -> Sweep:
             "Start it again as it was begun, or choose another sweep id."
         )
     return stored
+
+
+def _with_images(store: Store, sweep: Sweep) -> Sweep:
+    name = sweep.config({}).data.dataset
+    if name in SPECS:
+        return sweep
+    newest = read_history(store, name).accepted
+    if not newest:
+        raise SourceError(
+            f"there are no images of {name} to train on in {store.url('')} yet: make a snapshot "
+            f"(nightshift data snapshot {name}), or start a first run"
+        )
+    manifest = read_manifest(store, name, newest.digest)
+    return sweep.changed(snapshot=newest.digest, validated=manifest.splits.get("validation", 0) > 0)
 
 
 def end(store: Store, sweep: Sweep, run_id: str, ended: Literal["pruned", "failed"], reason: str) -> Sweep:
@@ -200,6 +237,7 @@ def result(trial: Trial, record: RunRecord | None) -> TrialResult | None:
         overrides=trial.overrides,
         status=ended,
         test_accuracy=record.test_accuracy if record else None,
+        validation_accuracy=_validation_accuracy(record) if record else None,
         train_seconds=record.train_seconds if record else 0.0,
         reason=reason,
     )
@@ -211,11 +249,11 @@ def results(sweep: Sweep, records: Mapping[str, RunRecord]) -> list[TrialResult]
 
 
 def best_model(found: Sequence[TrialResult], records: Mapping[str, RunRecord]) -> ModelRef | None:
-    """The published version with the highest test accuracy, the first of equal ones; None if no trial finished."""
+    """The published version of the best trial, the first of equally good ones; None if no trial finished."""
     finished = [record for trial in found if (record := records.get(trial.run_id)) and record.result]
     if not finished:
         return None
-    record = max(finished, key=lambda record: record.test_accuracy or 0.0)
+    record = max(finished, key=lambda record: goodness(record) or 0.0)
     assert record.result
     return ModelRef(
         name=record.dataset.name,
@@ -225,6 +263,20 @@ def best_model(found: Sequence[TrialResult], records: Mapping[str, RunRecord]) -
         test_accuracy=record.result.test_accuracy,
         weights_sha256=record.result.weights_sha256,
     )
+
+
+def goodness(record: RunRecord) -> float | None:
+    """How good a trial is: by the validation images, where it has looked at them, and else by the test images."""
+    validated = _validation_accuracy(record)
+    return record.test_accuracy if validated is None else validated
+
+
+def _validation_accuracy(record: RunRecord) -> float | None:
+    """After the epoch whose weights a run would publish now, or the last one after which it has looked."""
+    if kept := kept_of(record.curve, record.train_config().evaluation):
+        return kept.validation_accuracy
+    seen = (point.validation_accuracy for point in reversed(record.curve))
+    return next((accuracy for accuracy in seen if accuracy is not None), None)
 
 
 def read_trial(store: Store, trial: Trial) -> RunRecord | None:

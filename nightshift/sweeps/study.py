@@ -9,7 +9,7 @@ from nightshift.records.curve import is_enough
 from nightshift.records.run import RunRecord
 from nightshift.storage.store import Store
 from nightshift.sweeps.space import distributions, grid
-from nightshift.sweeps.stored import Sweep, Trial, change_sweep, result, trial_run_id
+from nightshift.sweeps.stored import Sweep, Trial, change_sweep, goodness, result, trial_run_id
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def bad_trials(sweep: Sweep, records: Mapping[str, RunRecord]) -> dict[str, str]:
     """The run ids of the trials to stop early, by Optuna's median rule, each with the reason.
 
-    A trial is bad if its best training accuracy so far is below the median that the finished ones had after as many
-    epochs. The rule does not look at the loss: with another label smoothing, another loss is as good.
+    A trial is bad if its best accuracy so far is below the median that the finished ones had after as many epochs: on
+    the validation images where trials look at them, and else on those it trains on. The rule does not look at the loss:
+    with another label smoothing, another loss is as good.
     """
     training = [
         (number, record)
@@ -37,10 +38,10 @@ def bad_trials(sweep: Sweep, records: Mapping[str, RunRecord]) -> dict[str, str]
         return {}
     study = _study(sweep, records)
     return {
-        record.run_id: f"after epoch {record.curve[-1].epoch} its training accuracy, "
-        f"{record.curve[-1].accuracy:.1%}, was below the median of the finished trials"
+        record.run_id: f"after epoch {max(seen)} its {'validation' if sweep.validated else 'training'} accuracy, "
+        f"{seen[max(seen)]:.1%}, was below the median of the finished trials"
         for number, record in training
-        if study.pruner.prune(study, study.trials[number])
+        if (seen := _seen(sweep, record)) and study.pruner.prune(study, study.trials[number])
     }
 
 
@@ -64,25 +65,34 @@ def _study(sweep: Sweep, records: Mapping[str, RunRecord]) -> "Study":
     of_space = distributions(sweep.space)
     for trial in sweep.asked:
         try:
-            study.add_trial(_frozen(trial, records.get(trial.run_id), of_space))
+            study.add_trial(_frozen(sweep, trial, records.get(trial.run_id), of_space))
         except ValueError as error:
             raise ConfigError(f"trial {trial.run_id} does not fit sweep {sweep.sweep_id}: {error}") from None
     return study
 
 
-def _frozen(trial: Trial, record: RunRecord | None, distributions: dict[str, "BaseDistribution"]) -> "FrozenTrial":
-    """A trial as Optuna knows it: its value is the test accuracy, on the way to it the training accuracy."""
+def _frozen(
+    sweep: Sweep, trial: Trial, record: RunRecord | None, distributions: dict[str, "BaseDistribution"]
+) -> "FrozenTrial":
+    """A trial as Optuna knows it: its value is how good it is, and it has others on the way there."""
     from optuna.trial import TrialState, create_trial
 
     states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     ended = result(trial, record)
     return create_trial(
         state=states.get(ended.status, TrialState.FAIL) if ended else TrialState.RUNNING,
-        value=record.test_accuracy if record else None,
+        value=goodness(record) if record and record.result else None,
         params=trial.overrides,
         distributions=distributions,
-        intermediate_values={point.epoch: point.accuracy for point in record.curve} if record else {},
+        intermediate_values=_seen(sweep, record) if record else {},
     )
+
+
+def _seen(sweep: Sweep, record: RunRecord) -> dict[int, float]:
+    """How good a trial was after the epochs after which that is known."""
+    if not sweep.validated:
+        return {point.epoch: point.accuracy for point in record.curve}
+    return {point.epoch: seen for point in record.curve if (seen := point.validation_accuracy) is not None}
 
 
 def ask(store: Store, sweep: Sweep, records: Mapping[str, RunRecord]) -> Sweep:

@@ -3,15 +3,19 @@
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from typing import Any
 
 import pytest
 
 from nightshift.cli.config import parse_space
-from nightshift.errors import ConfigError, PreconditionFailedError, ResumeMismatchError, StorageError
+from nightshift.config.project import DatasetConfig, Project, RecipeConfig
+from nightshift.errors import ConfigError, PreconditionFailedError, ResumeMismatchError, SourceError, StorageError
 from nightshift.records.curve import CurvePoint
 from nightshift.records.lease import RunSpec, acquire
 from nightshift.records.run import Result, RunRecord, Status, read_record
+from nightshift.records.snapshots import Entry, Manifest, Split, append, write_manifest
+from nightshift.refs import Finding
 from nightshift.storage import documents
 from nightshift.storage.store import Store
 from nightshift.sweeps.stored import Sweep, begin, best_model, end, results
@@ -37,13 +41,27 @@ def asked(store: Store, planned: Sweep, trials: int) -> Sweep:
 
 
 def trained(
-    store: Store, study: Sweep, number: int, curve: Sequence[float], status: Status = "running", detail: str = ""
+    store: Store,
+    study: Sweep,
+    number: int,
+    curve: Sequence[float],
+    status: Status = "running",
+    detail: str = "",
+    validated: Sequence[float | None] = (),
 ) -> RunRecord:
-    """The record of a trial after epochs with these training accuracies; the test accuracy is that of the last."""
+    """The record of a trial after epochs with these accuracies; on the test images, it has the last of training."""
     trial = study.asked[number]
     run = acquire(store, RunSpec(trial.run_id, study.config(trial.overrides), DATASET, {}, 40), 60)
     points = [
-        CurvePoint(epoch=epoch, step=20 * epoch, loss=1.0, accuracy=accuracy) for epoch, accuracy in enumerate(curve, 1)
+        CurvePoint(
+            epoch=epoch,
+            step=20 * epoch,
+            loss=1.0,
+            accuracy=accuracy,
+            validation_loss=None if seen is None else 1.0,
+            validation_accuracy=seen,
+        )
+        for epoch, (accuracy, seen) in enumerate(zip_longest(curve, validated), 1)
     ]
     run.update(lambda record: record.changed(curve=points))
     if status != "running":
@@ -148,7 +166,8 @@ def test_a_damaged_sweep_is_not_believed(store: Store) -> None:
         ({"lr": [0.1, "0.10"]}, {}, "named twice"),
         ({"lr": [0.1]}, {"overrides": {"lr": 0.2}}, "swept and fixed at once"),
         ({"lr": [0.1]}, {"overrides": {"optimizer.lr": 0.2}}, "swept and fixed at once"),
-        ({"recipe": ["quick"]}, {}, "recipe cannot be overridden"),
+        ({"recipe": ["quick"]}, {}, "there is no field 'recipe'|recipe cannot be overridden"),
+        ({"dataset": ["cifar10"]}, {}, "Make a sweep of each data set"),
         ({"lr": {"low": 0.1, "high": 1}}, {}, "Say how many trials"),
         ({"lr": {"low": 0.1, "high": 1000}}, {"trials": 2}, "lr=1000.* is not valid"),
         ({"lr": {"low": 1, "high": 0.1}}, {"trials": 2}, "low must be less than high"),
@@ -231,3 +250,90 @@ def test_every_trial_has_a_result_and_the_best_is_the_one_with_the_highest_test_
     assert best
     assert (best.run_id, best.test_accuracy) == ("sweep-06", 0.7)
     assert best_model(ended[1:5], found) is None
+
+
+PROJECT = Project(
+    datasets={"parts": DatasetConfig(source="images")},
+    recipes={"parts": RecipeConfig(base="tutorial", dataset="parts", epochs=3, lr=0.02)},
+)
+
+
+def snapshot(store: Store, number: int, validation: int = 10, ok: bool = True) -> str:
+    """The digest of a snapshot of the data set `parts` that the store has from now on."""
+    digest = f"{number:064}"
+    splits: dict[Split, int] = {"train": 80, "validation": validation, "test": 10}
+    parts: dict[str, Any] = {"images": sum(splits.values()), "refused": 0}
+    shape: dict[str, Any] = {"image_size": 32, "resize": "crop", "classes": {"a": 60, "b": 40}, "shards": []}
+    write_manifest(store, Manifest(name="parts", digest=digest, test_digest=digest, splits=splits, **parts, **shape))
+    counts = {"classes": 2, "added": 0, "removed": 0, "relabelled": 0, "read": 0}
+    findings = [Finding(rule="vanished", ok=ok, detail="")]
+    append(store, "parts", Entry(digest=digest, at=store.now(), findings=findings, **parts, **counts))
+    return digest
+
+
+def own_sweep(**more: Any) -> Sweep:
+    return plan_sweep("own", "parts", {"momentum": [0.5, 0.6, 0.7, 0.8, 0.9]}, project=PROJECT, **more)
+
+
+def test_a_sweep_of_a_teams_own_images_trains_on_the_newest_that_are_fit_and_stays_with_them(store: Store) -> None:
+    with pytest.raises(SourceError, match="there are no images of parts to train on"):
+        begin(store, own_sweep())
+    snapshot(store, 1)
+    fit = snapshot(store, 2)
+    snapshot(store, 3, ok=False)
+    study = begin(store, own_sweep())
+    assert study.snapshot == fit
+    snapshot(store, 4)
+    assert begin(store, own_sweep()) == study
+
+
+def test_a_recipe_of_a_teams_own_is_written_down_whole_and_needs_no_project_file_later(store: Store) -> None:
+    snapshot(store, 1)
+    study = asked(store, own_sweep(overrides={"lr": 0.03}), 1)
+    config = study.config(study.asked[0].overrides)
+    wanted = {"data.dataset": "parts", "schedule.epochs": 3, "optimizer.lr": 0.03, "optimizer.momentum": 0.5}
+    assert {name: config.value_of(name) for name in wanted} == wanted
+    assert study.recipe == "parts", "its runs would be those of another recipe"
+    again = plan_sweep("again", "parts", {"lr": [0.1, 0.2]}, project=PROJECT)
+    assert again.config({"lr": 0.2}).optimizer.lr == 0.2, "the recipe's own value came after the trial's"
+
+
+@pytest.mark.parametrize(
+    ("validation", "overrides", "every"), [(10, {}, 1), (10, {"validate_every": 3}, 3), (0, {}, None)]
+)
+def test_trials_look_at_the_validation_images_that_there_are(
+    store: Store, validation: int, overrides: dict[str, Any], every: int | None
+) -> None:
+    snapshot(store, 1, validation)
+    study = begin(store, own_sweep(overrides=overrides))
+    assert study.config({}).evaluation.validate_every == every
+
+
+@pytest.mark.parametrize(("validation", "best"), [(10, "own-01"), (0, "own-02")])
+def test_the_best_trial_is_the_best_on_the_validation_images_where_there_are_any(
+    store: Store, validation: int, best: str
+) -> None:
+    snapshot(store, 1, validation)
+    study = asked(store, own_sweep(), 2)
+    seen = [(0.5, 0.7, 0.6), (0.8, 0.6, 0.5)] if validation else [(), ()]
+    made = [
+        trained(store, study, number, (0.1, 0.2, on_test), "finished", validated=seen[number])
+        for number, on_test in enumerate((0.3, 0.9))
+    ]
+    found = {record.run_id: record for record in made}
+    ended = results(study, found)
+    assert [trial.validation_accuracy for trial in ended] == ([0.6, 0.5] if validation else [None, None])
+    chosen = best_model(ended, found)
+    assert chosen
+    assert chosen.run_id == best
+
+
+def test_a_trial_is_stopped_early_by_its_validation_accuracy_where_trials_look_at_it(store: Store) -> None:
+    snapshot(store, 1)
+    study = asked(store, own_sweep(), 5)
+    others = [
+        trained(store, study, number, (0.2, 0.3, 0.6), "finished", validated=(0.2, 0.5, 0.6)) for number in range(4)
+    ]
+    bad = trained(store, study, 4, (0.9, 0.9), validated=(0.2, 0.3))
+    found = {record.run_id: record for record in (*others, bad)}
+    assert "after epoch 2 its validation accuracy, 30.0%" in bad_trials(study, found)[bad.run_id]

@@ -11,7 +11,7 @@ import pytest
 
 from nightshift.local.prefect import PrefectServer
 from nightshift.local.s3 import embedded_s3
-from nightshift.records.run import list_records
+from nightshift.records.run import list_records, read_record
 from nightshift.storage.s3 import S3
 from tests.commands import Finished
 from tests.conftest import eventually
@@ -77,6 +77,25 @@ def test_images_that_break_a_rule_end_the_night_before_training_and_the_champion
     assert f"{CLASSES[0]}" in said
     assert 'gone_class = "warn"' in said
     assert transitions_of(store) == [record.run_id for record in list_records(store)] == [first.json["run_id"]]
+
+
+def test_a_sweep_trains_its_trials_on_one_snapshot_and_compares_them_on_its_validation_images(
+    first: Finished, nightshift: Nightshift, store: S3
+) -> None:
+    """The newest snapshot is not fit to train on, as the test before has seen."""
+    sweep = nightshift(
+        "sweep", "--over=seed=1,2", "--recipe=parts", "--sweep-id=own", "--no-promote", "--watch", "--json"
+    )
+    assert (sweep.exit_code, sweep.json.get("state")) == (0, "Completed"), sweep.out + sweep.err
+    trials = [read_record(store, run_id)[0] for run_id in ("own-01", "own-02")]
+    assert [(trial.status, trial.dataset.digest) for trial in trials] == [
+        ("finished", read_record(store, first.json["run_id"])[0].dataset.digest)
+    ] * 2
+    seen = [trial.curve[-1].validation_accuracy for trial in trials]
+    assert [line["validation accuracy"] for line in sweep.json["trials"]] == seen
+    assert None not in seen
+    best = max(trials, key=lambda trial: trial.curve[-1].validation_accuracy or 0)
+    assert f"{best.run_id} is the best of 2 trials" in sweep.err
 
 
 def test_submit_says_which_deployments_of_the_team_there_are(nightshift: Nightshift, stack: dict[str, Any]) -> None:
