@@ -1,19 +1,33 @@
-"""Prefect's command line, whose workers wait for a server that is away.
+"""Prefect's command line, whose workers wait for a server that is away, and start again at once what dies on them.
 
     python -m deployments.patient worker start --pool POOL
 
-Prefect's own worker ends after a minute or two without an answer, and kills the trainings that it has started.
+Prefect's own worker ends after a minute or two without an answer, and kills the trainings that it has started. Of a
+process that dies, it reports that the flow run has crashed, and no more: it is an automation that starts it again, when
+nobody else has within 20 s, and then the worker looks for work every 10 s.
 """
 
 import functools
 import logging
+import math
+import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from uuid import UUID
+
+os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
 
 import httpx
 from prefect.cli import app
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import AwaitingRetry
 from prefect.workers.base import BaseWorker
 
+FLOWS = ("train-cifar", "retrain", "sweep")
+"""What goes on where it stopped."""
+_PAUSE_SECONDS = 60.0
+"""What dies again sooner is left to the automation, so that a process that cannot start is not started every moment."""
 _log = logging.getLogger("prefect.workers")
 
 
@@ -39,7 +53,35 @@ def patient(request: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitab
     return ask
 
 
+def starting_again(submit: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A worker's method that runs a flow run to the end of its process. If the process dies, it runs again at once."""
+    again: dict[UUID, float] = {}
+
+    @functools.wraps(submit)
+    async def run(worker: Any, flow_run: FlowRun, *arguments: Any, **options: Any) -> Any:
+        result = await submit(worker, flow_run, *arguments, **options)
+        if getattr(result, "status_code", 0) and time.monotonic() > again.get(flow_run.id, -math.inf) + _PAUSE_SECONDS:
+            again[flow_run.id] = time.monotonic()
+            try:
+                await _start_again(worker, flow_run.id)
+            except httpx.HTTPError as error:
+                _log.warning("the crashed flow run %s is left to the automations: %s", flow_run.name, error)
+        return result
+
+    return run
+
+
+async def _start_again(worker: Any, flow_run_id: UUID) -> None:
+    found = await worker.client.read_flow_run(flow_run_id)
+    # Not if somebody has cancelled it, or if it came to a result of its own.
+    if found.state and found.state.is_crashed() and (await worker.client.read_flow(found.flow_id)).name in FLOWS:
+        state: State[Any] = AwaitingRetry(message="Its process died. It goes on from its newest checkpoint.")
+        await worker.client.set_flow_run_state(flow_run_id, state, force=True)
+
+
 if __name__ == "__main__":
     for name in ("get_and_submit_flow_runs", "sync_with_backend"):
         setattr(BaseWorker, name, patient(getattr(BaseWorker, name)))
+    name = "_submit_run_and_capture_errors"
+    setattr(BaseWorker, name, starting_again(getattr(BaseWorker, name)))
     app()

@@ -1,12 +1,16 @@
-"""A worker whose server is away: Prefect's loop around it would give up, and this one does not."""
+"""A worker waits for a server that is away, and starts again what has died on it, but not over and over."""
 
 import asyncio
+from types import SimpleNamespace
+from uuid import uuid4
 
 import httpx
 import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Crashed
 from prefect.utilities.services import critical_service_loop
 
-from deployments.patient import patient
+from deployments.patient import patient, starting_again
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1/api")
 
@@ -45,3 +49,56 @@ def test_a_worker_waits_for_a_server_that_fails_or_is_gone() -> None:
 def test_a_worker_that_is_refused_ends() -> None:
     with pytest.raises(httpx.HTTPStatusError, match="401"):
         asked_until([status(500), status(401)])
+
+
+class Server:
+    """What a worker asks about a flow run of the flow `name`, whose process has ended in `state`."""
+
+    def __init__(self, state: State, name: str) -> None:
+        self.state, self.name, self.again = state, name, list[State]()
+
+    async def read_flow_run(self, flow_run_id: object) -> object:
+        return SimpleNamespace(state=self.state, flow_id=None)
+
+    async def read_flow(self, flow_id: object) -> object:
+        return SimpleNamespace(name=self.name)
+
+    async def set_flow_run_state(self, flow_run_id: object, state: State, force: bool) -> None:
+        self.again.append(state)
+
+
+def started_again(state: State, exit_codes: list[int], name: str = "train-cifar") -> int:
+    """How often a flow run is started again at once whose processes end one after the other with these codes."""
+    server, flow_run = Server(state, name), SimpleNamespace(id=uuid4(), name="a run")
+    codes = iter(exit_codes)
+
+    async def submit(worker: object, flow_run: object) -> object:
+        return SimpleNamespace(status_code=next(codes))
+
+    async def run_all() -> None:
+        run = starting_again(submit)
+        for _ in exit_codes:
+            await run(SimpleNamespace(client=server), flow_run)
+
+    asyncio.run(run_all())
+    return len(server.again)
+
+
+def test_a_run_whose_process_died_is_started_again_and_one_that_dies_again_at_once_is_left_to_the_automation() -> None:
+    assert started_again(Crashed(), [-9]) == 1
+    assert started_again(Crashed(), [-9, -9, 1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_code", "name"),
+    [
+        (Completed(), 0, "train-cifar"),
+        (Completed(), -9, "train-cifar"),
+        (Cancelled(), -9, "train-cifar"),
+        (Crashed(), -9, "gc"),
+    ],
+)
+def test_a_run_that_has_ended_or_was_cancelled_or_does_not_go_on_is_not_started_again(
+    state: State, exit_code: int, name: str
+) -> None:
+    assert started_again(state, [exit_code], name) == 0

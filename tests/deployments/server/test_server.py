@@ -163,6 +163,23 @@ def hopeless(train: Callable[..., Training]) -> Training:
     return training
 
 
+def test_a_run_whose_process_is_killed_is_started_again_by_its_worker_before_the_automation_would(
+    train: Callable[..., Training], ask: Callable[..., Any], undisturbed: RunRecord
+) -> None:
+    training = train("killed")
+    training.kill()
+    eventually(training.has_ended, timeout=120)
+    assert training.events == ["started", "resumed", "finished"]
+    assert training.record.lease.token == 2, "somebody else has held it meanwhile"
+    assert training.record.result
+    assert undisturbed.result
+    assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
+    states = ask(f"flow_run_states/?flow_run_id={training.flow_run_id}")
+    assert [state["message"] for state in states if state["name"] == "AwaitingRetry"] == [
+        "Its process died. It goes on from its newest checkpoint."
+    ]
+
+
 def test_a_run_that_the_user_cancels_stays_cancelled(
     hopeless: Training, train: Callable[..., Training], prefect: Prefect, nightshift: Nightshift
 ) -> None:
