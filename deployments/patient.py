@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -26,8 +27,8 @@ from prefect.workers.base import BaseWorker
 
 FLOWS = ("train-cifar", "retrain", "sweep")
 """What goes on where it stopped."""
-_PAUSE_SECONDS = 60.0
-"""What dies again sooner is left to the automation, so that a process that cannot start is not started every moment."""
+_PAUSE = timedelta(minutes=1)
+"""What dies again sooner waits for so long, so that a process that cannot start is not started every moment."""
 _log = logging.getLogger("prefect.workers")
 
 
@@ -60,10 +61,11 @@ def starting_again(submit: Callable[..., Awaitable[Any]]) -> Callable[..., Await
     @functools.wraps(submit)
     async def run(worker: Any, flow_run: FlowRun, *arguments: Any, **options: Any) -> Any:
         result = await submit(worker, flow_run, *arguments, **options)
-        if getattr(result, "status_code", 0) and time.monotonic() > again.get(flow_run.id, -math.inf) + _PAUSE_SECONDS:
+        if getattr(result, "status_code", 0):
+            is_first = time.monotonic() > again.get(flow_run.id, -math.inf) + _PAUSE.total_seconds()
             again[flow_run.id] = time.monotonic()
             try:
-                await _start_again(worker, flow_run.id)
+                await _start_again(worker, flow_run.id, timedelta(0) if is_first else _PAUSE)
             except httpx.HTTPError as error:
                 _log.warning("the crashed flow run %s is left to the automations: %s", flow_run.name, error)
         return result
@@ -71,11 +73,12 @@ def starting_again(submit: Callable[..., Awaitable[Any]]) -> Callable[..., Await
     return run
 
 
-async def _start_again(worker: Any, flow_run_id: UUID) -> None:
+async def _start_again(worker: Any, flow_run_id: UUID, pause: timedelta) -> None:
     found = await worker.client.read_flow_run(flow_run_id)
     # Not if somebody has cancelled it, or if it came to a result of its own.
     if found.state and found.state.is_crashed() and (await worker.client.read_flow(found.flow_id)).name in FLOWS:
-        state: State[Any] = AwaitingRetry(message="Its process died. It goes on from its newest checkpoint.")
+        message = f"Its process died. It goes on from its newest checkpoint{f' in {pause}' if pause else ''}."
+        state: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC) + pause, message=message)
         await worker.client.set_flow_run_state(flow_run_id, state, force=True)
 
 
