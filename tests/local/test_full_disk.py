@@ -18,6 +18,7 @@ def test_what_only_reads_and_gc_need_no_room_and_writes_come_back_with_it(tmp_pa
     assert found["seconds"] < 60
 
 
+@pytest.mark.soak
 def test_a_store_whose_files_are_full_is_written_to_as_long_as_the_disk_is_not(tmp_path: Path) -> None:
     found = small_disk.run("files_are_full", tmp_path / "disk", megabytes=400)
     assert found["largest"] > 64 * MIB
@@ -26,6 +27,7 @@ def test_a_store_whose_files_are_full_is_written_to_as_long_as_the_disk_is_not(t
     assert found["runs"]["exit_code"] == 0, found["runs"]["err"]
 
 
+@pytest.mark.soak
 def test_a_server_that_has_no_room_to_start_is_told_in_one_line_within_two_seconds(tmp_path: Path) -> None:
     found = small_disk.run("not_running", tmp_path / "disk", megabytes=200)
     assert found["runs"]["exit_code"] == 1

@@ -28,7 +28,7 @@ def trained(workspace: Workspace, ref: DatasetRef, run_id: str, config: TrainCon
     return chosen.step, state, read_record(workspace.store, run_id)[0]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_two_ranks_of_which_one_is_killed_keep_the_same_epoch(rank: int, workspace: Workspace, ref: DatasetRef) -> None:
     config = choices.config(epochs=8, patience=3, metric="loss", nproc_per_node=2)
     step, state, record = trained(workspace, ref, "whole", config)

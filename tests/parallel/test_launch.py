@@ -110,7 +110,9 @@ def test_the_first_50_losses_of_two_ranks_are_those_of_one(workspace: Workspace,
     assert losses("two", 2) == pytest.approx(losses("one", 1), abs=1e-5, rel=0)
 
 
-@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "torchvision:shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("timm:mobilenetv3_small_050", marks=pytest.mark.soak), "torchvision:shufflenet_v2_x0_5"]
+)
 def test_two_ranks_share_the_statistics_of_batch_norm_in_networks_of_others_too(
     workspace: Workspace, cifar10: DatasetRef, name: str
 ) -> None:
@@ -155,7 +157,7 @@ def test_two_ranks_take_bit_for_bit_the_steps_of_one_process_that_adds_the_gradi
     assert weights_sha256(model.state_dict()) == weights_sha256(read_payload(server, last)["model"])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_run_of_which_a_rank_is_killed_ends_with_the_same_bits(
     rank: int, workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_run_of_which_a_rank_is_killed_ends_with_the_same_bits(
     assert [f"rank {rank} failed" in warning and "SIGKILL" in warning for warning in seen.warnings] == [True]
 
 
+@pytest.mark.soak
 def test_a_run_begun_with_two_ranks_goes_on_with_one_and_with_two_again(
     workspace: Workspace, cifar10: DatasetRef, uninterrupted: tuple[str, RunRecord]
 ) -> None:

@@ -135,6 +135,7 @@ def test_without_onnx_it_is_refused_before_the_training(monkeypatch: pytest.Monk
         check_config(config_of(triton=True))
 
 
+@pytest.mark.soak
 def test_a_night_and_a_rollback_change_what_triton_serves(
     nightshift: Callable[..., Finished], workspace: Workspace, tmp_path: Path, prefect_api: str
 ) -> None:

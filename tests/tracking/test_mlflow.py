@@ -180,6 +180,7 @@ def test_a_server_that_is_killed_in_mid_run_changes_no_bit_and_knows_all_after_i
         assert Told(settings).curve(runs[run_id], "loss") == curve_of(store, run_id)
 
 
+@pytest.mark.soak
 def test_the_alias_follows_a_rollback_and_a_promotion_by_hand(
     settings: MlflowSettings, workspace: Workspace, nightshift: Callable[..., Finished]
 ) -> None:
