@@ -47,6 +47,9 @@ def forked() -> ForkServerContext:
     """
     assert forkserver._forkserver._forkserver_pid is None, "call forked() earlier: others have started the server"  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
+    # Whoever starts a process asks all others whether they have ended. Of two threads that ask one process at the same
+    # time, the second reads nothing where the first has read the exit code, and takes it for 255.
+    multiprocessing.process._cleanup = lambda: None  # type: ignore[attr-defined]
     context.set_forkserver_preload([*HEAVY, *OURS, *OF_PREFECT])  # only what is installed is found there
     # What the launcher of ranks gives to those that it starts itself.
     with mock.patch.dict(os.environ, {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}):

@@ -122,7 +122,8 @@ class Campaign:
                 name = chance.choice(sorted(self.expected))
                 run_id = f"{name}-{secrets.token_hex(4)}"
                 killed = self._killed(proxy, point, name, run_id, step, chance)
-            assert self._train(proxy, name, run_id) == 0, f"{run_id}, killed {point}, does not resume"
+            exit_code = self._train(proxy, name, run_id)
+            assert exit_code == 0, f"{run_id}, killed {point}, does not resume: exit code {exit_code}"
         resumed_from = read_record(self.store, run_id)[0].resumed_from_step or 0
         identical = self._ending(run_id) == self.expected[name]
         tally = self.tally

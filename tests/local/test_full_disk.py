@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from nightshift.refs import DatasetRef
 from nightshift.storage.s3 import MIB
 from tests.local import small_disk
