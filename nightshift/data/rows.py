@@ -151,10 +151,18 @@ def digest_of(rows: pa.Table, shape: Shape, split: str | None = None) -> str:
     used = kept(rows, "id", "content", "label", "split", "pixels")
     if split:
         used = used.filter(compute.equal(used["split"], split))
-    for name, content, label, of_split, pixels in iterate(used, *used.column_names):
-        for part in (name.encode(), content, label.encode(), of_split.encode(), pixels):
-            sha256.update(len(part).to_bytes(4, "little") + part)
+    for batch in used.to_batches(_BATCH):
+        parts = [part for column in batch.columns for part in _with_length(column.cast(pa.binary()))]
+        joined = compute.binary_join_element_wise(*parts, b"")
+        sha256.update(memoryview(joined.buffers()[2])[: compute.sum(compute.binary_length(joined)).as_py()])
     return sha256.hexdigest()
+
+
+def _with_length(values: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """The length of each value in four bytes, little-endian, and the values."""
+    lengths = compute.binary_length(values)  # int32
+    packed = pa.Array.from_buffers(pa.binary(4), len(values), [None, lengths.buffers()[1]], offset=lengths.offset)
+    return packed.cast(pa.binary()), values
 
 
 def iterate(rows: pa.Table, *columns: str) -> Iterator[tuple[Any, ...]]:
