@@ -8,6 +8,7 @@ camera's, of which the snapshot keeps 64 by 64 pixels:
                          the first snapshot is compared with
     first snapshot       `make_snapshot` of a new data set: listing, reading, decoding, sha256 of file and pixels,
                          splits, rules, shards and rows in the embedded S3 server
+    without a server     the same into the store in memory: a server elsewhere takes nothing of these cores
     1 % more             `make_snapshot` again after so many more files: its share of the first one's reads and time
     litdata              `optimize` with as many processes as cores: decoded images as chunks of 64 MB in a folder
     hf datasets          `load_dataset("imagefolder")`, then `to_parquet`: the files' bytes as they are, not decoded
@@ -52,11 +53,12 @@ if __name__ == "__main__":  # and not in the processes that decode: each imports
     from nightshift.data.known import fetch, pack
     from nightshift.data.snapshot import make_snapshot
     from nightshift.local.s3 import embedded_s3
+    from nightshift.storage.memory import MemoryStore
     from nightshift.storage.s3 import S3
     from nightshift.workspace import Workspace
 
 _PEERS = {"litdata": ("litdata",), "hf datasets": ("datasets",)}
-_ORDER = ("Pillow, one thread", "first snapshot", "1 % more", *_PEERS)
+_ORDER = ("Pillow, one thread", "first snapshot", "without a server", "1 % more", *_PEERS)
 _CHUNK = "64MB"
 _KEPT = 64
 """The side of what a snapshot keeps of a photograph, in pixels."""
@@ -169,6 +171,7 @@ def measure(
         contenders: list[Callable[[], None]] = [
             partial(take, "Pillow, one thread", partial(with_pillow, paths, side)),
             partial(snapshots, number),
+            partial(take, "without a server", lambda: make_snapshot(MemoryStore(), "images", config).read),
             *(partial(take, name, peers[name]) for name in there),
         ]
         first = number % len(contenders)
