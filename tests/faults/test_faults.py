@@ -12,8 +12,9 @@ from boto3.s3.transfer import TransferConfig
 
 from nightshift.checkpoints.payload import read_payload
 from nightshift.checkpoints.verify import verify_checkpoints
-from nightshift.errors import StorageError, TrainingInterrupted
+from nightshift.errors import LeaseExpiredError, StorageDeniedError, StorageError, TrainingInterrupted
 from nightshift.local.s3 import embedded_credentials, embedded_s3
+from nightshift.records.lease import is_live
 from nightshift.records.run import RunRecord, read_record
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.settings import S3Settings
@@ -22,7 +23,7 @@ from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
-from tests.conftest import small_config
+from tests.conftest import eventually, small_config
 from tests.faults import proxy as faults
 from tests.faults.proxy import Fault, Kind, Proxy
 from tests.train_part import state_sha256
@@ -179,6 +180,31 @@ def test_a_save_that_fails_again_and_again_is_told_once_and_counted(
         "a checkpoint could not be stored",
         "checkpoints are stored again; 3 could not be",
     ]
+
+
+def test_a_run_whose_key_is_withdrawn_ends_within_its_lease_and_goes_on_under_another_to_the_same_bits(
+    proxy: Proxy, workspace: Workspace, cifar10: DatasetRef, expected: str
+) -> None:
+    """Under the new key it is the same store, reached directly."""
+    withdrawn = replace(behind(proxy, workspace, save_retry_seconds=0), lease_seconds=6)
+    refused = threading.Event()
+
+    def withdraw(step: int) -> bool:
+        if step == 12:
+            for kind in faults.KINDS:
+                proxy.plan(kind, faults.refuse(403, "InvalidAccessKeyId"), times=10_000)
+        return step > 12 and refused.wait(0.5)  # so slowly that the lease runs out in the training
+
+    with pytest.raises(LeaseExpiredError, match="refuses the credentials"):
+        train_alone(withdrawn, "run", CONFIG, cifar10, should_stop=withdraw)
+    record = stored(workspace)
+    assert (record.status, [event.what for event in record.events]) == ("running", ["started"])
+    with pytest.raises(StorageDeniedError, match="Set AWS_ACCESS_KEY_ID"):
+        train_alone(withdrawn, "run", CONFIG, cifar10)
+    eventually(lambda: not is_live(stored(workspace).lease, workspace.store.now()))
+    done = train_alone(workspace, "run", CONFIG, cifar10)
+    assert [event.what for event in stored(workspace).events] == ["started", "interrupted", "resumed"]
+    assert ending(workspace.store, done) == expected
 
 
 def test_a_stop_while_nothing_can_be_stored_says_which_step_is_the_newest_that_is(
