@@ -77,7 +77,7 @@ async def _start_again(worker: Any, flow_run_id: UUID, pause: timedelta) -> None
     found = await worker.client.read_flow_run(flow_run_id)
     # Not if somebody has cancelled it, or if it came to a result of its own.
     if found.state and found.state.is_crashed() and (await worker.client.read_flow(found.flow_id)).name in FLOWS:
-        message = f"Its process died. It goes on from its newest checkpoint{f' in {pause}' if pause else ''}."
+        message = "Its process died. It goes on where it stopped." + (" It did so before, and waits." if pause else "")
         state: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC) + pause, message=message)
         await worker.client.set_flow_run_state(flow_run_id, state, force=True)
 

@@ -27,7 +27,7 @@ from nightshift.errors import DeploymentNotFoundError, RecoveryLimitError, Stora
 from nightshift.ids import durable_run_id
 from nightshift.records import recovery
 from nightshift.records.run import RunRecord
-from nightshift.refs import SweepResult, TrialResult
+from nightshift.refs import ModelRef, SweepResult, TrialResult
 from nightshift.settings import Settings
 from nightshift.storage.store import Store
 from nightshift.sweeps.stored import Sweep, Trial, begin, best_model, end, plan, read_trial, result, results
@@ -127,7 +127,7 @@ def sweep(
             return Cancelled(message="Cancelled: no further trial is started, and those that train go on.")
     if not best:
         return Failed(message=f"None of {len(ended)} trials has finished: {ended[-1].reason}")
-    sentence = f"{best.run_id} is the best of {len(ended)} trials: {best.test_accuracy:.2%} of the test images"
+    sentence = f"{best.run_id} is the best of {len(ended)} trials: {_accuracy(best, ended)}"
     if verdict:
         handle_rejection(best.run_id, verdict, settings.gate.fail_when_rejected)
         sentence += f". {verdict_message(best.run_id, verdict)}"
@@ -136,14 +136,21 @@ def sweep(
     )
 
 
+def _accuracy(best: ModelRef, trials: list[TrialResult]) -> str:
+    """That by which the best trial was chosen."""
+    (validated,) = [trial.validation_accuracy for trial in trials if trial.run_id == best.run_id]
+    return f"{best.test_accuracy:.2%}" if validated is None else f"{validated:.2%} of the validation images"
+
+
 def table(results: list[TrialResult]) -> list[dict[str, Any]]:
     """A row per trial."""
+    is_validated = any(trial.validation_accuracy is not None for trial in results)
     return [
         {
             "run": trial.run_id,
             "overrides": "  ".join(f"{name}={value}" for name, value in trial.overrides.items()),
             "status": trial.status,
-            **({} if trial.validation_accuracy is None else {"validation accuracy": trial.validation_accuracy}),
+            **({"validation accuracy": trial.validation_accuracy} if is_validated else {}),
             "test accuracy": trial.test_accuracy,
             "training seconds": round(trial.train_seconds, 1),
             "reason": plain(trial.reason),

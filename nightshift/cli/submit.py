@@ -107,9 +107,8 @@ def sweep(
     }
     sweep_id = sweep_id if sweep_id is not None else new_run_id("sweep", now)
     project = load_project(Settings.load().project)
-    plan(
-        durable_run_id(sweep_id, "sweep", now, ""), **wanted, project=project
-    )  # raises ConfigError for whatever is not valid
+    # Raises ConfigError for whatever is not valid.
+    plan(durable_run_id(sweep_id, "sweep", now, ""), **wanted, project=project)
     use_server()
     from deployments import submit as submission
 

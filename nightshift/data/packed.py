@@ -124,7 +124,7 @@ def _in_cache(workspace: Workspace, ref: DatasetRef) -> tuple[Path, dict[str, An
             return path, facts
         except DataCorruptError as error:
             progress.current().warn(f"{path} is damaged or of an older nightshift ({error}): packing it again")
-            path.unlink()
+            path.unlink(missing_ok=True)
     manifest, rows = read_rows(workspace.store, ref.name, ref.digest)
     classes = sorted(manifest.classes)
     if manifest.storage == "encoded":
@@ -191,7 +191,10 @@ def _near(arrays: dict[str, np.ndarray]) -> list[tuple[str, int, int, float]]:
 
 def _facts(path: Path) -> dict[str, Any]:
     """What a file says of its arrays, which are as it says. A process looks at them again only if it was touched."""
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:  # another process has found it damaged meanwhile
+        raise DataCorruptError(f"it cannot be read: {error}") from error
     seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if seen not in _whole:
         _whole[seen] = _checked_facts(path)

@@ -176,7 +176,7 @@ def test_a_run_whose_process_is_killed_is_started_again_by_its_worker_before_the
     assert training.record.result.weights_sha256 == undisturbed.result.weights_sha256
     states = ask(f"flow_run_states/?flow_run_id={training.flow_run_id}")
     assert [state["message"] for state in states if state["name"] == "AwaitingRetry"] == [
-        "Its process died. It goes on from its newest checkpoint."
+        "Its process died. It goes on where it stopped."
     ]
 
 
