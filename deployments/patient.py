@@ -5,12 +5,17 @@
 Prefect's own worker ends after a minute or two without an answer, and kills the trainings that it has started. Of a
 process that dies, it reports that the flow run has crashed, and no more: it is an automation that starts it again, when
 nobody else has within 20 s, and then the worker looks for work every 10 s.
+
+It also starts several processes for a flow run, one after the other, each of which imports Prefect: one that looks
+after the others, one that fetches the flow's code, and the one that runs the flow. When that has died, one more imports
+the flow, to see whether it wants to be told. Our flows are installed and want nothing, so they have the one.
 """
 
 import functools
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -20,13 +25,18 @@ from uuid import UUID
 os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
 
 import httpx
+from prefect import Flow
 from prefect.cli import app
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry
+from prefect.utilities.processutils import command_to_string
+from prefect.workers import process
 from prefect.workers.base import BaseWorker
+from prefect.workers.process import ProcessJobConfiguration
 
-FLOWS = ("train-cifar", "retrain", "sweep")
-"""What goes on where it stopped."""
+LASTING = ("train-cifar", "retrain", "sweep")
+"""The flows that go on where they stopped."""
+_OURS = (*LASTING, "gc", "predict", "recover")
 _PAUSE = timedelta(minutes=1)
 """What dies again sooner waits for so long, so that a process that cannot start is not started every moment."""
 _log = logging.getLogger("prefect.workers")
@@ -76,10 +86,28 @@ def starting_again(submit: Callable[..., Awaitable[Any]]) -> Callable[..., Await
 async def _start_again(worker: Any, flow_run_id: UUID, pause: timedelta) -> None:
     found = await worker.client.read_flow_run(flow_run_id)
     # Not if somebody has cancelled it, or if it came to a result of its own.
-    if found.state and found.state.is_crashed() and (await worker.client.read_flow(found.flow_id)).name in FLOWS:
+    if found.state and found.state.is_crashed() and (await worker.client.read_flow(found.flow_id)).name in LASTING:
         message = "Its process died. It goes on where it stopped." + (" It did so before, and waits." if pause else "")
         state: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC) + pause, message=message)
         await worker.client.set_flow_run_state(flow_run_id, state, force=True)
+
+
+def at_once(prepare: Callable[..., None]) -> Callable[..., None]:
+    """A job's method that makes it ready for a flow run. The process of one of our flows is Prefect's engine itself."""
+
+    @functools.wraps(prepare)
+    def ready(job: ProcessJobConfiguration, flow_run: FlowRun, *arguments: Any, **options: Any) -> None:
+        flow = options.get("flow")
+        if job.command is None and flow and flow.name in _OURS:
+            job.command = command_to_string([sys.executable, "-m", "prefect.engine"])
+        prepare(job, flow_run, *arguments, **options)
+
+    return ready
+
+
+async def _without_hooks(flow_run: FlowRun) -> Flow[..., Any]:
+    """Instead of the flow, whose import takes the worker seconds and half a gigabyte."""
+    return Flow(lambda: None, name="hooks")
 
 
 if __name__ == "__main__":
@@ -87,4 +115,7 @@ if __name__ == "__main__":
         setattr(BaseWorker, name, patient(getattr(BaseWorker, name)))
     name = "_submit_run_and_capture_errors"
     setattr(BaseWorker, name, starting_again(getattr(BaseWorker, name)))
+    name = "prepare_for_flow_run"
+    setattr(ProcessJobConfiguration, name, at_once(getattr(ProcessJobConfiguration, name)))
+    setattr(process, "load_flow_from_flow_run", _without_hooks)  # noqa: B010 - mypy does not see that it is there
     app()
