@@ -32,8 +32,8 @@ from nightshift.local.s3 import embedded_s3
 from nightshift.records.run import RunRecord, read_record
 from nightshift.storage.s3 import S3
 
-_SECONDS = 180
-_CONFIG = ("epochs=8", "max_train_images=12800", "checkpoint_every_steps=10")
+_SECONDS = 600
+_CONFIG = ("epochs=4", "max_train_images=12800", "checkpoint_every_steps=10")
 
 
 def nightshift(home: Path, *arguments: str) -> None:
