@@ -1,4 +1,4 @@
-"""Run every benchmark and write what they print to RESULTS.md: the quick forms in about 16 minutes, or the full ones.
+"""Run every benchmark and write what they print to RESULTS.md: the quick forms in about 18 minutes, or the full ones.
 
 python benchmarks/results.py [--full]
 """
@@ -20,6 +20,7 @@ _SCRIPTS = (
     "throughput",
     "checkpoint_stall",
     "resume_time",
+    "crash_time",
     "flow_overhead",
     "s3_throughput",
     "scale_runs",

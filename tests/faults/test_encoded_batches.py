@@ -1,4 +1,4 @@
-"""The first 200 batches of encoded images, image by image: the same in every process, whatever happens on the way."""
+"""The first 200 batches of encoded images, augmented: the same in every process, whatever happens on the way."""
 
 import hashlib
 import os
@@ -26,7 +26,11 @@ from tests.data.made import made
 from tests.data.pictures import album, write
 from tests.forked import forked
 
-CONFIG = small_config("quick", max_train_images=None, batch_size=16, epochs=30, crop=0.6, flip="random", translate=2)
+CONFIG = small_config(
+    "quick",
+    **{"max_train_images": None, "batch_size": 16, "epochs": 30},
+    **{"crop": 0.6, "flip": "random", "translate": 2, "randaugment": 9, "erasing": 0.5, "mixup": 0.4},
+)
 BATCHES, HALF = 200, 100
 FEW = 1e-5
 """Gigabytes in which only the newest shard has room: the others are fetched again in each epoch."""
