@@ -26,15 +26,8 @@ OURS = (
 # Prefect itself reads the environment when it is imported; these are what it imports.
 OF_PREFECT = (
     *("amplitude", "asgi_lifespan", "coolname", "fastapi", "fsspec", "graphviz", "griffe", "httpx", "humanize"),
-    *(
-        "jinja2",
-        "jsonschema",
-        "opentelemetry.trace",
-        "pathspec",
-        "pendulum",
-        "prometheus_client",
-        "websockets.asyncio.client",
-    ),
+    *("jinja2", "jsonschema", "opentelemetry.trace", "pathspec", "pendulum", "prometheus_client"),
+    "websockets.asyncio.client",
 )
 
 
