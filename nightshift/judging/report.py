@@ -35,6 +35,8 @@ _NIGHTS = 30
 _WORST = 20
 """Of more classes than fit into a confusion matrix, only so many are shown: those that are recognized worst."""
 _NAMED = 10
+_EVENTS = 200
+"""A run may be started again thousands of times. Only so many events are shown: the last ones."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def build_report(
         "kept": kept_of(record.curve, config.evaluation),
         "best": best_of(record.curve, config.evaluation),
         "stopped_early": is_enough(record.curve, config.evaluation),
-        "events": record.events,
+        "events": record.events[-_EVENTS:],
+        "earlier_events": max(0, len(record.events) - _EVENTS),
         "images_per_second": images / record.train_seconds if record.train_seconds else None,
         "cost": cost(record, price_per_hour),
         "price_per_hour": price_per_hour,

@@ -218,6 +218,21 @@ def test_figures_of_a_champion_that_was_measured_on_other_images_do_not_stand_be
         assert bool(report._metrics_of_champion(store, "photos", verdict, found)) == is_shown
 
 
+def test_of_thousands_of_events_the_last_are_shown(home: Path) -> None:
+    store = MemoryStore()
+    with hold_run(store, RunSpec("run", small_config(), DATASET, {"torch": "x"}, 40), 60) as run:
+        record = run.record
+    events = [
+        record.events[0].changed(what="recovered", step=step, detail="it lived " * 20 + "and died again")
+        for step in range(20_000)
+    ]
+    page = build_report(Workspace(store, home, 60, 5), record.changed(events=events), None, None)
+    assert len(page.html.encode()) < 3_000_000
+    for text in (page.html, page.markdown):
+        assert "19,800 earlier events" in text
+        assert text.count("and died again") == 200
+
+
 @pytest.fixture(scope="module")
 def crowded_page(home: Path) -> Report:
     """Of 300 classes, of which every tenth has no test images and one is always taken for the next."""
