@@ -193,8 +193,9 @@ def test_a_run_that_the_user_cancels_stays_cancelled(
 
 @pytest.mark.soak
 def test_of_two_nightly_runs_at_once_the_second_waits(
-    nightshift: Nightshift, train: Callable[..., Training], lost: Training
+    nightshift: Nightshift, train: Callable[..., Training], lost: Training, undisturbed: RunRecord
 ) -> None:
+    """The champion is trained for longer than they are, whichever tests run beside this one."""
     both = []
     for run_id in ("first", "second"):
         done = nightshift("submit", "--json", "--recipe=tutorial", f"--run-id={run_id}", *SETTINGS, "--set=epochs=1")
@@ -208,7 +209,7 @@ def test_of_two_nightly_runs_at_once_the_second_waits(
 
 @pytest.mark.soak
 def test_somebody_is_told_of_a_model_that_is_worse_than_the_champion(told: tuple[str, list[dict[str, str]]]) -> None:
-    """The two before were trained for one epoch only."""
+    """The two before were trained for one epoch only, and the champion for three."""
     eventually(lambda: any("first is not promoted" in message["subject"] for message in told[1]))
     assert any("max_regression" in message["body"] for message in told[1])
 
