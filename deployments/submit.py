@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -21,10 +20,11 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.utilities.urls import url_for
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_fixed
 
 from deployments.client import connected
 from flows.nights import start_in_zone
-from flows.recover import newest_flow_run
+from flows.recover import newest_flow_run, server_fails
 from nightshift import progress
 from nightshift.config.project import Project
 from nightshift.data.names import check_flow, checked_config
@@ -35,6 +35,16 @@ from nightshift.sweeps.stored import plan
 _POLL_SECONDS = 2.0
 _PLAN = ("recipe", "space", "overrides", "trials", "seed", "startup_trials", "warmup_epochs")
 _THE_END = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED}
+
+
+def _warn(attempt: RetryCallState) -> None:
+    if attempt.attempt_number == 1 and attempt.outcome:
+        why = attempt.outcome.exception()
+        progress.current().warn(f"the Prefect server does not answer ({why}); the run goes on without it")
+
+
+_PATIENT = Retrying(retry=retry_if_exception(server_fails), wait=wait_fixed(_POLL_SECONDS), before_sleep=_warn)
+"""Calls that wait for a server which is away or answers 5xx."""
 
 
 @dataclass(frozen=True)
@@ -87,31 +97,25 @@ def watch(submitted: Submitted) -> Iterator[State[Any]]:
 
     A crash is not the end: an automation runs the same flow run again, or the recovery flow starts another.
     """
-    seen, reachable = None, True
+    seen = None
     with connected() as client:
         while True:
-            try:
-                flow_run = newest_flow_run(client, submitted.run_id or "", str(submitted.flow_run_id))
-            except httpx.TransportError as error:
-                if reachable:
-                    progress.current().warn(f"the Prefect server does not answer ({error}); the run goes on without it")
-                reachable = False
-            else:
-                assert flow_run is not None
-                assert flow_run.state is not None
-                reachable = True
-                if flow_run.state.id != seen:
-                    seen = flow_run.state.id
-                    yield flow_run.state
-                if flow_run.state.type in _THE_END:
-                    return
+            flow_run = _PATIENT(newest_flow_run, client, submitted.run_id or "", str(submitted.flow_run_id))
+            assert flow_run is not None
+            assert flow_run.state is not None
+            if flow_run.state.id != seen:
+                seen = flow_run.state.id
+                yield flow_run.state
+            if flow_run.state.type in _THE_END:
+                return
             time.sleep(_POLL_SECONDS)
 
 
 def read_table(submitted: Submitted, key: str) -> list[dict[str, Any]]:
     """The rows of the newest table artifact that a flow run has made under this key; empty if there is none."""
     with connected() as client:
-        found = client.read_artifacts(
+        found = _PATIENT(
+            client.read_artifacts,
             artifact_filter=ArtifactFilter(
                 flow_run_id=ArtifactFilterFlowRunId(any_=[submitted.flow_run_id]), key=ArtifactFilterKey(any_=[key])
             ),

@@ -85,7 +85,7 @@ def start_deployed(store: Store, found: Found, settings: Settings) -> list[str]:
         project = load_project(settings.project)
         due = recovery.claim_due(store, _to_start(store, client, found, deployments), settings.max_recoveries)
         for record in due:
-            with recovery.apart(store, record.run_id, _server_fails):
+            with recovery.apart(store, record.run_id, server_fails):
                 _start(client, record, deployments, project)
                 started.append(record.run_id)
     return started
@@ -137,7 +137,7 @@ def _deployments(client: SyncPrefectClient) -> Deployments:
     return read
 
 
-def _server_fails(error: Exception) -> bool:
+def server_fails(error: BaseException) -> bool:
     """Whether it is the Prefect server that fails, whichever run is asked for."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.is_server_error
@@ -170,7 +170,7 @@ def _to_start(
     """The interrupted runs with a deployment of ours that are neither on their way already nor cancelled."""
     for run in found.interrupted:
         is_to_start = False
-        with recovery.apart(store, run.record.run_id, _server_fails):
+        with recovery.apart(store, run.record.run_id, server_fails):
             is_to_start = _is_to_start(store, client, run.record, deployments)
         if is_to_start:
             yield run

@@ -19,7 +19,7 @@ from prefect.states import Cancelled, Cancelling, Completed, Failed
 from pydantic import Field
 
 from flows.nights import this_start
-from flows.recover import CANCELLED, is_being_cancelled, newest_flow_run, start_again_if_lost
+from flows.recover import CANCELLED, is_being_cancelled, newest_flow_run, server_fails, start_again_if_lost
 from flows.verdicts import handle_rejection, verdict_message
 from nightshift import progress
 from nightshift.config.project import load_project
@@ -161,9 +161,7 @@ def table(results: list[TrialResult]) -> list[dict[str, Any]]:
 
 def _passes(error: httpx.HTTPError | StorageError) -> bool:
     """Whether an error can pass by itself: a sweep outlives a server or a store that does not answer."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.is_server_error
-    return not isinstance(error, StorageError) or error.transient
+    return error.transient if isinstance(error, StorageError) else server_fails(error)
 
 
 def _trainer(client: SyncPrefectClient, study: Sweep) -> str:

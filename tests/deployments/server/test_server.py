@@ -234,7 +234,7 @@ def test_a_sweep_of_8_trials_with_two_killed_on_the_way_finishes_with_8_results(
     started = nightshift(*command)
     assert started.exit_code == 0, started.err + started.out
     again = Training(lost.workspace, "swept", started.json["flow_run_id"], ask)
-    eventually(lambda: again.state["type"] == "COMPLETED", timeout=420)
+    eventually(lambda: again.state["type"] == "COMPLETED", timeout=900)
 
     made = {trial.run_id: trial.record for trial in trials}
     study = documents.read(store, "sweeps/swept.json", Sweep)[0]
