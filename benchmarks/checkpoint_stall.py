@@ -235,17 +235,24 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def opened(home: Path, names: Sequence[str], state: TrainState) -> Iterator[dict[str, Method]]:
-    """The methods of these names, each with its own prefix in one new server."""
+def opened_run(home: Path) -> Iterator[Run]:
+    """A run that keeps one checkpoint, held, in a new server."""
     spec = RunSpec(
-        run_id="checkpoint-stall",
+        run_id="checkpoints",
         config=make_config("tutorial", {"keep_last": 1, "keep_best": False}),
         dataset=DatasetRef(name="random", digest="0" * 64, key="none", source="made here"),
         environment=Hardware(_CPU, "float32", compiled=False, deterministic=True).describe(),
         total_steps=10**6,
     )
     with embedded_s3(home) as store, hold(store, spec, lease_seconds=60) as run:
-        credentials = json.loads((home / "s3" / "credentials.json").read_text())
+        yield run
+
+
+@contextmanager
+def opened(home: Path, names: Sequence[str], state: TrainState) -> Iterator[dict[str, Method]]:
+    """The methods of these names, each with its own prefix in one new server."""
+    with opened_run(home) as run:
+        store, credentials = run.store, json.loads((home / "s3" / "credentials.json").read_text())
         fsspec.config.conf["s3"] = {
             "key": credentials["access_key"],
             "secret": credentials["secret_key"],

@@ -19,6 +19,7 @@ _SCRIPTS = (
     "time_to_accuracy",
     "throughput",
     "checkpoint_stall",
+    "checkpoint_memory",
     "resume_time",
     "crash_time",
     "flow_overhead",

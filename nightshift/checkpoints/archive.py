@@ -11,6 +11,7 @@ import pickletools
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,14 @@ from torch import Tensor
 
 _MAX_DIRECTORY_BYTES = 8 * 1024 * 1024
 """A tensor takes about 70 bytes of the directory, and 1000 of memory while that is read."""
+_MAX_PICKLE_BYTES = 64 * 1024 * 1024
 _MAX_OPERATIONS = 1_000_000
 """A tensor takes about 40 of a pickle's operations. So many take some seconds, and 200 MB of memory at most."""
 _MAX_PARTS = 1_000_000
 _MAX_DEPTH = 20
 _MAX_DIMENSIONS = 16
+_ALIGNMENT = 16
+"""In bytes. `torch.save` gives every tensor 64."""
 _DTYPES = {
     "torch BFloat16Storage": torch.bfloat16,
     "torch BoolStorage": torch.bool,
@@ -54,40 +58,56 @@ class _Global(str):
     __slots__ = ()
 
 
-def read_archive(body: bytes) -> Any:
+def read_archive(body: bytes | mmap) -> Any:
     """What was given to `torch.save`, of plain values and of tensors on the CPU. An OrderedDict becomes a dict.
 
-    It takes at most the memory of `body`, of what `body` says in tensors, and 500 MB.
+    It takes at most 500 MB, and the memory of what `body` says in tensors: that of `body` itself, if it can be written
+    to, for they lie in there then.
 
     Raises:
         ValueError: it says something else, or more than any payload does.
         Exception: of any other kind, if it is not what `torch.save` writes.
     """
     entries = _entries(body)
-    if bytes(entries["byteorder"]).decode() != sys.byteorder:
+    if entries["byteorder"] != sys.byteorder.encode():
         raise ValueError(f"it does not say that its byte order is {sys.byteorder}, this machine's")
+    if len(entries["data.pkl"]) > _MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle has more than {_MAX_PICKLE_BYTES:,} bytes")
     found = _Reader(entries).read(bytes(entries["data.pkl"]))
     _check_tree(found)
     return found
 
 
-class _SmallReads(io.BytesIO):
+class _SmallReads(io.RawIOBase):
     """A file from which an archive's directory is read, unless that is too large."""
+
+    def __init__(self, body: bytes | mmap) -> None:
+        self._body = body
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._body)}[whence])
+        return self._at
 
     def read(self, size: int | None = -1) -> bytes:
         most = _MAX_DIRECTORY_BYTES + 1
-        content = super().read(most if size is None or size < 0 else min(size, most))
+        content = self._body[self._at : self._at + (most if size is None or size < 0 else min(size, most))]
         if len(content) == most:
             raise ValueError(f"its directory has more than {_MAX_DIRECTORY_BYTES:,} bytes")
+        self._at += len(content)
         return content
 
 
-def _entries(body: bytes) -> dict[str, memoryview]:
+def _entries(body: bytes | mmap) -> dict[str, memoryview]:
     """The content of each entry, by its name without the folder that all are in."""
     with zipfile.ZipFile(_SmallReads(body)) as archive:
         listed = archive.infolist()
     entries: dict[str, memoryview] = {}
-    for entry in listed:
+    end = 0
+    for entry in sorted(listed, key=lambda entry: entry.header_offset):
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise ValueError(f"{entry.filename} is compressed")
         # Before the content come 30 bytes, of which the last four say how long the name and what else follows are. The
@@ -95,11 +115,14 @@ def _entries(body: bytes) -> dict[str, memoryview]:
         lengths = entry.header_offset + 26
         name, more = (int.from_bytes(body[at : at + 2], "little") for at in (lengths, lengths + 2))
         first = lengths + 4 + name + more
+        if entry.header_offset < end:
+            raise ValueError("its entries overlap")
+        end = first + entry.file_size
         entries[entry.filename.partition("/")[2]] = memoryview(body)[first : first + entry.file_size]
     if len(entries) < len(listed):
         raise ValueError("two of its entries have the same name")
-    if sum(entry.file_size for entry in listed) > len(body):
-        raise ValueError("its entries overlap, or are cut off")
+    if end > len(body):
+        raise ValueError("its entries are cut off")
     return entries
 
 
@@ -185,8 +208,7 @@ class _Reader:
             content = self._entries[f"data/{key}"]
             if len(content) != length * dtype.itemsize:
                 raise ValueError(f"data/{key} has {len(content):,} bytes, and not {length:,} times {dtype.itemsize}")
-            storage = self._storages[key] = torch.empty(length, dtype=dtype)
-            storage.view(torch.uint8).numpy()[:] = np.frombuffer(content, np.uint8)
+            self._storages[key] = _in_place(content, dtype)
         return self._storages[key]
 
     def _made(self, what: Any, said: tuple[Any, ...]) -> Any:
@@ -195,6 +217,16 @@ class _Reader:
         if what == "collections OrderedDict" and type(what) is _Global and not said:
             return {}
         raise ValueError(f"{what!s:.80} is called, which no payload does")
+
+
+def _in_place(content: memoryview, dtype: torch.dtype) -> Tensor:
+    """The content as a tensor: the same memory, if that may be written to and lies as a tensor's has to."""
+    held = np.frombuffer(content, np.uint8)
+    if content and not content.readonly and held.ctypes.data % _ALIGNMENT == 0:
+        return torch.from_numpy(held).view(dtype)
+    storage = torch.empty(len(content) // dtype.itemsize, dtype=dtype)
+    storage.view(torch.uint8).numpy()[:] = held
+    return storage
 
 
 def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:

@@ -1,7 +1,12 @@
 """A checkpoint's payload: what is stored, and how it is read back without trusting it."""
 
 import hashlib
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from mmap import ACCESS_COPY, mmap
 from typing import Annotated, Any, Literal
 
 import torch
@@ -84,10 +89,11 @@ def read_payload(
             reason; whoever asked names the checkpoint.
         StorageError: it cannot be read.
     """
-    try:
+    body = None
+    with suppress(CheckpointCorruptError):  # it may only have been damaged on the way
         body = _verified_body(store, checkpoint)
-    except CheckpointCorruptError:
-        body = _verified_body(store, checkpoint)  # once more: it may only have been damaged on the way
+    if body is None:
+        body = _verified_body(store, checkpoint)
     try:
         payload: Payload = read_archive(body)
     except Exception as error:  # readers raise anything on bytes that nobody has written
@@ -143,9 +149,9 @@ def described(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _verified_body(store: Store, checkpoint: Checkpoint | CheckpointRef) -> bytes:
+def _verified_body(store: Store, checkpoint: Checkpoint | CheckpointRef) -> bytes | mmap:
     try:
-        body = store.download_bytes(checkpoint.key, max_bytes=checkpoint.bytes)
+        body = _downloaded(store, checkpoint)
     except ObjectNotFoundError as error:
         raise CheckpointCorruptError("the object is missing") from error
     except ObjectTooLargeError as error:
@@ -155,6 +161,23 @@ def _verified_body(store: Store, checkpoint: Checkpoint | CheckpointRef) -> byte
     if hashlib.sha256(body).hexdigest() != checkpoint.sha256:
         raise CheckpointCorruptError("its sha256 is not the recorded one")
     return body
+
+
+def _downloaded(store: Store, checkpoint: Checkpoint | CheckpointRef) -> bytes | mmap:
+    """The object as memory behind which a file without a name lies: the kernel can take it back at any time.
+
+    What is written to it stays in memory. Where the temporary folder has no room for two such files, the object is in
+    memory as a whole; where that folder is itself memory (tmpfs), it is so too.
+    """
+    try:
+        if shutil.disk_usage(tempfile.gettempdir()).free > 2 * checkpoint.bytes:
+            with tempfile.TemporaryFile() as file:
+                store.download(checkpoint.key, file, max_bytes=checkpoint.bytes)
+                file.flush()
+                return mmap(file.fileno(), 0, access=ACCESS_COPY) if os.fstat(file.fileno()).st_size else b""
+    except OSError:
+        pass  # nothing can be written there
+    return store.download_bytes(checkpoint.key, max_bytes=checkpoint.bytes)
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:

@@ -51,6 +51,11 @@ MIB = 1024 * 1024
 _TRANSFER = TransferConfig(
     multipart_threshold=16 * MIB, multipart_chunksize=64 * MIB, max_concurrency=2, preferred_transfer_client="classic"
 )
+# Of what comes out of a pipe, at most this many parts of 16 MiB wait in memory: else ten would, of 64.
+_PIPED = TransferConfig(
+    multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=2, preferred_transfer_client="classic"
+)
+_PIPED.max_in_memory_upload_chunks = 2
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403", "Forbidden"}
 _NOT_FOUND = {"NoSuchKey", "NoSuchUpload", "404", "NotFound"}
 _CONFLICT = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
@@ -148,8 +153,9 @@ class S3:
 
     def upload(self, key: str, body: IO[bytes], advance: Callable[[int], object] | None = None) -> None:
         """In parts above 16 MiB; `advance` is called from worker threads."""
+        config = _TRANSFER if body.seekable() else _PIPED
         with self._explained("write", key):
-            self._client.upload_fileobj(body, self.bucket, self.prefix + key, Callback=advance, Config=_TRANSFER)
+            self._client.upload_fileobj(body, self.bucket, self.prefix + key, Callback=advance, Config=config)
 
     def download(
         self, key: str, into: IO[bytes], advance: Callable[[int], object] | None = None, max_bytes: int | None = None

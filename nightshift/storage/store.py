@@ -139,6 +139,7 @@ class Store(Protocol):
         """Write an object of any size, in parts if it is large. A failure leaves no unfinished parts.
 
         Args:
+            body: if it cannot seek, few of its parts are in memory at a time, and it has 160 GiB at most.
             advance: called with the number of bytes just sent, perhaps from other threads.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Snapshot → serialize → upload → commit.
+"""Snapshot → upload, while it is serialized → commit.
 
 A checkpoint exists once the run record names it, and not before. First the payload is uploaded under a key with the
 step and the writer's fencing token, then the record is put by compare-and-swap. Whatever happens in between leaves an
@@ -7,8 +7,6 @@ that.
 """
 
 import contextvars
-import hashlib
-import io
 import math
 import threading
 import time
@@ -20,6 +18,7 @@ from tenacity import Retrying
 from nightshift import progress
 from nightshift.checkpoints.payload import Payload
 from nightshift.checkpoints.retention import retained
+from nightshift.checkpoints.upload import upload_payload
 from nightshift.config.sections import SavingConfig
 from nightshift.errors import StorageError
 from nightshift.records.curve import CurvePoint
@@ -163,21 +162,19 @@ class Saver:
             failed=self._failed,
         )
         run, step, started = self._run, payload["step"], time.perf_counter()
-        buffer = io.BytesIO()
-        torch.save(payload, buffer, pickle_protocol=2)  # which `read_archive` reads, whatever torch's default becomes
-        body = buffer.getvalue()
-        checkpoint = Checkpoint(
-            step=step,
-            epoch=epoch,
-            key=payload_key(run.run_id, step, run.token),
-            bytes=len(body),
-            sha256=hashlib.sha256(body).hexdigest(),
-            written_at=run.store.now(),
-            metrics=metrics,
-        )
+        key = payload_key(run.run_id, step, run.token)
         for attempt in self._attempts():
             with attempt:
-                run.store.upload(checkpoint.key, io.BytesIO(body))
+                written = upload_payload(run.store, key, payload)
+                checkpoint = Checkpoint(
+                    step=step,
+                    epoch=epoch,
+                    key=key,
+                    bytes=written.bytes,
+                    sha256=written.sha256,
+                    written_at=run.store.now(),
+                    metrics=metrics,
+                )
                 self._commit(checkpoint, [CurvePoint(**point) for point in curve])
         self._saved = run.record.ref(checkpoint)
         if self._failed_in_a_row > 1:

@@ -129,6 +129,11 @@ class TrainState:
         self.model.load_state_dict(payload["model"])
         # Of its groups the config decides, and each step sets their rates.
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": payload["optimizer"]["state"]})
+        for kept in self.optimizer.state.values():
+            # torch takes tensors of the CPU as they are: with them it would hold the whole payload.
+            kept.update(
+                {name: value.clone() for name, value in kept.items() if isinstance(value, Tensor) and value.is_cpu}
+            )
         self.step = payload["step"]
         if self.average:
             self.average.module.load_state_dict(payload["average"])

@@ -204,7 +204,7 @@ def test_a_store_that_fails_at_every_checkpoint_ends_the_run_with_nothing_droppe
     """One throttled GET counted as damage, and cost the newest checkpoint for good."""
     run = run_with_checkpoints(store)
     faulty = Faulty(store)
-    faulty.fail("download_bytes", StorageError("503 Slow Down"), times=math.inf)
+    faulty.fail("download", StorageError("503 Slow Down"), times=math.inf)
     run.store = faulty
     with pytest.raises(StorageError, match="503"):
         restore_newest(run, retry_seconds=0)
@@ -214,7 +214,7 @@ def test_a_store_that_fails_at_every_checkpoint_ends_the_run_with_nothing_droppe
 def test_a_store_that_fails_for_a_while_is_asked_again_and_costs_no_step(store: Store) -> None:
     run = run_with_checkpoints(store)
     faulty = Faulty(store)
-    faulty.fail("download_bytes", StorageError("503 Slow Down"), times=2)
+    faulty.fail("download", StorageError("503 Slow Down"), times=2)
     run.store = faulty
     found = restore_newest(run, retry_seconds=30)
     assert found
@@ -226,7 +226,7 @@ def test_what_the_store_cannot_read_is_passed_over_and_stays_in_the_record(store
     """Some stores answer 500 forever for an object in which a bit has flipped."""
     run = run_with_checkpoints(store)
     faulty = Faulty(store)
-    faulty.fail("download_bytes", StorageError("500 InternalError"), key="checkpoints/run/2-", times=math.inf)
+    faulty.fail("download", StorageError("500 InternalError"), key="checkpoints/run/2-", times=math.inf)
     run.store = faulty
     found = restore_newest(run, retry_seconds=0)
     assert found

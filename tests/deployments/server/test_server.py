@@ -215,6 +215,7 @@ def test_somebody_is_told_of_a_model_that_is_worse_than_the_champion(told: tuple
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_sweep_of_8_trials_with_two_killed_on_the_way_finishes_with_8_results(
     nightshift: Nightshift, ask: Callable[..., Any], lost: Training
 ) -> None:
