@@ -29,7 +29,6 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-from boto3.s3.transfer import TransferConfig
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
@@ -80,6 +79,7 @@ KINDS: tuple[Kind, ...] = (
     "payload delete",
     "payload get",
 )
+_TRIES = 50
 POINTS = (SNAPSHOT, *(f"{when} {kind}" for kind in KINDS for when in ("before", "after")))
 
 
@@ -116,12 +116,15 @@ class Campaign:
 
     def kill_one(self, point: str, chance: random.Random) -> None:
         """Kill a run at `point`, resume it, and compare how it ends; one that ends too soon is not counted."""
-        step, killed = forked().Value("i", 0), False
+        step = forked().Value("i", 0)
         with running(self.store.endpoint) as proxy:
-            while not killed:
+            for _ in range(_TRIES):
                 name = chance.choice(sorted(self.expected))
                 run_id = f"{name}-{secrets.token_hex(4)}"
-                killed = self._killed(proxy, point, name, run_id, step, chance)
+                if self._killed(proxy, point, name, run_id, step, chance):
+                    break
+            else:
+                raise AssertionError(f"no run comes to this point: {point}")
             exit_code = self._train(proxy, name, run_id)
             assert exit_code == 0, f"{run_id}, killed {point}, does not resume: exit code {exit_code}"
         resumed_from = read_record(self.store, run_id)[0].resumed_from_step or 0
@@ -207,7 +210,7 @@ def _train(
     """In a process of its own: train a run to its end, or until it is killed."""
     logging.disable(logging.WARNING)
     if config.model.name != "resnet18":  # else states of a few MB would go up in one piece
-        s3._TRANSFER = TransferConfig(multipart_threshold=s3.MIB // 4, preferred_transfer_client="classic")
+        s3._TRANSFER.multipart_threshold = s3._PIPED.multipart_threshold = s3.MIB // 4
     if kill_at_copy:
         _kill_within_a_snapshot(kill_at_copy)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from boto3.s3.transfer import TransferConfig
 
 from nightshift.checkpoints.payload import read_payload
 from nightshift.checkpoints.verify import verify_checkpoints
@@ -72,7 +71,8 @@ def faulty(workspace: Workspace, proxy: Proxy) -> Workspace:
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let payloads of a few MB go up in parts, as large ones do."""
-    monkeypatch.setattr(s3, "_TRANSFER", TransferConfig(s3.MIB // 4, preferred_transfer_client="classic"))
+    for config in (s3._TRANSFER, s3._PIPED):
+        monkeypatch.setattr(config, "multipart_threshold", s3.MIB // 4)
 
 
 @pytest.fixture(scope="module")
