@@ -67,7 +67,7 @@ def up(settings: Settings, deployments: Deployments) -> Running:
             stack.enter_context(using(home / name, plan))
             supervisor.keep(home / name)
         for name, pool in _WORKERS.items():
-            wait_until(partial(_is_served, server, pool), home / name, timeout=60)
+            wait_until(partial(_is_served, server, pool), home / name)
     return Running(server.api_url, login_file(home), endpoint, deployed)
 
 

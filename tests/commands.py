@@ -60,7 +60,7 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def finish(self, timeout: float = 400) -> Finished:
+    def finish(self, timeout: float = 600) -> Finished:
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"not ended after {timeout} s: {self._err.text}"
         return Finished(self.process.exitcode, self._out.until_its_end(), self._err.until_its_end())
@@ -80,7 +80,7 @@ def run_installed(arguments: tuple[str, ...], environment: Mapping[str, str], cw
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 

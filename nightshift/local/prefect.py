@@ -24,9 +24,6 @@ from nightshift.local import supervisor
 from nightshift.local.secrets import made_once, written
 from nightshift.local.supervisor import Server, using, wait_until
 
-# A first start creates the database, which takes about 20 s on two busy cores.
-_START_SECONDS = 180
-
 _RETENTION_DAYS = 30
 """How long flow runs that have ended stay in the server's database. What a run is stands in the bucket."""
 
@@ -105,7 +102,7 @@ def local_prefect(home: Path) -> Iterator[tuple[PrefectServer, Callable[[], None
     directory = home / "prefect"
     with using(directory, lambda: _plan(directory)) as facts:
         server = _with_login(directory, facts)
-        yield server, lambda: wait_until(lambda: _answers(server.api_url), directory, _START_SECONDS)
+        yield server, lambda: wait_until(lambda: _answers(server.api_url), directory)
 
 
 def login_file(home: Path) -> Path:

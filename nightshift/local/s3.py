@@ -53,7 +53,7 @@ def embedded_s3(home: Path, prefix: str = "") -> Iterator[S3]:
             )
         settings = S3Settings(endpoint_url=facts["endpoint_url"], bucket=BUCKET, prefix=prefix)
         impatient = S3(settings.model_copy(update={"timeout_seconds": 5.0}), credentials, attempts=1)
-        wait_until(lambda: _answers(impatient, directory), directory, timeout=30)
+        wait_until(lambda: _answers(impatient, directory), directory)
         _keep_reserve(directory)
         yield S3(settings, credentials, directory=directory)
 

@@ -42,6 +42,8 @@ from nightshift.local.secrets import close_to_others, written
 LINGER_SECONDS = 10.0
 _STOPPED_SECONDS, _STALLED_SECONDS = 1.5, 15.0
 """How long a full disk is waited for: by a server that does not run, as it cannot be started; and by one that does."""
+_START_SECONDS = 180.0
+"""How long a server that runs is waited for. A first start of Prefect's took 20 s on two busy cores."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def running_facts(directory: Path) -> Mapping[str, Any]:
     return _facts(directory)
 
 
-def wait_until(ready: Callable[[], bool], directory: Path, timeout: float) -> None:
+def wait_until(ready: Callable[[], bool], directory: Path, timeout: float = _START_SECONDS) -> None:
     """Wait until the server in `directory` answers, for `timeout` seconds at most.
 
     Raises:

@@ -46,7 +46,7 @@ def ends(home: Path, server: S3) -> dict[tuple[str, ...], tuple[int, str]]:
     """Exit code and standard error of each mistake. One process makes them all: its imports are most of the time."""
     environment = {"NIGHTSHIFT_HOME": str(home), "NIGHTSHIFT_S3__PREFIX": "mistakes"}
     command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(list(MISTAKES))]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
     return dict(zip(MISTAKES, map(json.loads, done.stdout.splitlines()), strict=True))
 
 

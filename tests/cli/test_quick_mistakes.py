@@ -117,7 +117,7 @@ def ends_of(commands: Iterable[tuple[str, ...]], folder: Path) -> dict[tuple[str
     # A server that is asked for anything here would not answer.
     environment = {**os.environ, "NIGHTSHIFT_HOME": str(folder), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
     command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(commands)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
     return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 

@@ -59,7 +59,7 @@ def test_a_server_without_deployments_makes_no_night_and_the_command_that_does_i
 def test_what_was_deployed_is_there_with_the_next_start_in_its_zone_and_what_is_switched_off_is_seen(
     doctor: Callable[..., Checks], deployed: None, lone: PrefectServer
 ) -> None:
-    eventually(lambda: bool(doctor()[f"schedule of {NIGHTLY}"]["ok"]), 90)
+    eventually(lambda: bool(doctor()[f"schedule of {NIGHTLY}"]["ok"]))
     found = doctor()
     assert found["deployments"]["ok"]
     assert found["automations"]["ok"]

@@ -63,7 +63,7 @@ def api_url(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
         except PrefectServerError:
             return False
 
-    eventually(answers, timeout=120)
+    eventually(answers)
     yield api_url
     server.terminate()
     server.wait()

@@ -40,7 +40,6 @@ def killed(home: Path, prefix: str, dataset: DatasetRef, at: int) -> None:
         train_alone(Workspace(store, home, 6, 60), "killed", CONFIG, dataset, should_stop=strike)
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.soak)])
 def test_a_run_on_encoded_images_that_is_killed_again_and_again_ends_with_the_same_bits(
     kills: int, workspace: Workspace, home: Path, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,8 +3,6 @@
 import signal
 from collections.abc import Callable
 
-import pytest
-
 from nightshift.checkpoints.payload import read_payload, weights_sha256
 from nightshift.checkpoints.verify import verify_checkpoints
 from nightshift.config.recipes import make_config
@@ -19,7 +17,6 @@ from tests.faults import soak
 TWO_EPOCHS = ("train", "--recipe", "tutorial", "--set", "max_train_images=6400", "--set", "epochs=2", "--json")
 
 
-@pytest.mark.timeout(600)
 def test_runs_killed_at_points_of_the_protocol_and_at_random_end_with_the_same_bits_and_leave_nothing_behind(
     workspace: Workspace, cifar10: DatasetRef
 ) -> None:

@@ -7,8 +7,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from nightshift.judging import evaluation, gate
 from nightshift.judging.report import publish_report
 from nightshift.local.s3 import embedded_s3
@@ -59,7 +57,6 @@ def the_rest_of_the_night(home: Path, prefix: str, run_id: str, dataset: Dataset
         publish_report(workspace, checkpoint, evaluated, model, verdict, price_per_hour=None)
 
 
-@pytest.mark.timeout(600)
 def test_a_run_killed_at_every_step_after_its_training_comes_to_the_same_end(
     workspace: Workspace, home: Path, prefix: str, cifar10: DatasetRef
 ) -> None:

@@ -105,7 +105,6 @@ def test_a_snapshot_killed_before_and_after_writes_ends_the_same_and_leaves_noth
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
 def test_a_snapshot_killed_at_every_point_and_at_fifty_instants_ends_the_same_and_leaves_nothing(
     workspace: Workspace, prefix: str, root: Path
 ) -> None:

@@ -57,7 +57,7 @@ def test_a_snapshot_read_on_a_cluster_that_loses_a_worker_is_the_one_that_this_m
     lost: list[int] = []
 
     def lose_a_worker() -> None:
-        eventually(lambda: bool(list(workspace.store.list("datasets/photos/parts/"))), timeout=120)
+        eventually(lambda: bool(list(workspace.store.list("datasets/photos/parts/"))))
         os.kill(worker, signal.SIGKILL)
         lost.append(worker)
 

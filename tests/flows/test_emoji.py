@@ -32,7 +32,6 @@ def add_emoji(folder: Path, version: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
 def test_five_nights_read_each_image_once_keep_its_split_and_a_killed_night_ends_with_its_own_images(
     start: Callable[..., Command], workspace: Workspace, prefect_api: str, tmp_path: Path
 ) -> None:
@@ -53,7 +52,7 @@ def test_five_nights_read_each_image_once_keep_its_split_and_a_killed_night_ends
     first = night(1).finish()
     assert first.exit_code == 0, first.err
     second = night(2, epochs=3)
-    eventually(is_saved, timeout=120)
+    eventually(is_saved)
     second.send(signal.SIGKILL)
     assert second.finish().exit_code == -signal.SIGKILL
     assert night(3).finish().exit_code == 0

@@ -46,7 +46,7 @@ def test_a_killed_fine_tuning_of_the_champion_ends_with_its_own_bits_though_anot
     whole = train("tuned", "whole", NIGHTSHIFT_GATE__MIN_ACCURACY="1")
     assert whole.json["parent"]["source"] == "first"
     killed = start("train", "--recipe=tuned", "--run-id=killed", "--json", PREFECT_API_URL=prefect_api)
-    eventually(partial(has_saved, workspace.store, "killed"), timeout=120)
+    eventually(partial(has_saved, workspace.store, "killed"))
     killed.kill()
     assert nightshift("promote", "whole", "--name=parts").exit_code == 0
     resumed = nightshift("resume", "killed", "--json", PREFECT_API_URL=prefect_api)

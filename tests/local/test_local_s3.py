@@ -104,7 +104,7 @@ def seconds_outlived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Futur
 
         def watch() -> float:
             killed = time.monotonic()
-            eventually(lambda: not any(map(runs, both)), LONGEST)
+            eventually(lambda: not any(map(runs, both)))
             return time.monotonic() - killed
 
         yield watcher.submit(watch)
@@ -164,7 +164,7 @@ def test_a_key_pair_that_was_made_anew_below_a_running_server_is_told_at_once_an
         began = time.monotonic()
         with pytest.raises(LocalServiceError, match=r"another key pair.* `nightshift down`"), embedded_s3(tmp_path):
             pass
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 15, "it is not waited for"
         assert store.get("key")[0] == b"body"
 
 
@@ -184,8 +184,8 @@ def test_a_killed_server_is_started_again_where_it_was_with_all_it_had_acknowled
         written = {f"key/{number}": store.put(f"key/{number}", b"body") for number in range(50)}
         killed, supervised_by = server_pid(tmp_path), supervisor_pid(tmp_path)
         kill(killed)
-        eventually(lambda: server_pid(tmp_path) != killed, 5)
-        eventually(lambda: can_be_read(store, "key/0"), 30)
+        eventually(lambda: server_pid(tmp_path) != killed)
+        eventually(lambda: can_be_read(store, "key/0"))
         assert supervisor_pid(tmp_path) == supervised_by
         assert {found.key: found.etag for found in store.list("")} == written
         assert {store.get(key)[0] for key in written} == {b"body"}
@@ -257,7 +257,7 @@ def test_what_a_server_printed_is_still_there_after_its_next_start_and_its_ends_
         killed = server_pid(tmp_path)
         before = (directory / "server.log").read_text()
         kill(killed)
-        eventually(lambda: server_pid(tmp_path) != killed, 5)
+        eventually(lambda: server_pid(tmp_path) != killed)
     assert (directory / "server.log").read_text().startswith(before[:1000])
     noted = (directory / "supervisor.log").read_text()
     assert f"started as process {killed}" in noted
@@ -286,5 +286,5 @@ def test_a_kept_server_that_cannot_start_is_told_and_tried_again_until_it_can(tm
         with pytest.raises(LocalServiceError, match="does not start"):
             supervisor.wait_until(lambda: False, directory, timeout=60)
         mended.touch()
-        eventually(lives.exists, 30)
+        eventually(lives.exists)
     assert supervisor.release(directory)

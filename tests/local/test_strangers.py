@@ -90,7 +90,7 @@ def test_no_inner_port_tells_or_takes_anything(one: tuple[Path, S3], tmp_path: P
     messages = [f"{request} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode() for request in requests]
     ways = {"in the clear": None, "TLS": client(), "TLS, a certificate of their own": client(theirs)}
     # An HTTP port of four parts, a gRPC port of these and S3, and a socket beside each of those; admin's come last.
-    eventually(lambda: len(inner_doors(home, store)) == 14, 30)
+    eventually(lambda: len(inner_doors(home, store)) == 14)
     doors = inner_doors(home, store)
     told = {
         (str(door[1]), way, message.partition(b"\r\n")[0]): answer
@@ -154,7 +154,7 @@ def test_all_it_opens_lies_where_nobody_else_can_look(one: tuple[Path, S3]) -> N
 def test_a_server_that_stops_leaves_nothing_in_tmp(tmp_path: Path) -> None:
     with embedded_s3(tmp_path):
         pid = server_pid(tmp_path)
-        eventually(lambda: len(unix_sockets(pid)) == 7, 30)
+        eventually(lambda: len(unix_sockets(pid)) == 7)
         sockets = unix_sockets(pid)
         supervisor.keep(tmp_path / "s3")
     supervisor.release(tmp_path / "s3")
@@ -177,7 +177,7 @@ def test_a_server_of_yesterday_is_replaced_for_all_who_use_it_and_its_store_is_r
     with supervisor.using(directory, lambda: unprotected(directory)) as facts:
         supervisor.keep(directory)
         user = S3(S3Settings(endpoint_url=facts["endpoint_url"], bucket=s3.BUCKET), embedded_credentials(directory))
-        eventually(lambda: s3._answers(user, directory), 30)
+        eventually(lambda: s3._answers(user, directory))
         user.put("small", b"body")
         user.put("large", large := os.urandom(9_000_000))
         old = supervisor_pid(tmp_path), server_pid(tmp_path)

@@ -37,7 +37,7 @@ class MlflowServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        eventually(self._answers, timeout=240)
+        eventually(self._answers)
 
     def kill(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)

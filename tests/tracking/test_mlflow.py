@@ -158,7 +158,7 @@ def test_a_server_that_is_killed_in_mid_run_changes_no_bit_and_knows_all_after_i
 
     def kill_in_the_middle(step: int) -> bool:
         if step == 9:
-            eventually(lambda: bool(Told(settings).runs(NAME).get("told")), timeout=120)
+            eventually(lambda: bool(Told(settings).runs(NAME).get("told")))
             server.kill()
         return False
 

@@ -98,7 +98,7 @@ def nightshift(laptop: Path, prefix: str, block: str, directory: Path) -> Nights
     environment = {"NIGHTSHIFT_HOME": str(laptop), "NIGHTSHIFT_S3__PREFIX": prefix, "NIGHTSHIFT_NOTIFY": block}
 
     def run(*arguments: str) -> Finished:
-        return Command(arguments, environment, directory).finish(timeout=280)
+        return Command(arguments, environment, directory).finish()
 
     return run
 
@@ -126,7 +126,7 @@ def prefect(stack: dict[str, Any], nightshift: Nightshift) -> Prefect:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=600,
         )
 
     return run
@@ -191,7 +191,7 @@ def train(ask: Callable[..., Any], laptop: Path, prefix: str) -> Iterator[Callab
                 state={"type": "SCHEDULED"},
             )
             training = Training(workspace, run_id, started["id"], ask)
-            eventually(lambda: any(store.list(f"checkpoints/{run_id}/")), timeout=90)
+            eventually(lambda: any(store.list(f"checkpoints/{run_id}/")))
             eventually(lambda: bool(training.record.checkpoints))
             return training
 

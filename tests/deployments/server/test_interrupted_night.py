@@ -68,14 +68,14 @@ def test_the_parts_of_a_night_with_five_interruptions_are_its_wall_time_and_hard
     night = train("night", CONFIG)
     wasted = [0]
     for number, blow in enumerate(BLOWS, 1):
-        eventually(lambda: done() >= number * STEPS // 6, timeout=600)  # noqa: B023
+        eventually(lambda: done() >= number * STEPS // 6)  # noqa: B023
         process = night.record.lease.process
         night.kill(blow)
-        eventually(lambda: processes.state_of(process) == "dead", timeout=60)  # noqa: B023
+        eventually(lambda: processes.state_of(process) == "dead")  # noqa: B023
         wasted.append(done() - night.record.step)
         if blow == signal.SIGTERM:
             assert wasted[-1] == wasted[-2], "what is told to stop saves its last step"
-    eventually(night.has_ended, timeout=600)
+    eventually(night.has_ended)
     wall = time.time() - begun
 
     record = night.record

@@ -51,7 +51,7 @@ def two_ranks(train: Callable[..., Training], ask: Callable[..., Any], prefect: 
     training = train("neighboured", overrides={**CONFIG, "nproc_per_node": 2, "epochs": 300})
     yield training
     assert prefect("flow-run", "cancel", training.flow_run_id).returncode == 0
-    eventually(training.has_ended, timeout=60)
+    eventually(training.has_ended)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")

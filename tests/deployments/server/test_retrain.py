@@ -121,7 +121,7 @@ def later(
             url = f"{its_server.api_url}/automations/{automation['id']}"
             put = partial(httpx.put, url, json=changed, auth=(login[0], login[1]), timeout=30)
             # While its SQLite is locked, the server answers 503. Prefect's own client asks again too.
-            eventually(partial(_succeeds, put), timeout=120)
+            eventually(partial(_succeeds, put))
     (directory / "other.toml").write_text(DATASET)
     (directory / ".env").write_text("NIGHTSHIFT_PROJECT=other.toml")
     return nightshift("up")
