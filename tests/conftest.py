@@ -13,10 +13,8 @@ from filelock import FileLock
 
 # The batches of the tests are tiny: threads that wait for each other on shared cores would take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Prefect looks for what is due every second or two, instead of every 10, 30 and 5.
-os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "1")
+# Who waits for another run looks again every 2 s, not 30.
 os.environ.setdefault("PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS", "2")
-os.environ.setdefault("PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY", "PT1S")
 
 from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
