@@ -87,7 +87,10 @@ def _is_served(server: PrefectServer, pool: str) -> bool:
 
 def _worker(home: Path, project: str, server: PrefectServer, pool: str, save_retry_seconds: float) -> Server:
     return Server(
-        command=[str(Path(sys.executable).with_name("nightshift")), "worker", "--pool", pool],
+        command=[
+            *(str(Path(sys.executable).with_name("nightshift")), "worker", "--pool", pool),
+            *(["--warm"] if pool == POOL else []),
+        ],
         environment={
             "NIGHTSHIFT_HOME": str(home),
             "NIGHTSHIFT_PROJECT": project,

@@ -1,6 +1,4 @@
-"""Prefect's command line, whose workers wait for a server that is away, and start again at once what dies on them.
-
-    python -m deployments.patient worker start --pool POOL
+"""Workers of Prefect's that wait for a server that is away, and start again at once what dies on them.
 
 Prefect's own worker ends after a minute or two without an answer, and kills the trainings that it has started. Of a
 process that dies, it reports that the flow run has crashed, and no more: it is an automation that starts it again, when
@@ -8,7 +6,8 @@ nobody else has within 20 s, and then the worker looks for work every 10 s.
 
 It also starts several processes for a flow run, one after the other, each of which imports Prefect: one that looks
 after the others, one that fetches the flow's code, and the one that runs the flow. When that has died, one more imports
-the flow, to see whether it wants to be told. Our flows are installed and want nothing, so they have the one.
+the flow, to see whether it wants to be told. Our flows are installed and want nothing, so they have the one. It can be
+forked from one that has imported what they need (`warm`).
 """
 
 import functools
@@ -19,24 +18,29 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
 
+import anyio
 import httpx
 from prefect import Flow
-from prefect.cli import app
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.runner import _starter_engine
 from prefect.states import AwaitingRetry
-from prefect.utilities.processutils import command_to_string
+from prefect.utilities.processutils import command_to_string, run_process
 from prefect.workers import process
 from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration
 
+from deployments import warm
+
 LASTING = ("train-cifar", "retrain", "sweep")
 """The flows that go on where they stopped."""
 _OURS = (*LASTING, "gc", "predict", "recover")
+_ENGINE = [sys.executable, "-m", "prefect.engine"]
 _PAUSE = timedelta(minutes=1)
 """What dies again sooner waits for so long, so that a process that cannot start is not started every moment."""
 _log = logging.getLogger("prefect.workers")
@@ -99,7 +103,7 @@ def at_once(prepare: Callable[..., None]) -> Callable[..., None]:
     def ready(job: ProcessJobConfiguration, flow_run: FlowRun, *arguments: Any, **options: Any) -> None:
         flow = options.get("flow")
         if job.command is None and flow and flow.name in _OURS:
-            job.command = command_to_string([sys.executable, "-m", "prefect.engine"])
+            job.command = command_to_string(_ENGINE)
         prepare(job, flow_run, *arguments, **options)
 
     return ready
@@ -110,7 +114,23 @@ async def _without_hooks(flow_run: FlowRun) -> Flow[..., Any]:
     return Flow(lambda: None, name="hooks")
 
 
-if __name__ == "__main__":
+def forking(run: Callable[..., Awaitable[Any]], forks: warm.Forks) -> Callable[..., Awaitable[Any]]:
+    """A function that runs a command to its end. If that is Prefect's engine, it is forked."""
+
+    @functools.wraps(run)
+    async def run_forked(command: list[str], *, task_status: Any, task_status_handler: Any, **options: Any) -> Any:
+        if command != _ENGINE:
+            return await run(command, task_status=task_status, task_status_handler=task_status_handler, **options)
+        forked = forks.start(_ENGINE[-1], options["env"], Path(options["cwd"]))
+        task_status.started(task_status_handler(forked))
+        await anyio.wait_readable(forked.sentinel)
+        forked.join()
+        return forked
+
+    return run_forked
+
+
+def be_patient() -> None:
     for name in ("get_and_submit_flow_runs", "sync_with_backend"):
         setattr(BaseWorker, name, patient(getattr(BaseWorker, name)))
     name = "_submit_run_and_capture_errors"
@@ -118,4 +138,7 @@ if __name__ == "__main__":
     name = "prepare_for_flow_run"
     setattr(ProcessJobConfiguration, name, at_once(getattr(ProcessJobConfiguration, name)))
     setattr(process, "load_flow_from_flow_run", _without_hooks)  # noqa: B010 - mypy does not see that it is there
-    app()
+
+
+def be_warm() -> None:
+    setattr(_starter_engine, "run_process", forking(run_process, warm.Forks()))  # noqa: B010 - as above

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -24,23 +24,24 @@ class _Stop(BaseException):
     pass
 
 
-def run(pool: str, limit: int | None, grace_seconds: float) -> int:
+def run(pool: str, limit: int | None, is_warm: bool, grace_seconds: float) -> int:
     """Run a worker of `pool` until a SIGTERM or SIGINT; a second one stops at once.
 
     Args:
         limit: how many flow runs at a time.
+        is_warm: whether flow runs are forked from a process that has imported what they need.
         grace_seconds: how long the flow runs may take to save.
 
     Returns:
         0 after a signal, otherwise the worker's exit status.
     """
     name = "-gpu".join(filter(None, (socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"))))
-    command = [sys.executable, "-m", "deployments.patient", "worker", "start", "--pool", pool, "--name", name]
+    command = [sys.executable, "-m", "deployments", *(["--warm"] if is_warm else []), "worker", "start"]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     # A session of its own: a Ctrl-C at the terminal must reach the runs only through us.
     worker = subprocess.Popen(
-        [*command, *([] if limit is None else ["--limit", str(limit)])],
+        [*command, "--pool", pool, "--name", name, *([] if limit is None else ["--limit", str(limit)])],
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )
@@ -70,7 +71,7 @@ def _die_with_parent() -> None:
 def _stop(worker: subprocess.Popen[bytes], grace_seconds: float) -> None:
     # A halted worker neither starts another run when one ends, nor kills any.
     worker.send_signal(signal.SIGSTOP)
-    runs = _children(worker.pid)
+    runs = list(_runs(worker.pid))
     if runs:
         print(f"stopping: {len(runs)} flow runs have {grace_seconds:.0f} s to save", file=sys.stderr)
     _end(runs, grace_seconds)
@@ -80,6 +81,13 @@ def _stop(worker: subprocess.Popen[bytes], grace_seconds: float) -> None:
         worker.wait(_WORKER_SECONDS)
     except subprocess.TimeoutExpired:
         print("the worker does not stop; it is killed", file=sys.stderr)
+
+
+def _runs(worker: int) -> Iterator[int]:
+    """The processes of its flow runs: its children, but for those of a warm worker, which its fork server has."""
+    for child in _children(worker):
+        is_of_multiprocessing = b"from multiprocessing" in Path(f"/proc/{child}/cmdline").read_bytes()
+        yield from _children(child) if is_of_multiprocessing else [child]
 
 
 def _children(pid: int) -> list[int]:

@@ -11,8 +11,8 @@ from unittest import mock
 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-# The first optimizer imports torch._dynamo, the publication torch.export and the report scipy.stats: ten seconds.
-HEAVY = ("torch._dynamo", "torch.export", "torch._functorch.aot_autograd", "networkx", "scipy.stats", "pyarrow.parquet")
+from deployments.warm import HEAVY, OF_PREFECT
+
 OURS = (
     "nightshift.cli.train",
     "nightshift.data.snapshot",
@@ -22,12 +22,6 @@ OURS = (
     "nightshift.parallel.worker",
     "nightshift.publishing.export",
     "nightshift.training.run",
-)
-# Prefect itself reads the environment when it is imported; these are what it imports.
-OF_PREFECT = (
-    *("amplitude", "asgi_lifespan", "coolname", "fastapi", "fsspec", "graphviz", "griffe", "httpx", "humanize"),
-    *("jinja2", "jsonschema", "opentelemetry.trace", "pathspec", "pendulum", "prometheus_client"),
-    "websockets.asyncio.client",
 )
 
 
@@ -43,7 +37,9 @@ def forked() -> ForkServerContext:
     # Whoever starts a process asks all others whether they have ended. Of two threads that ask one process at the same
     # time, the second reads nothing where the first has read the exit code, and takes it for 255.
     multiprocessing.process._cleanup = lambda: None  # type: ignore[attr-defined]
-    context.set_forkserver_preload([*HEAVY, *OURS, *OF_PREFECT])  # only what is installed is found there
+    context.set_forkserver_preload(
+        [*HEAVY, *OURS, *OF_PREFECT, "deployments.warm"]
+    )  # only what is installed is found there
     # What the launcher of ranks gives to those that it starts itself.
     with mock.patch.dict(os.environ, {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
         forkserver.ensure_running()

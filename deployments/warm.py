@@ -1,0 +1,108 @@
+"""Flow runs in processes that are forked from one that has imported what a training needs.
+
+A new Python imports for seconds before a flow run's first line. Python's fork server has done so once; a process that
+it forks takes over the environment and the directory of the flow run, and then is Prefect's engine. Forking is sound as
+long as the server has no threads but those of OpenBLAS and jemalloc, which know about forks, and has not touched a GPU;
+and as long as nothing that was imported would be something else in a new Python. Where that is not so, the process says
+why, and becomes a new Python: as slow as without all this.
+
+Prefect is not imported in the server, because it reads the environment when it is imported. What it imports is.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+# The first optimizer imports torch._dynamo, the publication torch.export and the report scipy.stats: ten seconds.
+HEAVY = ("torch._dynamo", "torch.export", "torch._functorch.aot_autograd", "networkx", "scipy.stats", "pyarrow.parquet")
+OF_PREFECT = (
+    *("amplitude", "asgi_lifespan", "coolname", "fastapi", "fsspec", "graphviz", "griffe", "httpx", "humanize"),
+    *("jinja2", "jsonschema", "opentelemetry.trace", "pathspec", "pendulum", "prometheus_client"),
+    "websockets.asyncio.client",
+)
+_OURS = (
+    "nightshift.data.snapshot",
+    "nightshift.judging.plots",
+    "nightshift.judging.report",
+    "nightshift.local.s3",
+    "nightshift.publishing.export",
+    "nightshift.training.run",
+)
+_READ_LATE = ("AWS_", "MLFLOW_", "NIGHTSHIFT_", "PREFECT_")
+"""Variables whose names begin so are read by a flow run, and by nothing that is imported before it."""
+
+
+class Forks:
+    def __init__(self) -> None:
+        """Start the server, which imports from now on. A process that is started sooner waits for it."""
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([*HEAVY, *_OURS, *OF_PREFECT, __name__])
+        forkserver.ensure_running()
+        self.environment = dict(os.environ)
+        """What it has started with."""
+
+    def start(self, module: str, environment: Mapping[str, str], directory: Path) -> BaseProcess:
+        """A process that is `python -m module`. What it prints is printed here."""
+        names = {
+            name for name in {*environment, *self.environment} if environment.get(name) != self.environment.get(name)
+        }
+        early = sorted(name for name in names if not name.startswith(_READ_LATE))
+        reason = f"what is imported may read {', '.join(early)} of its environment" if early else None
+        process = self._context.Process(target=_be, args=(module, dict(environment), directory, reason))
+        process.start()
+        return process
+
+
+def _be(module: str, environment: Mapping[str, str], directory: Path, reason: str | None) -> None:
+    reason = reason or _reason_for_a_new_python()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    if reason:
+        print(f"this flow run starts in a new Python: {reason}", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", module])  # noqa: S606
+    import numpy as np
+
+    np.random.seed()  # as in a new Python: else all runs would draw the same
+    sys.argv, sys.path[0] = [module], str(directory)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves them out
+
+
+def _reason_for_a_new_python() -> str | None:
+    import torch
+
+    if path := next((path for path, version in _IMPORTED.items() if _version(path) != version), None):
+        return f"{path} is another file than when it was imported; a worker that starts anew imports it again"
+    if _threads(os.getppid()) > _THREADS:
+        return "the process to fork it from has a thread more than when it had imported all"
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return "the process to fork it from has touched a GPU"
+    return None
+
+
+def _version(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+_IMPORTED = {
+    path: _version(path) for module in tuple(sys.modules.values()) if (path := getattr(module, "__file__", None))
+}
+"""In the server, which imports this module last: the files of all that it has imported."""
+_THREADS = _threads(os.getpid())
