@@ -119,9 +119,14 @@ def forking(run: Callable[..., Awaitable[Any]], forks: warm.Forks) -> Callable[.
 
     @functools.wraps(run)
     async def run_forked(command: list[str], *, task_status: Any, task_status_handler: Any, **options: Any) -> Any:
-        if command != _ENGINE:
+        forked = None
+        if command == _ENGINE:
+            try:
+                forked = forks.start(_ENGINE[-1], options["env"], Path(options["cwd"]))
+            except (OSError, EOFError) as error:
+                _log.warning("a flow run starts in a new Python, as none could be forked: %s", error)
+        if not forked:
             return await run(command, task_status=task_status, task_status_handler=task_status_handler, **options)
-        forked = forks.start(_ENGINE[-1], options["env"], Path(options["cwd"]))
         task_status.started(task_status_handler(forked))
         await anyio.wait_readable(forked.sentinel)
         forked.join()

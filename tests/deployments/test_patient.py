@@ -1,7 +1,10 @@
 """A worker waits for a server that is away, and starts again what has died on it, but not over and over."""
 
 import asyncio
+import sys
 from datetime import UTC, datetime
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -11,7 +14,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed
 from prefect.utilities.services import critical_service_loop
 
-from deployments.patient import patient, starting_again
+from deployments.patient import forking, patient, starting_again
+from deployments.warm import Forks
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1/api")
 
@@ -106,3 +110,19 @@ def test_a_run_that_has_ended_or_was_cancelled_or_does_not_go_on_is_not_started_
     state: State, exit_code: int, name: str
 ) -> None:
     assert started_again(state, [exit_code], name) == []
+
+
+def test_a_run_that_cannot_be_forked_starts_in_a_new_python(tmp_path: Path) -> None:
+    class Dead(Forks):
+        def __init__(self) -> None:
+            self.environment = {}
+
+        def start(self, *_: object) -> BaseProcess:
+            raise EOFError("the fork server has ended")
+
+    async def run(command: list[str], **options: object) -> object:
+        return command, options["cwd"]
+
+    engine = [sys.executable, "-m", "prefect.engine"]
+    started = forking(run, Dead())(engine, task_status=None, task_status_handler=None, env={}, cwd=str(tmp_path))
+    assert asyncio.run(started) == (engine, str(tmp_path))  # type: ignore[arg-type]
