@@ -57,7 +57,7 @@ def accuracy(dataset: Dataset, order: str, seed: int, epochs: int | None) -> flo
         loop = Loop(config, dataset, plan, hardware, ALONE, Recorder())
         loop.run(RankOrders(lambda step: False))
     state = loop._state
-    model = state.average.module if state.average else state.model
+    model = state.average or state.model
     answers = answer_test_images(model, dataset, config)
     return float((answers.predicted == answers.labels).double().mean())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
+from torch import Tensor
 from torch.utils import deterministic
 
 from nightshift import __version__
@@ -58,6 +59,16 @@ def failures_explained(device: torch.device) -> Iterator[None]:
             f"{what} of the network has no deterministic implementation on {device}: choose another network, or set "
             "hardware.deterministic=false, with which no two trainings have the same bits"
         ) from error
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. The copy to a GPU begins when the GPU comes to it, and nobody here waits for that.
+
+    From memory that is not pinned it would be waited for, and with it all that the GPU has still to do.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def ranks_here(config: HardwareConfig) -> int:

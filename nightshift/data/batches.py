@@ -18,6 +18,7 @@ from nightshift.data.chance import generator_of
 from nightshift.data.datasets import Dataset
 from nightshift.data.encoded import EncodedImages, Pending
 from nightshift.data.names import check_classes, check_fits, check_loss, check_validation
+from nightshift.hardware import sent
 from nightshift.networks import statistics_of
 
 _BATCH = 1000
@@ -155,7 +156,7 @@ def training_batch(
     else:
         images = images[indices[wanted]] if decoded is None else decoded
         images = _gather(images, None, indices, config, plan, step, wanted)
-    labels = dataset.train_labels[indices[wanted].to(dataset.train_labels.device)].long()
+    labels = dataset.train_labels[sent(indices[wanted], dataset.train_labels.device)].long()
     if config.augment.per_image:
         epoch, within = plan.position(step)
         places = (within * plan.batch_size + torch.arange(len(indices))[wanted]).tolist()
@@ -297,15 +298,16 @@ def _gather(
     generator = generator_of(config.seed, "augment", step)
     rows = cols = torch.arange(size, device=device).expand(batch, size)
     if config.augment.flip != "off":
-        mirrored = _mirrored(indices, config, plan, step, generator)[share].to(device)
+        mirrored = sent(_mirrored(indices, config, plan, step, generator)[share], device)
         cols = torch.where(mirrored[:, None], size - 1 - cols, cols)
     if config.augment.translate:
         span = 2 * config.augment.translate + 1
-        shifts = torch.randint(span, (2, whole, 1), generator=generator)[:, share].to(device) - config.augment.translate
+        drawn = torch.randint(span, (2, whole, 1), generator=generator)[:, share]
+        shifts = sent(drawn, device) - config.augment.translate
         rows, cols = _reflect(rows + shifts[0], size), _reflect(cols + shifts[1], size)
     if rows is cols:
-        return images if chosen is None else images.index_select(0, chosen.to(device))
-    chosen = torch.arange(batch, device=device) if chosen is None else chosen.to(device)
+        return images if chosen is None else images.index_select(0, sent(chosen, device))
+    chosen = torch.arange(batch, device=device) if chosen is None else sent(chosen, device)
     pixels = (chosen[:, None, None] * size + rows[:, :, None]) * size + cols[:, None, :]
     return images.reshape(-1, 3).index_select(0, pixels.flatten()).view(batch, size, size, 3)
 

@@ -13,7 +13,7 @@ from nightshift.data import batches
 from nightshift.data.batches import Batches, Plan
 from nightshift.data.datasets import Dataset
 from nightshift.errors import RankLostError, TrainingDivergedError
-from nightshift.hardware import Hardware
+from nightshift.hardware import Hardware, sent
 from nightshift.records.curve import CurvePoint, is_enough, is_validated
 from nightshift.refs import CheckpointRef
 from nightshift.training.layers import freeze_statistics
@@ -137,7 +137,7 @@ class Loop:
         point = CurvePoint(epoch=epoch, step=self._state.step, loss=means.loss, accuracy=means.accuracy)
         if not is_validated(epoch, self._plan.epochs, self._config.evaluation):
             return point
-        network = self._state.average.module if self._state.average else self._state.model
+        network = self._state.average or self._state.model
         loss, accuracy = validate(network, self._dataset, (self._scale, self._shift), self._ranks).tolist()
         self._check_finite(loss)
         return point.changed(validation_loss=loss, validation_accuracy=accuracy)
@@ -149,7 +149,7 @@ class Loop:
         of. So the training accuracy of mixed images is low, even if that of the model is not.
         """
         state, device = self._state, self._hardware.device
-        images, targets = images.to(device), targets.to(device)
+        images, targets = sent(images, device), sent(targets, device)
         with self._hardware.autocast():
             logits = self._forward(batches.to_input(images, self._scale, self._shift))
             loss = self._loss(logits, targets)

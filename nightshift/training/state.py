@@ -1,13 +1,15 @@
 """TrainState: everything that makes the next step what it is."""
 
+import copy
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn, optim
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.protocols import InitializedFromImages
 from nightshift.checkpoints.payload import Payload, check_weights, described
@@ -34,7 +36,7 @@ class TrainState:
     device: torch.device
     ema_decay: float = 0.0
     """The share of itself that the moving average of the weights keeps at each step; 0: there is no average."""
-    average: AveragedModel | None = field(init=False, default=None)
+    average: nn.Module | None = field(init=False, default=None)
     """The moving average, of buffers too. After the first step it equals the model."""
     step: int = 0
     """Steps done, and so the number of the next step."""
@@ -49,8 +51,8 @@ class TrainState:
 
     def __post_init__(self) -> None:
         if self.ema_decay:
-            average = get_ema_multi_avg_fn(self.ema_decay)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self.average = copy.deepcopy(self.model)
+            self._add_to_average = get_ema_multi_avg_fn(self.ema_decay)  # type: ignore[no-untyped-call]
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -62,8 +64,19 @@ class TrainState:
         """Update the weights from their gradients, and then the moving average."""
         self.optimizer.step()
         if self.average:
-            self.average.update_parameters(self.model)
+            self._update(self.average)
         self.step += 1
+
+    def _update(self, average: nn.Module) -> None:
+        """As torch's AveragedModel does, whose counter is copied to the GPU at each step; that would be waited for."""
+        pairs = list(zip(_tensors(average), _tensors(self.model), strict=True))
+        if not self.step:
+            for kept, current in pairs:
+                kept.copy_(current)
+            return
+        for dtype in {kept.dtype for kept, _ in pairs}:
+            alike = [pair for pair in pairs if pair[0].dtype == dtype]
+            self._add_to_average([kept for kept, _ in alike], [current for _, current in alike], self.step)
 
     def part(self) -> Payload:
         """What belongs to this rank alone: its share of the epoch's sums, and its random generators."""
@@ -83,7 +96,7 @@ class TrainState:
         """
         return {
             "model": self.model.state_dict(),
-            "average": self.average.module.state_dict() if self.average else {},
+            "average": self.average.state_dict() if self.average else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "epoch_images": self.epoch_images,
@@ -99,7 +112,7 @@ class TrainState:
         """
         check_weights(payload["model"], self.model, "model.")
         if self.average:
-            check_weights(payload["average"], self.average.module, "average.")
+            check_weights(payload["average"], self.average, "average.")
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, kept in payload["optimizer"]["state"].items():
             where = f"optimizer.state.{number}"
@@ -136,8 +149,7 @@ class TrainState:
             )
         self.step = payload["step"]
         if self.average:
-            self.average.module.load_state_dict(payload["average"])
-            self.average.n_averaged.fill_(self.step)
+            self.average.load_state_dict(payload["average"])
         self.begin_epoch()
         self.epoch_images = payload["epoch_images"]
         self.curve = [CurvePoint(**point) for point in payload["curve"]]
@@ -147,6 +159,10 @@ class TrainState:
             self.epoch_correct += part["epoch_correct"].to(self.device)
         if rank < len(parts):
             _restore_rng(parts[rank]["rng"], self.device)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return (tensor.detach() for tensor in itertools.chain(module.parameters(), module.buffers()))
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:

@@ -89,7 +89,7 @@ def everything(state: TrainState) -> dict[str, Any]:
     found: dict[str, Any] = bits(
         {
             "model": state.model.state_dict(),
-            "average": state.average and state.average.module.state_dict(),
+            "average": state.average and state.average.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "step": state.step,
             "epoch_images": state.epoch_images,
