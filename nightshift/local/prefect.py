@@ -116,7 +116,10 @@ def _plan(directory: Path) -> Server:
     api_url = f"{ui_url}/api"
     return Server(
         # With its background services: without them the states of tasks are not recorded.
-        command=[sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        command=[
+            *(sys.executable, "-m", "deployments.server", "server", "start", "--host", "127.0.0.1"),
+            *("--port", str(port)),
+        ],
         environment={
             "PREFECT_HOME": str(directory),
             "PREFECT_API_URL": api_url,

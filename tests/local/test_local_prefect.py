@@ -110,7 +110,7 @@ def test_the_login_is_in_one_file_that_only_the_user_can_read(home: Path, prefec
 def test_the_login_is_on_no_command_line(prefect_server: PrefectServer) -> None:
     assert prefect_server.login
     commands = [read_or_nothing(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert any(b"prefect\0server\0start" in command for command in commands)
+    assert any(b"deployments.server\0server\0start" in command for command in commands)
     assert not any(prefect_server.login.encode() in command for command in commands)
     assert prefect_server.login not in repr(prefect_server)
 
