@@ -1,7 +1,4 @@
-"""Prefect's command line, with workers that are patient and, if they are asked to be, warm.
-
-python -m deployments [--warm] worker start --pool POOL
-"""
+"""`python -m deployments [--warm] worker start --pool POOL`: Prefect's command line, with workers that are patient."""
 
 import sys
 

@@ -84,7 +84,7 @@ def _reason_for_a_new_python() -> str | None:
         return f"{path} is another file than when it was imported; a worker that starts anew imports it again"
     if _threads(os.getppid()) > _THREADS:
         return "the process to fork it from has a thread more than when it had imported all"
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda._is_in_bad_fork():
         return "the process to fork it from has touched a GPU"
     return None
 

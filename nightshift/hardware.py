@@ -66,9 +66,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
     From memory that is not pinned it would be waited for, and with it all that the GPU has still to do.
     """
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=tensor.is_cpu)  # the other way round, who reads it would have to wait
 
 
 def ranks_here(config: HardwareConfig) -> int:
