@@ -70,8 +70,8 @@ def durable_run_id(run_id: str | None, label: str, scheduled: datetime, flow_run
 
 
 def new_run_id(recipe: str, now: datetime) -> str:
-    """A run id nobody else has: recipe, day and eight random characters."""
-    return f"{recipe}-{now:%Y%m%d}-{secrets.token_hex(4)}"
+    """A run id nobody else has: recipe, day and twelve random characters."""
+    return f"{recipe}-{now:%Y%m%d}-{secrets.token_hex(6)}"
 
 
 def _sha256(text: str) -> str:
