@@ -56,9 +56,7 @@ def accuracy(dataset: Dataset, order: str, seed: int, epochs: int | None) -> flo
     with hardware.numerics():
         loop = Loop(config, dataset, plan, hardware, ALONE, Recorder())
         loop.run(RankOrders(lambda step: False))
-    state = loop._state
-    model = state.average or state.model
-    answers = answer_test_images(model, dataset, config)
+    answers = answer_test_images(loop._state.network, dataset, config)
     return float((answers.predicted == answers.labels).double().mean())
 
 

@@ -26,7 +26,7 @@ OF_PREFECT = (
     *("jinja2", "jsonschema", "opentelemetry.trace", "pathspec", "pendulum", "prometheus_client"),
     "websockets.asyncio.client",
 )
-_OURS = (
+OURS = (
     "nightshift.data.snapshot",
     "nightshift.judging.plots",
     "nightshift.judging.report",
@@ -42,7 +42,7 @@ class Forks:
     def __init__(self) -> None:
         """Start the server, which imports from now on. A process that is started sooner waits for it."""
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*HEAVY, *_OURS, *OF_PREFECT, __name__])
+        self._context.set_forkserver_preload([*HEAVY, *OURS, *OF_PREFECT, __name__])
         forkserver.ensure_running()
         self.environment = dict(os.environ)
         """What it has started with."""

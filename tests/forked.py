@@ -11,18 +11,9 @@ from unittest import mock
 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from deployments.warm import HEAVY, OF_PREFECT
+from deployments.warm import HEAVY, OF_PREFECT, OURS
 
-OURS = (
-    "nightshift.cli.train",
-    "nightshift.data.snapshot",
-    "nightshift.judging.plots",
-    "nightshift.judging.report",
-    "nightshift.local.s3",
-    "nightshift.parallel.worker",
-    "nightshift.publishing.export",
-    "nightshift.training.run",
-)
+COMMANDS = ("nightshift.cli.train", "nightshift.parallel.worker")
 
 
 @cache
@@ -37,9 +28,8 @@ def forked() -> ForkServerContext:
     # Whoever starts a process asks all others whether they have ended. Of two threads that ask one process at the same
     # time, the second reads nothing where the first has read the exit code, and takes it for 255.
     multiprocessing.process._cleanup = lambda: None  # type: ignore[attr-defined]
-    context.set_forkserver_preload(
-        [*HEAVY, *OURS, *OF_PREFECT, "deployments.warm"]
-    )  # only what is installed is found there
+    # Only what is installed is found there.
+    context.set_forkserver_preload([*HEAVY, *OURS, *COMMANDS, *OF_PREFECT, "deployments.warm"])
     # What the launcher of ranks gives to those that it starts itself.
     with mock.patch.dict(os.environ, {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
         forkserver.ensure_running()

@@ -137,7 +137,7 @@ class Loop:
         point = CurvePoint(epoch=epoch, step=self._state.step, loss=means.loss, accuracy=means.accuracy)
         if not is_validated(epoch, self._plan.epochs, self._config.evaluation):
             return point
-        network = self._state.average or self._state.model
+        network = self._state.network
         loss, accuracy = validate(network, self._dataset, (self._scale, self._shift), self._ranks).tolist()
         self._check_finite(loss)
         return point.changed(validation_loss=loss, validation_accuracy=accuracy)

@@ -55,6 +55,11 @@ class TrainState:
             self._add_to_average = get_ema_multi_avg_fn(self.ema_decay)  # type: ignore[no-untyped-call]
         self.begin_epoch()
 
+    @property
+    def network(self) -> nn.Module:
+        """What is judged and published: the average, if there is one."""
+        return self.model if self.average is None else self.average
+
     def begin_epoch(self) -> None:
         self.epoch_images = 0
         self.epoch_loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -63,7 +68,7 @@ class TrainState:
     def advance(self) -> None:
         """Update the weights from their gradients, and then the moving average."""
         self.optimizer.step()
-        if self.average:
+        if self.average is not None:
             self._update(self.average)
         self.step += 1
 
@@ -96,7 +101,7 @@ class TrainState:
         """
         return {
             "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average else {},
+            "average": {} if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "epoch_images": self.epoch_images,
@@ -111,7 +116,7 @@ class TrainState:
             payload: one that `read_payload` has read.
         """
         check_weights(payload["model"], self.model, "model.")
-        if self.average:
+        if self.average is not None:
             check_weights(payload["average"], self.average, "average.")
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, kept in payload["optimizer"]["state"].items():
@@ -148,7 +153,7 @@ class TrainState:
                 {name: value.clone() for name, value in kept.items() if isinstance(value, Tensor) and value.is_cpu}
             )
         self.step = payload["step"]
-        if self.average:
+        if self.average is not None:
             self.average.load_state_dict(payload["average"])
         self.begin_epoch()
         self.epoch_images = payload["epoch_images"]

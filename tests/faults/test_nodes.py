@@ -204,7 +204,7 @@ def test_a_machine_that_has_lost_the_other_stops_when_it_is_told_to(
     other.lose_power()
     eventually(lambda: "failed" in flow.told)
     flow.processes[-1].terminate()
-    assert flow.processes[-1].wait(timeout=600) == 3, flow.told
+    assert flow.processes[-1].wait(timeout=60) == 3, flow.told
     other.start("join")
     flow.start("resume", "run", "--json")
     assert json.loads(flow.finish())["weights_sha256"] == bits

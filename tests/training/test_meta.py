@@ -87,9 +87,7 @@ def take_steps(loop: Loop) -> Copies:
 
 
 @pytest.mark.parametrize("recipe", OVERRIDES)
-def test_a_step_of_each_recipe_has_all_on_the_device_and_waits_for_nothing(
-    recipe: str,
-) -> None:
+def test_a_step_of_each_recipe_has_all_on_the_device_and_waits_for_nothing(recipe: str) -> None:
     copies = take_steps(loop_of(recipe, **OVERRIDES[recipe]))
     assert copies.waited_for == []
     assert copies.begun, "the numbers of the images are drawn on the CPU"
@@ -120,13 +118,9 @@ def ask(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize(
-    "break_it",
-    [misplace_input, misplace_parameter, misplace_average, ask],
-    ids=lambda made: made.__name__,
+    "break_it", [misplace_input, misplace_parameter, misplace_average, ask], ids=lambda made: made.__name__
 )
-def test_what_is_misplaced_or_asked_for_is_found(
-    break_it: Callable[[Loop], None],
-) -> None:
+def test_what_is_misplaced_or_asked_for_is_found(break_it: Callable[[Loop], None]) -> None:
     loop = loop_of("quick")
     break_it(loop)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|cpu"):
