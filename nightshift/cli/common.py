@@ -120,7 +120,7 @@ def use_server(patient: bool = False) -> None:
         )
     if not patient:
         os.environ.setdefault("PREFECT_API_REQUEST_TIMEOUT", "20")
-        os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
+        os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "4")  # half a minute of 503, while its SQLite is locked
 
 
 def use_server_if_any() -> bool:
