@@ -86,5 +86,5 @@ def test_the_parts_of_a_night_with_five_interruptions_are_its_wall_time_and_hard
     assert found
     assert found.wall == pytest.approx(wall, rel=0.02)
     assert sum(asdict(found.parts).values()) == pytest.approx(wall, rel=0.02)
-    assert found.parts.waiting > 5 * PAUSE
+    assert found.parts.waiting > 2 * PAUSE  # what was killed, its worker has started again at once
     assert found.goodput * found.wall <= found.parts.training
