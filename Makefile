@@ -1,4 +1,4 @@
-.PHONY: setup train up down test test-fast check soak bench
+.PHONY: setup train up down test test-fast check soak bench gpu
 
 STAMP := .venv/.ready
 MINUTES := 60
@@ -51,3 +51,7 @@ check: setup
 	@.venv/bin/ruff check
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
+
+# Without setup: the machine with the GPU may have no network.
+gpu:
+	@PYTHONPATH=.:$$PYTHONPATH $(firstword $(wildcard .venv/bin/python) python3) benchmarks/gpu.py

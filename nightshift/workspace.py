@@ -5,9 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nightshift.local.s3 import embedded_s3, give_up_reserve
 from nightshift.settings import CacheSettings, MlflowSettings, NodesSettings, Settings
-from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store
 
 
@@ -36,6 +34,10 @@ def open_workspace(settings: Settings, to_make_room: bool = False) -> Iterator[W
         StorageError: the store cannot be used. This is checked here, before any work.
         LocalServiceError: the embedded S3 does not start.
     """
+    # Here, because whoever trains on a store in memory needs no client of S3.
+    from nightshift.local.s3 import embedded_s3, give_up_reserve
+    from nightshift.storage.s3 import S3
+
     if settings.s3.embedded:
         if to_make_room:
             give_up_reserve(settings.home)

@@ -41,6 +41,46 @@ def test_the_core_and_the_models_import_where_there_is_no_prefect() -> None:
     assert modules == set(done.stdout.split())
 
 
+REFUSE_ALL_BUT = """
+import re, sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+def needed_by(name):
+    try:
+        told = requires(name) or []
+    except PackageNotFoundError:  # of another system
+        told = []
+    return {plain(re.match(r"[A-Za-z0-9._-]+", one)[0]) for one in told if "extra ==" not in one}
+
+allowed, new = set(map(plain, {named!r})), {"torch", "numpy"}
+while new:
+    allowed |= new
+    new = set().union(*map(needed_by, new)) - allowed
+theirs = packages_distributions()
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top != "nightshift" and top in theirs and not allowed & set(map(plain, theirs[top])):
+            raise ModuleNotFoundError(f"{{name}} is not to be imported here")
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_what_runs_on_a_gpus_machine_imports_torch_numpy_and_what_gpu_txt_names() -> None:
+    named = (ROOT / "benchmarks" / "gpu.txt").read_text().split()
+    parts = ("bits", "loading", "preflight", "ranks", "snapshots", "speed")
+    imports = "\n".join(f"import tests.gpu.{part}" for part in parts)
+    code = REFUSE_ALL_BUT.replace("{named!r}", repr(named)).replace("{{name}}", "{name}")
+    done = run_python(f"{code}\n{imports}\nimport typer, rich.table")
+    assert done.returncode == 0, done.stderr
+    assert "boto3 is not to be imported here" in run_python(f"{code}\nimport nightshift.storage.s3").stderr
+
+
 def test_storage_and_settings_import_where_there_is_no_torch() -> None:
     modules = ("storage.s3", "records.lease", "records.champions", "local.s3", "settings", "config.recipes")
     imports = "\n".join(f"import nightshift.{module}" for module in modules)

@@ -26,9 +26,9 @@ from nightshift.training import run as training
 from nightshift.training.ranks import ALONE, Ranks
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.made_up import NAME, config_of, in_memory, known
 from tests.own_network import NETWORK, forgotten, write_project
-from tests.train_part import state_sha256
 
 MISTAKES = {
     "raises": (

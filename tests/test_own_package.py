@@ -31,10 +31,10 @@ from nightshift.settings import GateSettings
 from nightshift.storage.s3 import S3
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.forked import forked
 from tests.made_up import NAME, config_of, in_memory, known, made_up
 from tests.own_network import NETWORK, OTHERS, forgotten, install, write_project
-from tests.train_part import state_sha256
 
 ENTRY_POINTS = """
 [nightshift.losses]

@@ -1,12 +1,8 @@
 """What a process of its own does in the tests of exact resume: train a run until a step, or to its end."""
 
-import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from nightshift.checkpoints.payload import read_payload, weights_sha256
 from nightshift.config.train import TrainConfig
@@ -16,6 +12,7 @@ from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,3 @@ def train_part(home: Path, prefix: str, run_id: str, config: TrainConfig, datase
             weights_sha256=weights_sha256(payload["model"]),
             state_sha256=state_sha256(payload),
         )
-
-
-def state_sha256(value: Any) -> str:
-    """sha256 over every bit of a payload; the pickle's own bytes also depend on which strings are one object."""
-    if isinstance(value, Tensor):
-        value = [str(value.dtype), list(value.shape), weights_sha256({"": value})]
-    if isinstance(value, dict):
-        value = {key: state_sha256(part) for key, part in value.items()}
-    elif isinstance(value, list | tuple):
-        value = [state_sha256(part) if isinstance(part, dict | list | tuple | Tensor) else part for part in value]
-    return hashlib.sha256(repr(value).encode()).hexdigest()

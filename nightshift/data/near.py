@@ -7,7 +7,6 @@ same. Of the others, a trained network tells more (`judging.near`).
 
 from collections.abc import Iterator
 
-import imagehash
 import numpy as np
 from PIL import Image
 
@@ -39,6 +38,8 @@ def near_pairs(split: Judged, images: np.ndarray, train: np.ndarray) -> list[Pai
 
 def hashes(images: np.ndarray) -> np.ndarray:
     """The difference hash of each image: uint64 (N,)."""
+    import imagehash  # here, because whoever only judges needs it not, nor scipy, which it imports
+
     bits = [imagehash.dhash(Image.fromarray(image)).hash.ravel() for image in images]
     return np.packbits(np.stack(bits), axis=1).view(np.uint64).ravel()
 

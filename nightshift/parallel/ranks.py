@@ -74,17 +74,7 @@ class JoinedRanks(Ranks):
         return model if self.world_size == 1 else synchronized(model, device)
 
     def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
-        if self.world_size == 1:
-            return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,
-            forward_sync_buffers=False,  # they are equal, because all ranks compute them from the same sums
-            # Layers that are fixed part-way through need no gradient from then on. And without this, gradients change
-            # their buckets after the first step, and so the order in which they are added: a resumed run of three or
-            # more ranks would end with other bits.
-            find_unused_parameters=True,
-        )
+        return model if self.world_size == 1 else averaging(model, device)
 
     def unaveraged(self, module: nn.Module) -> AbstractContextManager[None]:
         if self.world_size == 1:
@@ -102,6 +92,22 @@ class JoinedRanks(Ranks):
                 raise
             why = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # without the place in torch's sources
             raise RankLostError(f"rank {self.rank} could not go on: {why}") from error
+
+
+def averaging(model: nn.Module, device: torch.device) -> nn.Module:
+    """The module to call for the forward pass, so that the backward pass averages gradients over all ranks."""
+    averaged = DistributedDataParallel(
+        model,
+        device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,
+        # Layers that are fixed part-way through need no gradient from then on. And without this, gradients change
+        # their buckets after the first step, and so the order in which they are added: a resumed run of three or
+        # more ranks would end with other bits.
+        find_unused_parameters=True,
+    )
+    # They are equal, because all ranks compute them from the same sums. As an argument it has another name since torch
+    # 2.15.
+    averaged.broadcast_buffers = False
+    return averaged
 
 
 def _packed(payload: Payload | None) -> Tensor:

@@ -83,34 +83,41 @@ def train_as_rank(ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrde
         RankLostError: another rank is gone, or `orders` say restart.
         Otherwise as `train_alone`.
     """
-    config, device = job.config, find_device(job.config.hardware.device)
     with ranks.loss_explained():
         with ranks.first_on_each_machine():
-            threads = _loader_threads(config, ranks)
-            dataset = batches.resident(open_dataset(workspace, job.dataset, threads), config, device)
-        plan = batches.make_plan(config, dataset)
-        ranks.check_batches(plan.smallest_batch)
-        if ranks.leads:
-            _check_code(config, dataset, plan, ranks)
-        hardware = Hardware.resolve(config.hardware, plan.total_steps)
-        with hardware.numerics():
-            if not ranks.leads:
-                with failures_explained(device):
-                    return Loop(config, dataset, plan, hardware, ranks, Recorder()).run(orders)
-            environment = {**hardware.describe(ranks.world_size), **plugins.all_described(config)}
-            parent = parent_of(workspace.store, job.run_id, config, dataset)
-            spec = RunSpec(job.run_id, config, job.dataset, environment, plan.total_steps, job.origin, parent)
-            if orders.process:
-                spec = replace(spec, process=orders.process)
-            # A rank 0 that was lost with its machine leaves a lease behind, which must expire first.
-            patience = 1.5 * workspace.lease_seconds if ranks.nodes > 1 else 0
-            with (
-                hold(workspace.store, spec, workspace.lease_seconds, patience) as run,
-                ranks.loss_explained(),
-                failures_explained(device),
-            ):
-                recorder = RunRecorder(run, config, plan, hardware, workspace, len(dataset.test_labels))
-                return Loop(config, dataset, plan, hardware, ranks, recorder).run(orders)
+            dataset = open_dataset(workspace, job.dataset, _loader_threads(job.config, ranks))
+        return train_on(dataset, ranks, workspace, job, orders)
+
+
+def train_on(
+    dataset: Dataset, ranks: Ranks, workspace: Workspace, job: Job, orders: RankOrders
+) -> CheckpointRef | None:
+    """Do one rank's part of a run on images that are at hand; the rest is as of `train_as_rank`."""
+    config, device = job.config, find_device(job.config.hardware.device)
+    dataset = batches.resident(dataset, config, device)
+    plan = batches.make_plan(config, dataset)
+    ranks.check_batches(plan.smallest_batch)
+    if ranks.leads:
+        _check_code(config, dataset, plan, ranks)
+    hardware = Hardware.resolve(config.hardware, plan.total_steps)
+    with hardware.numerics():
+        if not ranks.leads:
+            with failures_explained(device):
+                return Loop(config, dataset, plan, hardware, ranks, Recorder()).run(orders)
+        environment = {**hardware.describe(ranks.world_size), **plugins.all_described(config)}
+        parent = parent_of(workspace.store, job.run_id, config, dataset)
+        spec = RunSpec(job.run_id, config, job.dataset, environment, plan.total_steps, job.origin, parent)
+        if orders.process:
+            spec = replace(spec, process=orders.process)
+        # A rank 0 that was lost with its machine leaves a lease behind, which must expire first.
+        patience = 1.5 * workspace.lease_seconds if ranks.nodes > 1 else 0
+        with (
+            hold(workspace.store, spec, workspace.lease_seconds, patience) as run,
+            ranks.loss_explained(),
+            failures_explained(device),
+        ):
+            recorder = RunRecorder(run, config, plan, hardware, workspace, len(dataset.test_labels))
+            return Loop(config, dataset, plan, hardware, ranks, recorder).run(orders)
 
 
 def check_before_training(workspace: Workspace, job: Job) -> CheckpointRef | None:

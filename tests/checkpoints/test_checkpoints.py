@@ -23,10 +23,10 @@ from nightshift.records.run import Checkpoint, RunRecord, read_record
 from nightshift.refs import DatasetRef
 from nightshift.storage.store import Store
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.checkpoints.conftest import resume, run_with_checkpoints, train, train_in_parts
 from tests.conftest import small_config
 from tests.stores import Faulty
-from tests.train_part import state_sha256
 
 
 def overwrite(workspace: Workspace, key: str, change: Callable[[bytes], bytes]) -> None:

@@ -17,8 +17,8 @@ from nightshift.storage.s3 import S3
 from nightshift.training.run import train_alone
 from nightshift.training.saver import Saver
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.forked import forked
-from tests.train_part import state_sha256
 from tests.training import choices
 
 CONFIG = choices.config(epochs=8, patience=3, metric="loss", checkpoint_every_steps=3)

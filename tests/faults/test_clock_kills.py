@@ -22,8 +22,8 @@ from nightshift.training.run import train_alone
 from nightshift.training.saver import Saver
 from nightshift.workspace import Workspace
 from tests import made_up
+from tests.bits import state_sha256
 from tests.forked import forked
-from tests.train_part import state_sha256
 
 STEP = 9
 """In the middle of the second epoch of three."""

@@ -22,10 +22,10 @@ from nightshift.storage.s3 import S3
 from nightshift.storage.store import Store
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.conftest import eventually, small_config
 from tests.faults import proxy as faults
 from tests.faults.proxy import Fault, Kind, Proxy
-from tests.train_part import state_sha256
 
 CONFIG = small_config(checkpoint_every_steps=4, keep_last=1)
 IN_PARTS: tuple[Kind, ...] = (

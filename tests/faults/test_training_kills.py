@@ -16,9 +16,9 @@ from nightshift.records.run import read_record
 from nightshift.storage.s3 import S3
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.forked import forked
 from tests.made_up import config_of, known
-from tests.train_part import state_sha256
 from tests.training.kinds import BINARY, KINDS
 
 End = tuple[str, list[Any], int | None]

@@ -11,8 +11,8 @@ from nightshift.parallel.launch import train_run
 from nightshift.records.run import RunRecord, read_record
 from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.parallel.struck import Blow, struck_by
-from tests.train_part import state_sha256
 from tests.training import choices
 
 

@@ -21,7 +21,7 @@ from nightshift.training.recorder import RunRecorder
 from nightshift.training.state import TrainState
 from nightshift.workspace import Workspace
 from tests import made_up
-from tests.train_part import state_sha256
+from tests.bits import state_sha256
 
 STEP = 8
 """The second of the second epoch of three."""

@@ -30,10 +30,10 @@ from nightshift.storage.s3 import S3
 from nightshift.training.optimizers import build_optimizer
 from nightshift.training.ranks import ALONE
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.commands import Command, Finished
 from tests.conftest import eventually, small_config
 from tests.parallel.struck import Blow, struck_by
-from tests.train_part import state_sha256
 
 
 class Warnings(LogProgress):

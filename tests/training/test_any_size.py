@@ -13,8 +13,8 @@ from nightshift.records.run import read_record
 from nightshift.training.run import train_alone
 from nightshift.training.state import payload_check, show_first_images
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.made_up import config_of, in_memory, known, made_up, whole_and_in_parts
-from tests.train_part import state_sha256
 
 SETS = [(16, 2), (24, 3), (48, 300)]
 

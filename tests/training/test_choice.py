@@ -25,11 +25,11 @@ from nightshift.tracking.metrics import TrainingLine, read_lines
 from nightshift.training import run as training
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.judging.nights import NAME
 from tests.made_up import in_memory
 from tests.records.test_orphans import NOW
 from tests.stores import Faulty
-from tests.train_part import state_sha256
 from tests.training import choices
 
 

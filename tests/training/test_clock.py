@@ -28,10 +28,10 @@ from nightshift.training.clock import Clock
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
 from tests import made_up
+from tests.bits import state_sha256
 from tests.records.test_lease import spec
 from tests.stores import Clock as StoreClock
 from tests.stores import Faulty
-from tests.train_part import state_sha256
 from tests.training import choices
 
 EPOCH, ALL = 6, 18

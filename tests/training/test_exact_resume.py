@@ -17,9 +17,10 @@ from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.storage.s3 import S3
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.conftest import small_config
 from tests.forked import forked
-from tests.train_part import Part, state_sha256, train_part
+from tests.train_part import Part, train_part
 
 CONFIGS = {
     "quick": small_config("quick", batch_size=64, max_train_images=1300),

@@ -23,8 +23,8 @@ from nightshift.training.ranks import ALONE
 from nightshift.training.run import train_alone
 from nightshift.training.state import build_state, optimizer_of
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.made_up import in_memory, known, made_up
-from tests.train_part import state_sha256
 
 
 def tuned(**more: Any) -> TrainConfig:

@@ -26,10 +26,10 @@ from nightshift.refs import DatasetRef
 from nightshift.training import starts
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.made_up import NAME, config_of, in_memory, known
 from tests.records.test_orphans import NOW
 from tests.records.test_versions import card_of
-from tests.train_part import state_sha256
 
 SIZE, CLASSES = 16, 3
 

@@ -19,8 +19,8 @@ from nightshift.refs import DatasetRef
 from nightshift.training.optimizers import build_optimizer
 from nightshift.training.run import train_alone
 from nightshift.workspace import Workspace
+from tests.bits import state_sha256
 from tests.made_up import config_of, in_memory, known, whole_and_in_parts
-from tests.train_part import state_sha256
 from tests.training.kinds import BINARY, KINDS
 
 
