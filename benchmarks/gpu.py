@@ -180,7 +180,7 @@ def _value(figure: Figure) -> str:
 def _rows(found: Found) -> list[list[str]]:
     lines = [[figure.name, _value(figure)[:80]] for figure in found.figures] or [["", ""]]
     return [
-        [found.part if not number else "", found.state[:40] if not number else "", *line]
+        [found.part if not number else "", found.state.partition("\n")[0][:40] if not number else "", *line]
         for number, line in enumerate(lines)
     ]
 

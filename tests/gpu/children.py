@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import multiprocessing.process
 import signal
 import traceback
 import warnings
@@ -16,7 +17,9 @@ from typing import Any
 @cache
 def _forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    # What imports it must not touch a GPU, and does not: a forked process could not use it.
+    # As in tests/forked.py: several threads start processes here.
+    multiprocessing.process._cleanup = lambda: None  # type: ignore[attr-defined]
+    # Nothing that it imports may touch a GPU, or a forked process could not use it.
     context.set_forkserver_preload(["torch._dynamo", "tests.gpu.stage", "tests.gpu.networks", __name__])
     return context
 

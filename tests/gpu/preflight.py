@@ -46,7 +46,7 @@ def card(stage: Stage) -> Iterator[Figure]:
 
 
 def _too_many_ranks(gpus: int) -> Figure:
-    name = f"{gpus + 1} ranks where one too few GPUs are"
+    name = f"{gpus + 1} ranks on a machine with {gpus}"
     config = config_of(nproc_per_node=gpus + 1, **{"hardware.device": "cuda"}).hardware
     with (
         mock.patch("torch.cuda.is_available", return_value=True),
