@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -24,7 +23,7 @@ def test_a_size_that_no_images_have_is_refused(size: int) -> None:
         check_fits(make_config("quick"), size)
 
 
-def test_a_network_that_takes_no_images_of_this_size_is_told_without_torch_and_at_once() -> None:
+def test_a_network_that_takes_no_images_of_this_size_is_told_without_torch() -> None:
     program = """
 import sys
 from nightshift.config.recipes import make_config
@@ -36,9 +35,7 @@ except ConfigError as error:
     print(error)
 print(sorted({"torch", "numpy", "prefect"} & sys.modules.keys()))
 """
-    started = time.monotonic()
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert time.monotonic() - started < 2
     assert told.splitlines() == [
         "model 'simple_cnn' takes images with a side of 32 pixels, and these have 96. "
         "Models that take these: quick_cnn, resnet18, speednet",

@@ -21,7 +21,7 @@ from nightshift.records.run import read_record
 from nightshift.refs import DatasetRef
 from nightshift.storage.s3 import S3
 from nightshift.workspace import Workspace
-from tests.conftest import eventually, small_config
+from tests.conftest import PATIENCE_SECONDS, eventually, small_config
 from tests.faults.proxy import running
 from tests.forked import ranks_are_forked
 
@@ -204,7 +204,7 @@ def test_a_machine_that_has_lost_the_other_stops_when_it_is_told_to(
     other.lose_power()
     eventually(lambda: "failed" in flow.told)
     flow.processes[-1].terminate()
-    assert flow.processes[-1].wait(timeout=60) == 3, flow.told
+    assert flow.processes[-1].wait(timeout=PATIENCE_SECONDS) == 3, flow.told
     other.start("join")
     flow.start("resume", "run", "--json")
     assert json.loads(flow.finish())["weights_sha256"] == bits

@@ -253,7 +253,7 @@ def test_a_machine_that_waits_for_the_others_stops_when_it_is_told_to(start: Cal
     command = start("join", "--json", **SEVERAL, NIGHTSHIFT_NODES__RENDEZVOUS=rendezvous)
     command.wait_for_line("waiting for the run at")
     command.send(signal.SIGTERM)
-    done = command.finish(timeout=30)
+    done = command.finish()
     assert done.exit_code == 3
     assert "stopped while no rank was training" in done.json["error"]
 
