@@ -3,10 +3,14 @@
 import re
 import subprocess
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import NormalizedName, canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,7 +19,7 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {forbidden!r}:
+        if name.partition(".")[0] in {forbidden!r}:
             raise ModuleNotFoundError(f"{{name}} is not to be imported here")
 
 sys.meta_path.insert(0, Refuse())
@@ -34,57 +38,41 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_core_and_the_models_import_where_there_is_no_prefect() -> None:
-    done = run_python(REFUSE.format(forbidden="prefect") + IMPORT_ALL)
+    done = run_python(REFUSE.format(forbidden=["prefect"]) + IMPORT_ALL)
     assert done.returncode == 0, done.stderr
     files = [path.relative_to(ROOT) for package in ("models", "nightshift") for path in (ROOT / package).rglob("*.py")]
     modules = {".".join(path.with_suffix("").parts) for path in files if path.name != "__init__.py"}
     assert modules == set(done.stdout.split())
 
 
-REFUSE_ALL_BUT = """
-import re, sys
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
-
-def plain(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-def needed_by(name):
-    try:
-        told = requires(name) or []
-    except PackageNotFoundError:  # of another system
-        told = []
-    return {plain(re.match(r"[A-Za-z0-9._-]+", one)[0]) for one in told if "extra ==" not in one}
-
-allowed, new = set(map(plain, {named!r})), {"torch", "numpy"}
-while new:
-    allowed |= new
-    new = set().union(*map(needed_by, new)) - allowed
-theirs = packages_distributions()
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top != "nightshift" and top in theirs and not allowed & set(map(plain, theirs[top])):
-            raise ModuleNotFoundError(f"{{name}} is not to be imported here")
-
-sys.meta_path.insert(0, Refuse())
-"""
-
-
 def test_what_runs_on_a_gpus_machine_imports_torch_numpy_and_what_gpu_txt_names() -> None:
-    named = (ROOT / "benchmarks" / "gpu.txt").read_text().split()
+    allowed = {canonicalize_name(name) for name in (ROOT / "benchmarks" / "gpu.txt").read_text().split()}
+    new = {canonicalize_name("torch"), canonicalize_name("numpy"), canonicalize_name("nightshift")}
+    while new:
+        allowed |= new
+        new = set[NormalizedName]().union(*map(needed_by, new - {"nightshift"})) - allowed
+    there = packages_distributions()
+    forbidden = [top for top, names in there.items() if not allowed & {canonicalize_name(name) for name in names}]
+    refuse = REFUSE.format(forbidden=forbidden)
     parts = ("bits", "loading", "preflight", "ranks", "snapshots", "speed")
     imports = "\n".join(f"import tests.gpu.{part}" for part in parts)
-    code = REFUSE_ALL_BUT.replace("{named!r}", repr(named)).replace("{{name}}", "{name}")
-    done = run_python(f"{code}\n{imports}\nimport typer, rich.table")
+    done = run_python(f"{refuse}\n{imports}\nimport typer, rich.table")
     assert done.returncode == 0, done.stderr
-    assert "boto3 is not to be imported here" in run_python(f"{code}\nimport nightshift.storage.s3").stderr
+    assert "boto3 is not to be imported here" in run_python(f"{refuse}\nimport nightshift.storage.s3").stderr
+
+
+def needed_by(name: str) -> set[NormalizedName]:
+    """What an installed package needs without extras; nothing of one that only other systems have."""
+    with suppress(PackageNotFoundError):
+        found = map(Requirement, requires(name) or [])
+        return {canonicalize_name(one.name) for one in found if "extra ==" not in str(one.marker)}
+    return set()
 
 
 def test_storage_and_settings_import_where_there_is_no_torch() -> None:
     modules = ("storage.s3", "records.lease", "records.champions", "local.s3", "settings", "config.recipes")
     imports = "\n".join(f"import nightshift.{module}" for module in modules)
-    done = run_python(REFUSE.format(forbidden="torch") + imports)
+    done = run_python(REFUSE.format(forbidden=["torch"]) + imports)
     assert done.returncode == 0, done.stderr
 
 
@@ -93,7 +81,7 @@ def test_storage_and_settings_import_where_there_is_no_torch() -> None:
     [("prefect", "flows.train_cifar"), ("torch", "models.quick_cnn"), ("torch", "nightshift.training.state")],
 )
 def test_what_is_kept_out_of_those_is_really_not_to_be_had_there(forbidden: str, module: str) -> None:
-    done = run_python(REFUSE.format(forbidden=forbidden) + f"import {module}")
+    done = run_python(REFUSE.format(forbidden=[forbidden]) + f"import {module}")
     assert f"{forbidden} is not to be imported here" in done.stderr
 
 

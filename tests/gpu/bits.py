@@ -17,7 +17,7 @@ from nightshift.training.ranks import ALONE
 from nightshift.training.state import build_state
 from tests.bits import state_sha256
 from tests.gpu.children import Child, in_child
-from tests.gpu.stage import Figure, KeptStore, Stage, config_of, last_payload, made_up, train
+from tests.gpu.stage import Figure, KeptStore, Stage, at, config_of, last_payload, made_up, train
 
 _IMAGES, _BATCH = 500, 64  # the eighth batch of an epoch is a short one
 _STOPS, _KILL = (5, 14, 23), 19
@@ -26,6 +26,7 @@ _OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "sgd": {"lr": 0.05},
     "adam": {"lr": 1e-3},
     "muon": {"lr": 0.05, "momentum": 0.6},
+    "adamw": {"lr": 1e-3},
 }
 _BASE = {"batch_size": _BATCH, "epochs": 4, "drop_last": False, "weight_decay": 0.0, "dataset": "cifar10"}
 
@@ -46,7 +47,7 @@ def cases(stage: Stage) -> dict[str, TrainConfig]:
         f"{name} {precision}{' compiled' if compiled == 'on' else ''}": _config(
             name, precision=precision, compile=compiled
         )
-        for name in _OPTIMIZERS
+        for name in ("sgd", "adam", "muon")
         for precision in ("float32", "bfloat16")
         for compiled in ("off", "on")
     }
@@ -99,7 +100,7 @@ def _go_on(home: Path, config: TrainConfig, runs: Mapping[str, int | None]) -> N
     admit_networks(home)
     store, dataset = KeptStore(home / "store"), made_up(_IMAGES)
     for run_id, stop in runs.items():
-        train(home, store, run_id, config, dataset, lambda step, stop=stop: step == stop)  # type: ignore[misc]
+        train(home, store, run_id, config, dataset, at(stop))
 
 
 def _die(home: Path, config: TrainConfig) -> None:
@@ -119,13 +120,12 @@ def _die(home: Path, config: TrainConfig) -> None:
 def moves(stage: Stage) -> Iterator[Figure]:
     """From a GPU to the CPU and back: the state arrives with the same bits, and training goes on."""
     there = stage.gpu()
-    for optimizer in (*_OPTIMIZERS, "adamw"):
-        settings = _OPTIMIZERS.get(optimizer, _OPTIMIZERS["adam"])
-        config = config_of(**{**_BASE, "optimizer.name": optimizer, **settings, "ema_decay": 0.9})
+    for optimizer in _OPTIMIZERS:
+        config = _config(optimizer, ema_decay=0.9)
         store, dataset = KeptStore(stage.home / optimizer), made_up(_IMAGES)
         for device, stop in ((there.type, 9), ("cpu", 17)):
             on = config.override({"hardware.device": device})
-            train(stage.home, store, "run", on, dataset, lambda step, stop=stop: step == stop)  # type: ignore[misc]
+            train(stage.home, store, "run", on, dataset, at(stop))
             stored = last_payload(store, "run")
             yield Figure(
                 f"{optimizer} stored by {device}, read on both", "same bits", _arrives(stored, on, (there, "cpu"))
@@ -165,7 +165,7 @@ def _timed(home: Path, config: TrainConfig, deterministic: Sequence[bool]) -> li
     """The state and the seconds of each training, after one that warms up."""
     home.mkdir()
     store, dataset = KeptStore(home / "store"), made_up(_IMAGES)
-    train(home, store, "warm", config, dataset, lambda step: step == 20)
+    train(home, store, "warm", config, dataset, at(20))
     found = []
     for number, choice in enumerate(deterministic):
         on = config.override({"deterministic": choice})

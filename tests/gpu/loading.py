@@ -16,8 +16,7 @@ from nightshift.data.encoded import Decoding, EncodedImages
 from nightshift.data.shards import Shards
 from nightshift.records import snapshots
 from nightshift.storage.memory import MemoryStore
-from nightshift.workspace import Workspace
-from tests.gpu.stage import Figure, Stage, config_of, made_up, train
+from tests.gpu.stage import Figure, Stage, config_of, made_up, train, workspace_of
 
 _SIDE, _NOISE = 224, 9
 _BATCH, _AT_ONCE = 64, 100
@@ -25,13 +24,13 @@ _BATCH, _AT_ONCE = 64, 100
 
 def decoding(stage: Stage) -> Iterator[Figure]:
     """JPEGs of 224 pixels, decoded by 1, 2, 4 … threads."""
-    jpegs = _photographs(100 if stage.is_small else 2000)
-    expected = _stored(stage, jpegs, 1)[:20]
+    stored = _photographs(100 if stage.is_small else 2000)
+    expected = _images(stage, stored, 1)[:20]
     for threads in _powers(os.cpu_count() or 1):
-        images = _stored(stage, jpegs, threads)
+        images = _images(stage, stored, threads)
         started = time.perf_counter()
         found = images[:]
-        rate = len(jpegs) / (time.perf_counter() - started)
+        rate = len(stored) / (time.perf_counter() - started)
         yield Figure(f"images/s, {threads} threads", rate, torch.equal(found[:20], expected))
 
 
@@ -43,8 +42,8 @@ def nvjpeg(stage: Stage) -> Iterator[Figure]:
         return
     from torchvision.io import decode_jpeg
 
-    jpegs = _photographs(2000)
-    files = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in jpegs]
+    stored = _photographs(2000)
+    files = [torch.frombuffer(bytearray(one[jpeg._LENGTH :]), dtype=torch.uint8) for one in stored]
     decode_jpeg(files[:_AT_ONCE], device=device)
     torch.cuda.synchronize()
     started = time.perf_counter()
@@ -52,7 +51,7 @@ def nvjpeg(stage: Stage) -> Iterator[Figure]:
         there = decode_jpeg(files[start : start + _AT_ONCE], device=device)
     torch.cuda.synchronize()
     yield Figure("images/s, on the GPU", len(files) / (time.perf_counter() - started))
-    here = _stored(stage, jpegs[-1:], 1)[0]
+    here = _images(stage, stored[-1:], 1)[0]
     apart = (there[-1].cpu().permute(1, 2, 0).int() - here.int()).abs().max()
     yield Figure("largest difference of a pixel to the CPU's", int(apart))
 
@@ -61,10 +60,10 @@ def fed(stage: Stage) -> Iterator[Figure]:
     """Images/s of a training on encoded images, beside those of one on pixels that lie on the GPU."""
     stage.gpu()
     count = 64 if stage.is_small else 40 * _BATCH
-    jpegs = _photographs(count)
+    stored = _photographs(count)
     small = made_up(count)
-    pixels = replace(small, train_images=_stored(stage, jpegs, None)[:], mean=(128.0,) * 3, std=(64.0,) * 3)
-    encoded = replace(pixels, train_images=_stored(stage, jpegs, None))
+    pixels = replace(small, train_images=_images(stage, stored, None)[:], mean=(128.0,) * 3, std=(64.0,) * 3)
+    encoded = replace(pixels, train_images=_images(stage, stored, None))
     rates = {name: _rate(stage, dataset, count) for name, dataset in (("pixels", pixels), ("encoded", encoded))}
     for name, rate in rates.items():
         yield Figure(f"images/s, {name}", rate)
@@ -86,7 +85,7 @@ def _powers(most: int) -> list[int]:
 
 
 def _photographs(count: int) -> list[bytes]:
-    """JPEGs with the noise of a sensor over something smooth, so that they cost as much as photographs."""
+    """Images as they are stored, with the noise of a sensor over something smooth: they cost as much as photographs."""
     chance = np.random.default_rng(0)
     noise = chance.normal(0, _NOISE, (_SIDE, _SIDE, 3))
     across = np.linspace(0, 1, _SIDE)[:, None, None] * np.ones((_SIDE, _SIDE, 1))
@@ -94,19 +93,18 @@ def _photographs(count: int) -> list[bytes]:
     for _ in range(count):
         ends = chance.integers(30, 220, (2, 3))
         smooth = ends[0] * across + ends[1] * (1 - across)
-        found.append(jpeg.encoded((smooth + noise).clip(0, 255).astype(np.uint8)))
+        found.append(jpeg.as_stored((smooth + noise).clip(0, 255).astype(np.uint8), b""))
     return found
 
 
-def _stored(stage: Stage, jpegs: Sequence[bytes], threads: int | None) -> EncodedImages:
-    """They as a shard of a store, fetched and decoded when they are asked for."""
-    stored = [len(file).to_bytes(4, "little") + file for file in jpegs]
+def _images(stage: Stage, stored: Sequence[bytes], threads: int | None) -> EncodedImages:
+    """Photographs as a shard of a store, fetched and decoded when they are asked for."""
     shard, store = b"".join(stored), MemoryStore()
     digest = hashlib.sha256(shard).hexdigest()
     store.put(snapshots.shard_key(digest), shard)
     offsets = np.cumsum([0, *map(len, stored[:-1])])
     sums = np.stack([np.frombuffer(hashlib.sha256(one).digest(), np.uint8) for one in stored])
-    shards = Shards(Workspace(store, stage.home, lease_seconds=60, save_retry_seconds=5))
+    shards = Shards(workspace_of(store, stage.home))
     shards.open(digest)
     return EncodedImages(
         Decoding(shards, [digest], _SIDE, threads), np.zeros(len(stored), np.int32), offsets.astype(np.int64), sums

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from nightshift.parallel.batch_norm import synchronized
 from nightshift.parallel.ranks import JoinedRanks, averaging, joined
@@ -71,7 +70,7 @@ def _train_as_several(home: Path, breaks_at: int | None) -> str:
     small = {"model.name": "tests.gpu.networks:Dropping", "compile": "off"}
     on_gpu = torch.cuda.is_available()
     config = config_of("speedrun", batch_size=_BATCH, epochs=1, **({"compile": "on"} if on_gpu else small))
-    with _join(0, 1, _free_port()) as ranks:
+    with _join(home, 0, 1) as ranks:
         several = _AsSeveral(control=ranks.control, breaks_at=breaks_at)
         record = train(home, KeptStore(home / "store"), "run", config, made_up(_BATCH * _STEPS), ranks=several)
         return f"step {record.step} through {distributed.get_backend_config()}"
@@ -79,33 +78,25 @@ def _train_as_several(home: Path, breaks_at: int | None) -> str:
 
 def two_on_the_cpu(stage: Stage) -> Iterator[Figure]:
     """`device=cpu` with two ranks trains, on a machine with a GPU too."""
-    port, home = _free_port(), stage.home / "two"
+    home = stage.home / "two"
     home.mkdir()
-    both = [Child(_train_on_the_cpu, home, rank, port) for rank in range(2)]
+    both = [Child(_train_on_the_cpu, home, rank) for rank in range(2)]
     for rank, child in enumerate(both):
         step, sha256 = child.result(_PATIENCE)
         yield Figure(f"rank {rank} of two on the CPU", f"step {step}, {sha256[:12]}", step == _STEPS)
 
 
-def _train_on_the_cpu(home: Path, rank: int, port: int) -> tuple[int, str]:
+def _train_on_the_cpu(home: Path, rank: int) -> tuple[int, str]:
     torch.set_num_threads(1)
     config = config_of(batch_size=_BATCH, epochs=1, precision="float32", **{"hardware.device": "cpu"})
     store = KeptStore(home / "store")
-    with _join(rank, 2, port) as ranks:
+    with _join(home, rank, 2) as ranks:
         train(home, store, "run", config, made_up(_BATCH * _STEPS), ranks=ranks)
         ranks.any()  # until rank 0 has saved its last step
     return read_record(store, "run")[0].step, state_sha256(last_payload(store, "run"))
 
 
-def _join(rank: int, world_size: int, port: int) -> AbstractContextManager[JoinedRanks]:
+def _join(home: Path, rank: int, world_size: int) -> AbstractContextManager[JoinedRanks]:
     os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{world_size}", LOCAL_RANK=f"{rank}", GROUP_WORLD_SIZE="1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=_TIMEOUT)
-    return joined(store, _TIMEOUT)
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-    return port
+    return joined(FileStore(str(home / "ranks"), world_size), _TIMEOUT)

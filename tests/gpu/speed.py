@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from models.simple_cnn import SimpleCNN
+from nightshift.checkpoints.payload import read_weights
 from nightshift.config.train import TrainConfig
 from nightshift.data.batches import make_plan, resident
 from nightshift.data.datasets import Dataset
@@ -21,7 +22,7 @@ from nightshift.storage.memory import MemoryStore
 from nightshift.training.loop import Loop
 from nightshift.training.ranks import ALONE
 from nightshift.training.recorder import Recorder
-from tests.gpu.stage import Figure, Stage, config_of, images_of, last_payload, train
+from tests.gpu.stage import Figure, Stage, at, config_of, images_of, train
 
 _SEEDS = 3
 _PROFILED, _WARM = 10, 10
@@ -50,7 +51,7 @@ def _lap(stage: Stage, config: TrainConfig, dataset: Dataset) -> tuple[float, fl
     """Seconds in the training loop, and accuracy on the test images."""
     store = MemoryStore()
     record = train(stage.home, store, "lap", config, dataset)
-    model = load_model(config, last_payload(store, "lap")["model"], len(dataset.classes), stage.device)
+    model = load_model(config, read_weights(store, record.checkpoints[-1]), len(dataset.classes), stage.device)
     answers = answer_test_images(model, dataset, config)
     return record.train_seconds, float((answers.predicted == answers.labels).double().mean())
 
@@ -87,7 +88,7 @@ def saving(stage: Stage) -> Iterator[Figure]:
     for number in range(rounds + 1):
         for every in (None, often):
             config = config_of(recipe, epochs=10, batch_size=size, checkpoint_every_steps=every)
-            record = train(stage.home, MemoryStore(), "run", config, dataset, lambda step: step == steps)
+            record = train(stage.home, MemoryStore(), "run", config, dataset, at(steps))
             if number:  # the first round warms up
                 rates.setdefault(every, []).append(steps * size / record.train_seconds)
     yield Figure("images/s without a save", _summary(rates[None]))
@@ -146,8 +147,7 @@ def classes(stage: Stage) -> Iterator[Figure]:
     """Test images whose predicted class differs between the GPU, on which the network was trained, and the CPU."""
     there, dataset, store = stage.gpu(), images_of(stage), MemoryStore()
     config = config_of("quick", epochs=1, **({"batch_size": 64} if stage.is_small else {}))
-    train(stage.home, store, "run", config, dataset)
-    weights = last_payload(store, "run")["average"]
+    weights = read_weights(store, train(stage.home, store, "run", config, dataset).checkpoints[-1])
     on_gpu, on_cpu = (
         answer_test_images(load_model(config, weights, len(dataset.classes), device), dataset, config)
         for device in (there, torch.device("cpu"))

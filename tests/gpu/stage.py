@@ -102,6 +102,11 @@ def config_of(recipe: str = "quick", **overrides: Any) -> TrainConfig:
     return make_config(recipe, {"checkpoint_every_seconds": None, **overrides})
 
 
+def at(stop: int | None) -> Callable[[int], bool]:
+    """Whether this step is done; None: never."""
+    return lambda step: step == stop
+
+
 def train(
     home: Path,
     store: Store,
@@ -112,11 +117,14 @@ def train(
     ranks: Ranks = ALONE,
 ) -> RunRecord:
     """Train a run as far as it goes, from where it stands."""
-    workspace = Workspace(store, home, lease_seconds=600, save_retry_seconds=5)
     job = Job(run_id=run_id, config=config, dataset=REF)
     with suppress(TrainingInterrupted):
-        train_on(dataset, ranks, workspace, job, RankOrders(should_stop))
+        train_on(dataset, ranks, workspace_of(store, home), job, RankOrders(should_stop))
     return read_record(store, run_id)[0]
+
+
+def workspace_of(store: Store, home: Path) -> Workspace:
+    return Workspace(store, home, lease_seconds=600, save_retry_seconds=5)
 
 
 def last_payload(store: Store, run_id: str) -> Payload:
