@@ -5,13 +5,19 @@ epochs, the gate's verdict), and for `gc` two payloads and a report, of one byte
 hundred is interrupted instead. All are in one embedded S3 server, which grows from one number to the next.
 A page of runs is written last, some seconds after the others, so that some runs are recent.
 
-    runs, first page     `list_records` with the command's limit of 50
+    runs, first page     `overviews` with the command's limit of 50
     nightshift runs      the same as a command, with the start of its process; the server runs
-    runs, all            `list_records` without a limit: every record is read
+    runs, all            `overviews` of all: every record is read
     recover, recent      `recovery.find` where only the last page was written to lately, as it is every night
     recover, all         the same where every record was written to lately: all are read
     gc, none old         `orphans.find` where everything is too young to be an orphan: it only lists keys
     gc, all old          the same where everything is old enough, as all but the last day is: every record is read
+    index, renewed       what `gc` does at its end where no run is in the index yet: every record is read
+
+Then, with the index, once more:
+
+    nightshift runs, all   the command for all of them: the records of runs that are not over are read
+    recover, all indexed   as above
 
 Every request that the client sends is counted, including retries. Growth is the ratio of the seconds to those
 with the previous number of runs: 10 is linear. The requests of a separate process are not counted.
@@ -45,6 +51,7 @@ from nightshift.hardware import Hardware
 from nightshift.local.s3 import embedded_s3
 from nightshift.records import orphans, recovery
 from nightshift.records.curve import CurvePoint
+from nightshift.records.index import KEY, Known, overviews, renew
 from nightshift.records.keys import payload_key, report_key
 from nightshift.records.run import (
     Checkpoint,
@@ -52,13 +59,12 @@ from nightshift.records.run import (
     Lease,
     Result,
     RunRecord,
-    list_records,
     write_record,
 )
 from nightshift.refs import ChampionRef, Comparison, DatasetRef, Verdict
 from nightshift.storage.s3 import S3
 
-_PAGE = 50
+_PAGE, _ALL = 50, 1_000_000
 _WRITERS = 8
 _STEPS, _EPOCHS = 2_340, 6
 _REPORTS = ("metrics.jsonl",)
@@ -193,19 +199,27 @@ def looks(store: S3, home: Path, recent_since: datetime) -> dict[str, Callable[[
     """All ways to look. Each returns how many runs or orphans it has found."""
     ever, cut = timedelta(days=1), timedelta(seconds=1)  # the store truncates times to the second
 
-    def command() -> int:
-        program = [sys.executable, "-c", "from nightshift.cli import main; main()", "runs", "--json"]
+    def command(*options: str) -> int:
+        program = [sys.executable, "-c", "from nightshift.cli import main; main()", "runs", "--json", *options]
         printed = subprocess.run(program, env=environment(home), cwd=home, capture_output=True, text=True, check=True)
         return printed.stdout.count('"run_id"')
 
+    def indexed() -> int:
+        renew(store)
+        return len(Known(store))
+
+    store.delete(KEY)
     return {
-        "runs, first page": lambda: len(list_records(store, _PAGE)),
+        "runs, first page": lambda: len(overviews(store, _PAGE)),
         "nightshift runs": command,
-        "runs, all": lambda: len(list_records(store)),
+        "runs, all": lambda: len(overviews(store, _ALL)),
         "recover, recent": lambda: len(recovery.find(store, store.now() - recent_since + cut).interrupted),
         "recover, all": lambda: len(recovery.find(store, ever).interrupted),
         "gc, none old": lambda: len(orphans.find(store, ever).keys),
         "gc, all old": lambda: len(orphans.find(store, timedelta(0)).keys),
+        "index, renewed": indexed,
+        "nightshift runs, all": lambda: command("--limit", str(_ALL)),
+        "recover, all indexed": lambda: len(recovery.find(store, ever).interrupted),
     }
 
 

@@ -11,7 +11,7 @@ from nightshift.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nightshift.records.run import RunRecord
+    from nightshift.records.index import Overview
     from nightshift.storage.store import Store
 
 
@@ -21,19 +21,16 @@ def runs(
     limit: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 50,
 ) -> None:
     """List the stored runs, newest first."""
-    from nightshift.records.lease import status_of
-    from nightshift.records.run import list_records
+    from nightshift.records.index import overviews
 
     with configured_workspace() as workspace:
-        records = list_records(workspace.store, limit)
-        now = workspace.store.now()
-    statuses = [status_of(record, now) for record in records]
+        found = overviews(workspace.store, limit)
     if as_json:
-        print_json({"runs": list(map(_run_line, records, statuses))})
+        print_json({"runs": [_run_line(run) for run in found]})
         return
     from nightshift.cli.terminal import runs_table
 
-    console().print(runs_table(records, statuses) if records else "No runs yet: `nightshift train` starts one.")
+    console().print(runs_table(found) if found else "No runs yet: `nightshift train` starts one.")
 
 
 @app.command(rich_help_panel="Look at what is stored")
@@ -309,12 +306,6 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _run_line(record: "RunRecord", status: str) -> dict[str, Any]:
-    return {
-        "run_id": record.run_id,
-        "status": status,
-        "step": record.step,
-        "test_accuracy": record.test_accuracy,
-        "updated_at": record.updated_at.isoformat(),
-        "owner": record.lease.owner,
-    }
+def _run_line(run: "Overview") -> dict[str, Any]:
+    fields = run.model_dump(include={"run_id", "status", "step", "test_accuracy", "owner"})
+    return {**fields, "updated_at": run.updated_at.isoformat()}

@@ -22,6 +22,7 @@ from nightshift.cli.screen import Screen, styled
 from nightshift.judging.nights import Night
 from nightshift.progress import StepReport
 from nightshift.records.history import Pin, Transition
+from nightshift.records.index import Overview
 from nightshift.records.run import RunRecord
 from nightshift.text import plain
 
@@ -159,17 +160,17 @@ def lines_table(lines: list[dict[str, Any]]) -> Table:
     return table
 
 
-def runs_table(records: Sequence[RunRecord], statuses: Sequence[str]) -> Table:
+def runs_table(runs: Sequence[Overview]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("run", "status", "step", "accuracy", "updated (UTC)"):
         table.add_column(name, justify="right" if name in ("step", "accuracy") else "left", no_wrap=True)
-    for record, status in zip(records, statuses, strict=True):
+    for run in runs:
         table.add_row(
-            record.run_id,
-            status_text(status),
-            f"{record.step:,}/{record.total_steps:,}",
-            percent(record.test_accuracy),
-            f"{record.updated_at:%m-%d %H:%M}",
+            run.run_id,
+            status_text(run.status),
+            f"{run.step:,}/{run.total_steps:,}",
+            percent(run.test_accuracy),
+            f"{run.updated_at:%m-%d %H:%M}",
         )
     return table
 

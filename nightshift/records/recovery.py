@@ -13,6 +13,7 @@ from typing import Literal
 
 from nightshift import processes, progress
 from nightshift.errors import Interrupted, PreconditionFailedError, RunNotFoundError, StorageUnreachableError
+from nightshift.records.index import Known
 from nightshift.records.keys import record_key
 from nightshift.records.lease import is_live
 from nightshift.records.run import RunRecord, listed_records, read_record, read_records, write_record
@@ -51,15 +52,18 @@ class InterruptedRun:
 
 
 def find(store: Store, within: timedelta) -> Found:
-    """The runs that were written to `within` this time and are not over: one listing, and only their records are read.
+    """The runs that were written to `within` this time and are not over.
+
+    One listing; of the records it names, those that the index knows to be over are not read.
 
     Raises:
         StorageError: the store cannot be listed.
     """
     now = store.now()
     recent = [item for item in listed_records(store) if now - item.modified < within]
+    _, unknown = Known(store).split(recent)
     found = Found([], [])
-    for record, etag in read_records(store, recent):
+    for record, etag in read_records(store, unknown):
         if record.status == "running" and is_live(record.lease, now):
             found.live.append(record.run_id)
         elif record.status in ("running", "interrupted"):

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from nightshift import progress
 from nightshift.errors import NightshiftError, StorageDeniedError, StorageError, StorageUnreachableError
-from nightshift.records import deletion, orphans, snapshots
+from nightshift.records import deletion, index, orphans, snapshots
 from nightshift.records.history import History, history_key, keep_copy, read_history
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, RECORDS, REPORTS, SWEEPS, place_of
 from nightshift.records.lease import is_live
@@ -87,7 +87,9 @@ def find(store: Store, keep: KeepSettings) -> Spent:
 
 
 def tidy(store: Store, keep: KeepSettings, older_than: timedelta, dry_run: bool = False) -> tuple[Spent, Contents]:
-    """Delete what is kept no longer, then all orphans of this age. Returns both; the second with all that is deleted.
+    """Delete what is kept no longer, then all orphans of this age, and bring the index of runs up to date.
+
+    Returns both; the second with all that is deleted.
 
     Raises:
         StorageError: the store cannot be listed, or an object not be deleted.
@@ -98,6 +100,7 @@ def tidy(store: Store, keep: KeepSettings, older_than: timedelta, dry_run: bool 
         return spent, Orphans(_merged(spent.objects, found.objects), found.uploads)
     gone = _let_go(store, spent)
     collected = orphans.collect(store, orphans.find(store, older_than))
+    index.renew(store)
     return spent, Orphans(_merged(gone, collected.objects), collected.uploads)
 
 

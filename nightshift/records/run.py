@@ -1,10 +1,10 @@
 """The run record: one document a run, which decides what the run is. It is changed by compare-and-swap only."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from itertools import islice, takewhile
-from typing import Annotated, Any, ClassVar, Literal, Self
+from itertools import takewhile
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field
 
@@ -336,22 +336,29 @@ def listed_records(store: Store) -> list[Stored]:
     return [item for item in store.list(RECORDS) if (place := place_of(item.key)) and place.kind == "record"]
 
 
+class _Dated(Protocol):
+    @property
+    def updated_at(self) -> datetime: ...
+
+
+T = TypeVar("T", bound=_Dated)
+
+
+def newest_first(stored: list[Stored], read: Callable[[list[Stored]], Iterable[T]]) -> Iterator[T]:
+    """What `read` makes of some listed records, the run last written to first. It is given few of them at a time."""
+    stored = sorted(stored, key=lambda item: item.modified, reverse=True)
+    while stored:
+        # The store's times are cut to the second. Among runs written to in the same one, their records decide.
+        oldest = stored[: 4 * READERS][-1].modified
+        batch = list(takewhile(lambda item: item.modified >= oldest, stored))  # noqa: B023
+        del stored[: len(batch)]
+        yield from sorted(read(batch), key=lambda found: found.updated_at, reverse=True)
+
+
 def newest_records(store: Store) -> Iterator[RunRecord]:
     """All records, the run last written to first, read as they are asked for. Bad ones are left out with a warning.
 
     Raises:
         StorageError: the store cannot be listed.
     """
-    stored = sorted(listed_records(store), key=lambda item: item.modified, reverse=True)
-    while stored:
-        # The store's times are cut to the second. Among runs written to in the same one, their records decide.
-        oldest = stored[: 4 * READERS][-1].modified
-        batch = list(takewhile(lambda item: item.modified >= oldest, stored))  # noqa: B023
-        del stored[: len(batch)]
-        records = [record for record, _ in read_records(store, batch)]
-        yield from sorted(records, key=lambda record: record.updated_at, reverse=True)
-
-
-def list_records(store: Store, limit: int | None = None) -> list[RunRecord]:
-    """The first `limit` of `newest_records`."""
-    return list(islice(newest_records(store), limit))
+    return newest_first(listed_records(store), lambda batch: (record for record, _ in read_records(store, batch)))

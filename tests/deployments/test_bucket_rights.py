@@ -31,7 +31,7 @@ from nightshift.judging.evaluation import evaluate
 from nightshift.judging.report import publish_report
 from nightshift.local import s3
 from nightshift.publishing.publish import publish_model
-from nightshift.records import champions, deletion, orphans, retention, serving
+from nightshift.records import champions, deletion, index, orphans, retention, serving
 from nightshift.records.rebuild import rebuild
 from nightshift.records.snapshots import Trained, note_trained, read_history
 from nightshift.refs import DatasetRef, ModelRef
@@ -270,6 +270,11 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(
     assert set(orphans.collect(janitor, found).keys) == set(found.keys)
     # Younger than a minute it is not found.
     orphans.collect(janitor, orphans.Orphans(list(janitor.list("probe/")), []))
+    monkeypatch.setattr(index, "_WORTH", 1)
+    for damage in (b"", b"damaged"):
+        bucket.admin.put(index.KEY, damage)
+        index.renew(janitor)
+        assert len(index.Known(trainer)) == 2
 
     train_and_publish(night, "unwanted")
     begin_upload(bucket.admin, "checkpoints/unwanted/9-1.pt")
@@ -291,6 +296,7 @@ def test_a_night_has_the_rights_it_needs_and_each_role_no_other(
     assert ("tiny", "run") in spent.retired
     sweep = list(keeper.list("sweeps/"))
     retention._let_go(keeper, replace(spent, sweeps=sweep, snapshots=[("parts", digest)]))
+    bucket.admin.put(index.KEY, b"damaged")
     retention.tidy(keeper, KeepSettings(models=1), timedelta(0))
     orphans.collect(keeper, orphans.Orphans(list(keeper.list("probe/")), []))
     gone = {item.key for item in bucket.admin.list("")}
@@ -316,6 +322,7 @@ def deleted(store: S3, key: str) -> None:
         (["promote"], written, [CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
         (["train"], written, ["triton/tiny/config.pbtxt", "triton/tiny/1/model.onnx"]),
         (["gc"], deleted, ["triton/tiny/config.pbtxt"]),
+        (["train", "promote"], written, [index.KEY]),
         (["gc"], written, [CHAMPION, COPY, CARD, "models/tiny/run/weights.pth", "runs/run.json", "notes.txt"]),
         (
             ["train", "promote"],

@@ -42,7 +42,7 @@ from nightshift.local.s3 import embedded_credentials, embedded_s3
 from nightshift.publishing.publish import publish_model
 from nightshift.records import champions, orphans, recovery
 from nightshift.records.history import History, read_history
-from nightshift.records.run import Origin, RunRecord, list_records, read_record
+from nightshift.records.run import Origin, RunRecord, newest_records, read_record
 from nightshift.records.versions import read_card, read_file
 from nightshift.refs import DatasetRef
 from nightshift.settings import GateSettings, S3Settings
@@ -231,7 +231,7 @@ def _night(
 
 def compare(store: S3, expected: Expected) -> list[str]:
     """In what the store differs from what should be there; a sentence each."""
-    records = {record.run_id: record for record in list_records(store)}
+    records = {record.run_id: record for record in newest_records(store)}
     history = read_history(store, NAME)
     wrong = []
 

@@ -43,7 +43,7 @@ from nightshift.data.known import fetch, pack
 from nightshift.errors import TrainingInterrupted
 from nightshift.local.s3 import embedded_credentials, embedded_s3
 from nightshift.records import orphans
-from nightshift.records.run import list_records, read_record
+from nightshift.records.run import newest_records, read_record
 from nightshift.refs import DatasetRef
 from nightshift.settings import S3Settings
 from nightshift.storage import s3
@@ -151,7 +151,7 @@ class Campaign:
                 if process.exitcode == -signal.SIGKILL:
                     self.tally.points[f"{when} {GC_DELETE}"] += 1
         orphans.collect(self.store, orphans.find(self.store, timedelta(0)))
-        named = {checkpoint.key for record in list_records(self.store) for checkpoint in record.checkpoints}
+        named = {checkpoint.key for record in newest_records(self.store) for checkpoint in record.checkpoints}
         self.tally.orphans_left = len({item.key for item in self.store.list("checkpoints/")} ^ named)
         self.tally.uploads_left = len(list(self.store.list_uploads("")))
 

@@ -26,7 +26,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.errors import ResumeMismatchError
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.lease import check_matches
-from nightshift.records.run import list_records, read_record
+from nightshift.records.run import newest_records, read_record
 from nightshift.refs import DatasetRef
 from nightshift.storage.s3 import S3
 from nightshift.sweeps.stored import begin, plan
@@ -73,7 +73,7 @@ def run(environment: dict[str, str], home: Path) -> Callable[..., Finished]:
 
 
 def test_its_records_have_a_config_of_today_and_typed_metrics(store: S3) -> None:
-    records = {record.run_id: record for record in list_records(store)}
+    records = {record.run_id: record for record in newest_records(store)}
     assert {run_id: record.status for run_id, record in records.items()} == {
         "first": "finished",
         "second": "finished",

@@ -19,11 +19,12 @@ from nightshift.cli.common import app
 from nightshift.errors import NightshiftError
 from nightshift.judging import gate
 from nightshift.judging.drift import drift_key, read_drift
-from nightshift.records import champions, orphans, recovery
+from nightshift.records import champions, index, orphans, recovery
 from nightshift.records.curve import CurvePoint
 from nightshift.records.history import copy_key, history_key
+from nightshift.records.index import Index
 from nightshift.records.keys import record_key, report_key
-from nightshift.records.run import Checkpoint, CheckpointMetrics, Origin, Result, RunRecord, list_records
+from nightshift.records.run import Checkpoint, CheckpointMetrics, Origin, Result, RunRecord, newest_records
 from nightshift.records.versions import card_key
 from nightshift.refs import ModelRef
 from nightshift.settings import GateSettings
@@ -82,6 +83,9 @@ FINISHED = {
         test_accuracy=0.6, test_loss=1.0, weights_sha256="0" * 64, model="models/cifar10/bad/", verdict=VERDICT
     ).model_dump(mode="json"),
 }
+INDEX = json.loads(
+    documents.encoded(Index(runs=[run.changed(status="finished") for run in index.overviews(STORE, limit=10)]))
+)
 SWEEP = json.loads(documents.encoded(sweeps.plan("bad", "quick", {"lr": [0.1, 0.2], "momentum": [0.5, 0.6]})))
 LINES = "\n".join(
     json.dumps({"at": "2026-11-25T02:00:00Z", "step": step, "epoch": 1, **kind})
@@ -146,7 +150,7 @@ def test_a_run_record_of_any_content_stops_no_command(body: bytes, tmp_path_fact
             ["gc", "--older-than-hours=0"],
         ):
             run(*command)
-    assert "good" in [record.run_id for record in list_records(store)]
+    assert "good" in [record.run_id for record in newest_records(store)]
     found = recovery.find(store, timedelta(hours=24))
     assert "good" in [run.record.run_id for run in found.interrupted]
     assert "good" in [record.run_id for record in recovery.claim_due(store, found.interrupted, 3)]
@@ -157,6 +161,18 @@ def test_a_run_record_of_any_content_stops_no_command(body: bytes, tmp_path_fact
             held.check()
     except NightshiftError:
         pass
+
+
+@FUZZ
+@given(body=changed(INDEX))
+def test_an_index_of_runs_of_any_content_stops_no_command_and_loses_no_run(
+    body: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = store_with(index.KEY, body)
+    with commands_use(store, tmp_path_factory.getbasetemp()):
+        for command in (["runs"], ["runs", "--json"], ["gc", "--older-than-hours=0"]):
+            run(*command)
+    assert len(index.overviews(store, limit=10)) == 2
 
 
 @FUZZ

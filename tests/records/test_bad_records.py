@@ -16,7 +16,7 @@ from nightshift.errors import DocumentDamagedError, StorageError
 from nightshift.records import orphans, recovery
 from nightshift.records.keys import record_key
 from nightshift.records.lease import acquire, attached
-from nightshift.records.run import RunRecord, list_records, read_record
+from nightshift.records.run import RunRecord, newest_records, read_record
 from nightshift.refs import CheckpointRef
 from nightshift.storage import documents
 from nightshift.storage.memory import MemoryStore
@@ -107,7 +107,7 @@ def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], set[str]]]
 
 
 def test_the_fifty_are_listed(filled: Store, warned: Callable[[], set[str]]) -> None:
-    assert sorted(record.run_id for record in list_records(filled, limit=50)) == GOOD
+    assert sorted(record.run_id for record in newest_records(filled)) == GOOD
     assert warned() == set(BAD)
 
 
@@ -115,7 +115,7 @@ def test_what_is_too_large_by_the_listing_is_not_fetched() -> None:
     store = memory_store()
     fill(store)
     counting = Faulty(store)
-    list_records(counting)
+    list(newest_records(counting))
     too_large = sum(name.startswith("too-large") for name in BAD)
     # What is damaged is read twice.
     assert counting.calls["get", "runs"] == len(GOOD) + 2 * (len(BAD) - too_large)

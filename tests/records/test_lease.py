@@ -27,11 +27,12 @@ from nightshift.errors import (
     TrainingInterrupted,
 )
 from nightshift.records.curve import CurvePoint
+from nightshift.records.index import overviews
 from nightshift.records.keys import RECORDS
 from nightshift.records.lease import Run, RunSpec
 from nightshift.records.lease import acquire as acquire_run
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import Origin, Result, RunRecord, list_records, read_record
+from nightshift.records.run import Origin, Result, RunRecord, newest_records, read_record
 from nightshift.refs import DatasetRef
 from nightshift.storage.memory import MemoryStore
 from nightshift.storage.store import Store
@@ -325,5 +326,5 @@ def test_runs_are_listed_newest_first(store: Store) -> None:
     for run_id in ("b", "d", "a", "c"):
         with hold(store, run_id):
             pass
-    assert [record.run_id for record in list_records(store)] == ["c", "a", "d", "b"]
-    assert [record.run_id for record in list_records(store, limit=2)] == ["c", "a"]
+    assert [record.run_id for record in newest_records(store)] == ["c", "a", "d", "b"]
+    assert [run.run_id for run in overviews(store, limit=2)] == ["c", "a"]

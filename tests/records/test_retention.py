@@ -15,7 +15,7 @@ from nightshift.records import champions, rebuild, retention, snapshots
 from nightshift.records.history import history_key, read_copy, read_history
 from nightshift.records.keys import payload_key, place_of, report_key
 from nightshift.records.lease import hold as hold_run
-from nightshift.records.run import list_records, read_record
+from nightshift.records.run import newest_records, read_record
 from nightshift.records.snapshots import Entry, Manifest
 from nightshift.records.versions import read_card, read_file
 from nightshift.refs import DatasetRef
@@ -111,12 +111,12 @@ def test_after_so_many_nights_the_store_holds_what_the_settings_keep_and_all_tha
 
     found = kinds(store)
     history = read_history(store, "photos")
-    kept = {record.run_id for record in list_records(store)}
+    kept = {record.run_id for record in newest_records(store)}
     too_old = {run for run in kept if int(run.rpartition("-")[2]) < nights - 62}
     assert too_old <= set(history.versions[-retention.CHAMPIONS - 1 :])
     assert found["record"] == found["payload"] == found["report"] <= 61 + 4 + len(too_old)
     assert found["sweep"] == sum(number >= nights - 61 for number in range(0, nights, 50))
-    named = {record.dataset.digest for record in list_records(store)}
+    named = {record.dataset.digest for record in newest_records(store)}
     assert {entry.digest for entry in snapshots.read_history(store, "photos").entries} == named
     assert found["shard"] == len(
         {shard for digest in named for shard in snapshots.read_manifest(store, "photos", digest).shards}
@@ -176,7 +176,7 @@ def test_one_that_is_live_interrupted_or_champion_stays_however_old() -> None:
         retention.tidy(store, KeepSettings(nights=1, models=1, snapshots=1), DAY)
         assert read_record(store, "live")
     assert champions.read_champion(store, "photos").version == "night-2"
-    assert {record.run_id for record in list_records(store)} == {"live", "night-0", "night-1", "night-2"}
+    assert {record.run_id for record in newest_records(store)} == {"live", "night-0", "night-1", "night-2"}
 
 
 def test_nobody_rolls_back_to_a_champion_that_is_gone_and_it_is_said_which_are_left() -> None:
@@ -236,7 +236,7 @@ def test_of_each_data_set_the_newest_runs_stay() -> None:
         night(store, f"worse-{number}", 0.1, snapshot(store, 70 + number))
         clock.now += DAY
     retention.tidy(store, KeepSettings(models=3), DAY)
-    kept = {record.run_id for record in list_records(store)}
+    kept = {record.run_id for record in newest_records(store)}
     assert kept == {*(f"later-{number}" for number in range(10)), "worse-2", "worse-3", "worse-4"}
 
 

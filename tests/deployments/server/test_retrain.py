@@ -11,7 +11,7 @@ import pytest
 
 from nightshift.local.prefect import PrefectServer
 from nightshift.local.s3 import embedded_s3
-from nightshift.records.run import list_records, read_record
+from nightshift.records.run import newest_records, read_record
 from nightshift.storage.s3 import S3
 from tests.commands import Finished
 from tests.conftest import eventually
@@ -46,7 +46,7 @@ def test_the_deployment_of_a_recipe_trains_on_the_images_beside_the_project_file
     first: Finished, stack: dict[str, Any], store: S3, ask: Callable[..., Any]
 ) -> None:
     assert (first.exit_code, first.json["state"]) == (0, "Completed"), first.err
-    (record,) = list_records(store)
+    (record,) = newest_records(store)
     assert record.run_id == first.json["run_id"]
     assert record.run_id.startswith("parts-20")
     assert (record.status, record.dataset.name, record.origin.deployment) == ("finished", "parts", "retrain/parts")
@@ -62,7 +62,7 @@ def test_a_night_without_anything_new_is_completed_and_says_that_it_trains_nothi
     night = nightshift("submit", "retrain/parts", "--run-id=idle", "--watch")
     assert night.exit_code == 0, night.err
     assert f"idle trains nothing: all is as it was for {first.json['run_id']}" in " ".join(night.out.split())
-    assert len(list_records(store)) == 1
+    assert len(list(newest_records(store))) == 1
 
 
 def test_images_that_break_a_rule_end_the_night_before_training_and_the_champion_stays(
@@ -76,7 +76,7 @@ def test_images_that_break_a_rule_end_the_night_before_training_and_the_champion
     assert "tonight's images of parts are not trained on" in said
     assert f"{CLASSES[0]}" in said
     assert 'gone_class = "warn"' in said
-    assert transitions_of(store) == [record.run_id for record in list_records(store)] == [first.json["run_id"]]
+    assert transitions_of(store) == [record.run_id for record in newest_records(store)] == [first.json["run_id"]]
 
 
 def test_a_sweep_trains_its_trials_on_one_snapshot_and_compares_them_on_its_validation_images(

@@ -16,7 +16,7 @@ import pytest
 
 from nightshift import processes
 from nightshift.records.history import read_history
-from nightshift.records.run import RunRecord, list_records
+from nightshift.records.run import RunRecord, newest_records
 from nightshift.storage import documents
 from nightshift.sweeps.stored import Sweep, begin, plan, results
 from nightshift.sweeps.study import ask as ask_sweep
@@ -56,7 +56,7 @@ def undisturbed(prefect: Prefect, lost: Training) -> RunRecord:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     run_ids = {f"nightly-{day:%Y-%m-%d}" for day in (before, datetime.now(UTC))}
-    found = [record for record in list_records(lost.workspace.store) if record.run_id in run_ids]
+    found = [record for record in newest_records(lost.workspace.store) if record.run_id in run_ids]
     assert len(found) == 1
     return found[0]
 
