@@ -1,6 +1,6 @@
 """Whether a Prefect server will do tonight what it was deployed for. Nothing here imports Prefect, which takes seconds.
 
-What should be there is what `nightshift deploy` makes of `prefect.yaml` and `automations.yaml`.
+What should be there is what `nightshift deploy` makes of the project file, `prefect.yaml` and `automations.yaml`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 import httpx
 import yaml
 
+from deployments.planned import Deployments
 from nightshift.local.prefect import PrefectServer, ask, online_workers
 
 _HERE = Path(__file__).parent
@@ -30,37 +31,29 @@ class Finding:
     detail: str
 
 
-def examine(server: PrefectServer, deploy: str) -> Iterator[Finding]:
+def examine(server: PrefectServer, wanted: Deployments, deploy: str) -> Iterator[Finding]:
     """What the coming night needs of this server.
 
     Args:
+        wanted: what should be deployed.
         deploy: the command that mends what is missing.
 
     Raises:
         PrefectServerError: the server does not answer as one does, or asks for a login, and this is not it.
         httpx.HTTPError, ValueError: as `ask`.
     """
-    shipped = _shipped()
-    there = {name: found for name in shipped if (found := _named(server, f"deployments/name/{name}"))}
-    missing = sorted(shipped.keys() - there.keys())
+    there = {name: found for name in wanted if (found := _named(server, f"deployments/name/{name}"))}
+    missing = sorted(wanted.keys() - there.keys())
     what = f"missing: {', '.join(missing)}. Make them: {deploy}"
     yield Finding("deployments", not missing, what if missing else f"{len(there)}, none missing")
     for name, deployment in there.items():
-        if shipped[name].get("schedules"):
+        if wanted[name]["schedules"]:
             yield _schedule(server, name, deployment)
     if _RECOVER in there:
         yield _last_recovery(server, there[_RECOVER])
     yield _automations(server, deploy)
-    for pool in sorted({deployment["work_pool"]["name"] for deployment in shipped.values()}):
+    for pool in sorted({deployment["work_pool"]["name"] for deployment in wanted.values()}):
         yield _pool(server, pool, deploy)
-
-
-def _shipped() -> dict[str, Any]:
-    """The deployments by FLOW/DEPLOYMENT; the flows are named after their functions."""
-    deployments = yaml.safe_load((_HERE / "prefect.yaml").read_text())["deployments"]
-    return {
-        f"{entry['entrypoint'].rpartition('.')[2].replace('_', '-')}/{entry['name']}": entry for entry in deployments
-    }
 
 
 def _named(server: PrefectServer, path: str) -> Any:

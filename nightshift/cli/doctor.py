@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import torch
 
+from nightshift.config.project import load_project
 from nightshift.disk import disk_is_full, free_bytes, is_full
 from nightshift.errors import ModelNotFoundError, NightshiftError
 from nightshift.local import supervisor
@@ -112,7 +113,7 @@ def _champions(workspace: Workspace) -> list[Check]:
 
 
 def _champion(workspace: Workspace, name: str) -> Check:
-    """What a history that is missing or damaged means is said by `records.champions`, and shown as it says it."""
+    """Check a model's champion. What `records.champions` says of a missing or damaged history is shown as it is."""
     title, store = f"champion of {name}", workspace.store
     history = read_history(store, name)
     try:
@@ -161,13 +162,14 @@ def _prefect(settings: Settings) -> list[Check]:
             ]
         checks = [Check(name, True, f"{release}, server at {server.api_url}")]
         online_workers(server)  # says in a sentence what is wrong with a server that is none
-        from deployments import tonight
+        from deployments import planned, tonight
 
         directory = settings.home / "prefect"
         is_of_up = (
             supervisor.is_kept(directory) and supervisor.running_facts(directory).get("api_url") == server.api_url
         )
-        found = tonight.examine(server, "nightshift up" if is_of_up else "nightshift deploy")
+        wanted = planned.planned(load_project(settings.project), settings.project)
+        found = tonight.examine(server, wanted, "nightshift up" if is_of_up else "nightshift deploy")
         return [*checks, *(Check(entry.name, entry.ok, entry.detail) for entry in found)]
     except NightshiftError as error:
         return [Check(name, False, str(error))]

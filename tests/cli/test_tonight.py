@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,12 @@ from tests.records.test_lease import RESULT, spec
 
 Checks = dict[str, dict[str, Any]]
 NIGHTLY = "train-cifar/nightly"
+PARTS = """
+[datasets.parts]
+source = "images"
+[recipes.parts]
+dataset = "parts"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +79,18 @@ def test_what_was_deployed_is_there_with_the_next_start_in_its_zone_and_what_is_
     found = doctor()
     assert found[f"schedule of {NIGHTLY}"]["detail"].startswith("paused, so nothing starts")
     assert "train-cifar is started again" in found["automations"]["detail"]
+
+
+def test_a_deployment_of_the_project_that_was_never_made_is_missing(
+    doctor: Callable[..., Checks], deployed: None, tmp_path: Path
+) -> None:
+    project = tmp_path / "nightshift.toml"
+    project.write_text('[deployments.parts]\nrecipe = "parts"\n' + PARTS)
+    assert doctor()["deployments"]["detail"] == "missing: retrain/parts. Make them: nightshift deploy"
+    project.write_text('[deployments.parts]\nrecipe = "part"\n' + PARTS)
+    found = doctor()["Prefect"]
+    assert not found["ok"]
+    assert "[deployments.parts] recipe 'part'" in found["detail"]
 
 
 def switch_off(server: PrefectServer) -> None:
