@@ -1,7 +1,7 @@
 """What a GPU does with nightshift: whether it keeps what is promised, and how fast it is.
 
-This runs where there are torch, numpy and what gpu.txt beside it names, and no network, no Prefect, no S3 server:
-docs/gpu.md. Each part of tests/gpu is a process of its own, because a GPU that has failed is of no use to its process
+This needs torch, numpy and what gpu.txt beside it names. It needs no network, Prefect or S3 server (docs/gpu.md).
+Each part of tests/gpu is a process of its own, because a GPU that has failed is of no use to its process
 any more. A part shows what it finds as it finds it. One that fails or takes too long does not stop the others, and one
 that needs a GPU says so where there is none.
 

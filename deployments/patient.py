@@ -1,13 +1,13 @@
 """Workers of Prefect's that wait for a server that is away, and start again at once what dies on them.
 
-Prefect's own worker ends after a minute or two without an answer, and kills the trainings that it has started. Of a
-process that dies, it reports that the flow run has crashed, and no more: it is an automation that starts it again, when
-nobody else has within 20 s, and then the worker looks for work every 10 s.
+Prefect's own worker ends after a minute or two without an answer, and kills the trainings that it has started. If a
+process dies, it only reports that the flow run has crashed. An automation starts the flow run again if nobody else has
+within 20 s, and the worker looks for work only every 10 s.
 
-It also starts several processes for a flow run, one after the other, each of which imports Prefect: one that looks
-after the others, one that fetches the flow's code, and the one that runs the flow. When that has died, one more imports
-the flow, to see whether it wants to be told. Our flows are installed and want nothing, so they have the one. It can be
-forked from one that has imported what they need (`warm`).
+It also starts several processes for a flow run, one after the other, each of which imports Prefect: one looks after the
+others, one fetches the flow's code, and one runs the flow. When that one has died, another imports the flow to see
+whether it has hooks. Our flows are installed and have no hooks, so they need only one process. It can be forked from a
+process that has already imported what they need (`warm`).
 """
 
 import functools
@@ -42,12 +42,12 @@ LASTING = ("train-cifar", "retrain", "sweep")
 _OURS = (*LASTING, "gc", "predict", "recover")
 _ENGINE = [sys.executable, "-m", "prefect.engine"]
 _PAUSE = timedelta(minutes=1)
-"""What dies again sooner waits for so long, so that a process that cannot start is not started every moment."""
+"""A process that dies again within this time waits this long, so that one that cannot start is not retried nonstop."""
 _log = logging.getLogger("prefect.workers")
 
 
 def patient(request: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
-    """A method of a worker that brings nothing, and says so once, while the server does not answer or answers 5xx."""
+    """A worker's method that returns nothing, with one warning, while the server does not answer or answers 5xx."""
     is_away = False
 
     @functools.wraps(request)

@@ -1,6 +1,6 @@
 """The deployments that a project has: those of nightshift, on its schedules, and those of the flow retrain it names.
 
-Nothing in here imports Prefect, so a mistake in the project file is told at once.
+Nothing in here imports Prefect, so a mistake in the project file is reported at once.
 """
 
 import re

@@ -1,6 +1,6 @@
 """When deployments start by themselves: as the project says, unless somebody has changed that on the server.
 
-What was deployed last stands in a variable of the server. A schedule that is no longer that was changed there, in the
+A variable on the server holds what was deployed last. A schedule that differs from it was changed on the server, in the
 UI or by `prefect deployment schedule`, and is kept.
 """
 

@@ -1,10 +1,11 @@
 """Flow runs in processes that are forked from one that has imported what a training needs.
 
-A new Python imports for seconds before a flow run's first line. Python's fork server has done so once; a process that
-it forks takes over the environment and the directory of the flow run, and then is Prefect's engine. Forking is sound as
-long as the server has no threads but those of OpenBLAS and jemalloc, which know about forks, and has not touched a GPU;
-and as long as nothing that was imported would be something else in a new Python. Where that is not so, the process says
-why, and becomes a new Python: as slow as without all this.
+A new Python imports for seconds before a flow run's first line. Python's fork server does so once. A process that it
+forks takes over the environment and the directory of the flow run, and then is Prefect's engine.
+
+Forking is sound if three things hold. The server has no threads but those of OpenBLAS and jemalloc, which know about
+forks. It has not touched a GPU. And nothing that it has imported would be different in a new Python. Otherwise the
+process says why, and becomes a new Python: as slow as without all this.
 
 Prefect is not imported in the server, because it reads the environment when it is imported. What it imports is.
 """
@@ -104,5 +105,5 @@ def _threads(pid: int) -> int:
 _IMPORTED = {
     path: _version(path) for module in tuple(sys.modules.values()) if (path := getattr(module, "__file__", None))
 }
-"""In the server, which imports this module last: the files of all that it has imported."""
+"""The files of all imported modules. The fork server imports this module last, so there it is all it has imported."""
 _THREADS = _threads(os.getpid())

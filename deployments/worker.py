@@ -84,7 +84,7 @@ def _stop(worker: subprocess.Popen[bytes], grace_seconds: float) -> None:
 
 
 def _runs(worker: int) -> Iterator[int]:
-    """The processes of its flow runs: its children, but for those of a warm worker, which its fork server has."""
+    """The processes of a worker's flow runs: its children or, for a warm worker, the children of its fork server."""
     for child in _children(worker):
         is_of_multiprocessing = b"from multiprocessing" in Path(f"/proc/{child}/cmdline").read_bytes()
         yield from _children(child) if is_of_multiprocessing else [child]

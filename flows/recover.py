@@ -115,9 +115,10 @@ def _start(client: SyncPrefectClient, record: RunRecord, deployments: Deployment
 
 
 def _deployments(client: SyncPrefectClient) -> Deployments:
-    """What reads a deployment by its name; there may be none. It raises DeploymentNotFoundError if it is not of ours.
+    """A function that reads a deployment by its name; None if there is none. It raises DeploymentNotFoundError if it is
+    not one of ours.
 
-    Whatever a record says, nothing else that is deployed on the server is started.
+    So nothing else that is deployed on the server is started, whatever a record says.
     """
 
     @cache

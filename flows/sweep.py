@@ -43,7 +43,7 @@ _POLL_SECONDS = 2.0
 _AT_WORK = {StateType.PENDING, StateType.RUNNING}
 _THE_END = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED}
 
-# As in train_cifar: Prefect passes the logger on, but leaves its level at WARNING.
+# As in flows.night: Prefect passes the logger on, but leaves its level at WARNING.
 logging.getLogger("nightshift").setLevel(logging.INFO)
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -267,7 +267,7 @@ class _Runs:
         return found
 
     def _note_failure(self, study: Sweep, trial: Trial, found: FlowRun) -> Sweep:
-        """Note that a trial has failed whose flow run has ended, where no record says so or will."""
+        """Note that a trial has failed if its flow run has ended, and no record says how, or will."""
         assert found.state
         record = self.records.get(trial.run_id)
         if found.state_type == StateType.CANCELLED and record:

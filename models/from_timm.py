@@ -31,7 +31,7 @@ def pretrained(name: str) -> dict[str, Tensor]:
 
 
 def statistics(name: str) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each channel, on the scale 0 to 1, by which the images were normalized for those."""
+    """Mean and standard deviation per channel, on the scale 0 to 1, that normalized the images for these weights."""
     import timm
 
     config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()

@@ -92,9 +92,9 @@ def sizes_of(name: str) -> range | None:
 
 
 def check_image_size(name: str, image_size: int) -> None:
-    """Raise ValueError, which says which sizes fit and which models take this one, if this model does not.
+    """Raise ValueError if a model does not take this size; the message lists the sizes and models that fit.
 
-    Also if there is no such model, as `sizes_of`.
+    Also raised, as by `sizes_of`, if there is no such model.
     """
     sizes = sizes_of(name)
     if sizes is None or image_size in sizes:

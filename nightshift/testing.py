@@ -38,7 +38,7 @@ def check_model(make: NetworkFactory, classes: int = 10, image_size: int = 32) -
                 f"model {name!r}: the same seed gives other weights. Draw them from torch's generator only"
             )
         images = torch.randn(4, 3, image_size, image_size).to(memory_format=torch.channels_last)
-        # A little trained, so that whatever it learns beside its state_dict is missed in what is exported.
+        # Train a step, so that the export shows if the network keeps anything it learns outside its state_dict.
         loss = F.cross_entropy(first.train()(images), torch.arange(4) % classes)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.optim.SGD(first.parameters(), lr=0.01).step()

@@ -108,7 +108,7 @@ def use_server(patient: bool = False) -> None:
     """Choose the Prefect server, which Prefect reads from the environment when it is imported.
 
     Args:
-        patient: wait for a server that does not answer as long as Prefect does, six minutes and more.
+        patient: wait as long as Prefect does, six minutes and more, for a server that does not answer.
 
     Raises:
         ConfigError: the user has chosen none, and none runs on this machine.

@@ -174,7 +174,7 @@ def _resolved(dataset: str) -> tuple[str, "DatasetConfig"]:
 
 
 def _name_of(dataset: str) -> str:
-    """The name of a data set that may be in the store alone, as one that was trained on from a place is."""
+    """The name of a data set. It may be only in the store, as is one whose images were trained on from a place."""
     from nightshift.config.project import load_project
     from nightshift.data.names import is_place, name_of_place
     from nightshift.ids import parse_dataset_name

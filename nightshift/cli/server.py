@@ -160,7 +160,7 @@ def deploy(
 
 
 def _planned(settings: "Settings") -> "Deployments":
-    """What is to be deployed; a mistake in the project file is told before anything is started or asked."""
+    """What is to be deployed; a mistake in the project file is reported before anything is started or asked."""
     from deployments.planned import planned
     from nightshift.config.project import load_project
 

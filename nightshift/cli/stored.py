@@ -1,4 +1,4 @@
-"""The commands for what there is: `runs`, `show`, `verify`, `gc`, `delete`, `recipes`, `doctor`."""
+"""The commands for what there is: `runs`, `nights`, `show`, `verify`, `gc`, `delete`, `recipes`, `doctor`."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any

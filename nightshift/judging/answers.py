@@ -1,7 +1,7 @@
-"""What two versions say of the same test images: matched by image, and by the names of their classes.
+"""What two versions predict for the same test images, matched by image and by class name.
 
-A champion whose stored predictions are of tonight's images is compared by these. Any other is tested on tonight's
-images. If it can no longer be built, the images count of which both have stored predictions.
+A champion with stored predictions for tonight's images is compared by these predictions. Any other is tested on
+tonight's images. If it can no longer be built, only the images for which both have stored predictions count.
 """
 
 import json
@@ -33,7 +33,7 @@ PREDICTIONS = "predictions.safetensors"
 """A file of each version: `predicted` and `labels` of the test images in the data set's order.
 
 Both are uint8 (N,), or int32 (N,) where there are more than 256 classes. `content` is the sha256 of each image's file,
-uint8 (N, 32); it is missing where the data set is nightshift's own, and of versions of before there was one.
+uint8 (N, 32). It is missing for nightshift's own data sets, and for versions published before it was introduced.
 """
 FEWEST_SHARED = 100
 """With fewer images in common, two versions are not compared."""
@@ -178,8 +178,8 @@ def _shared(store: Store, ours: Predictions, card: ModelCard, why: str) -> Pair:
 def _trained_on(store: Store, ours: Predictions, card: ModelCard) -> np.ndarray:
     """Which of tonight's test images another version was trained on, bool (N,).
 
-    An image stays in its split, so it is none, unless somebody has changed what divides them. Nor is any known where
-    the version's snapshot is gone.
+    An image stays in its split, so there are none unless somebody has changed the split rules. If the version's
+    snapshot is gone, none can be found.
     """
     trained = set()
     with suppress(SourceError, DataCorruptError, DocumentDamagedError, ObjectNotFoundError):

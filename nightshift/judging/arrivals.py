@@ -20,7 +20,7 @@ from nightshift.storage.store import Store
 
 _KEY = b"nightshift drift/"
 _FEWEST = 20
-"""Fewer images that came or went are not tested."""
+"""A group (stayed, came, went) with fewer images is left out of the test."""
 _FEWEST_EXPECTED = 5
 """How many images of each class the test has to expect among those that stayed, came or went (Cochran 1954)."""
 
@@ -41,7 +41,7 @@ class Counts:
     before: Mapping[str, int]
     tonight: Mapping[str, int]
     stayed: Mapping[str, int]
-    """Of those in both; what has another label in each has gone from the one class and come to the other."""
+    """Images in both, under the same label. A relabelled image has gone from one class and come to the other."""
     came: Mapping[str, int]
     went: Mapping[str, int]
 
@@ -55,10 +55,10 @@ class Counts:
         return {name: moved[name] for name in sorted(moved, key=lambda name: -abs(moved[name])) if moved[name]}
 
     def p_value(self) -> float | None:
-        """Whether those that stayed, came and went are of the same classes: Pearson's chi-squared test of homogeneity.
+        """The p-value of Pearson's chi-squared test that the images that stayed, came and went are of the same classes.
 
-        The two snapshots themselves are no two samples, because most images are in both. Rare classes are tested
-        together. None where too few images came and went.
+        The two snapshots themselves are not two samples, because most images are in both. Rare classes are pooled.
+        None if too few images came and went.
         """
         from scipy.stats import chi2_contingency  # here, because it costs every start half a second
 

@@ -1,6 +1,6 @@
 """Looks at what came in since the champion was trained. It informs, and decides nothing.
 
-A part that cannot be told is a sentence in the document, and keeps no verdict from being spoken.
+If a part fails, the document says so in a sentence. The verdict is given all the same.
 """
 
 import time
@@ -48,15 +48,15 @@ MOST_NEW = 2000
 MOST_JUDGED = 10_000
 """How many test and validation images the candidate is shown, to find wrong labels."""
 _FEWEST = 20
-"""Of fewer new or old images nothing is tested."""
+"""With fewer new images, or fewer old ones, nothing is tested."""
 _MOST_VALUES = 2**24
-"""So many probabilities of a set of images are looked at, 64 MiB: of very many classes, those of fewer images."""
+"""The most probabilities computed for a set of images: 64 MiB. With very many classes, fewer images are looked at."""
 
 
 def note_drift(store: Store, candidate: ModelRef, tonight: Tonight) -> None:
     """Look at what came in since the champion was trained, and store it for the report, unless that was done before.
 
-    A run that is finished is left as it is. Of a data set that is known by content nothing is told: it never changes.
+    A finished run is left as it is. A data set that is known by content never changes, so nothing is noted for it.
 
     Raises:
         StorageUnreachableError: the store does not answer. No other failure goes further than the document.
@@ -233,7 +233,7 @@ def _unusual(card: ModelCard, image: Image, probabilities: np.ndarray, distance:
 
 
 class _Labels:
-    """The labels that models doubt which were not trained on these images. Each image is judged by the first."""
+    """The labels doubted by models that were not trained on these images. The first model to see an image judges it."""
 
     def __init__(self) -> None:
         self.looked_at: set[Image] = set()

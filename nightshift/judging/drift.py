@@ -155,7 +155,7 @@ def drift_key(run_id: str) -> str:
 
 
 def read_drift(store: Store, run_id: str) -> Drift | None:
-    """What is stored of a run; None if there is nothing, or nothing to be believed, which a warning says.
+    """What is stored for a run, or None if there is nothing. If it is damaged or newer, also None, with a warning.
 
     Raises:
         StorageError: it cannot be read.

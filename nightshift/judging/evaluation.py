@@ -29,7 +29,7 @@ from nightshift.workspace import Workspace
 
 CALIBRATION_BINS = 15
 MATRIX_CLASSES = 32
-"""Of up to so many classes the whole confusion matrix is kept, of more only the pairs that are confused most."""
+"""With up to this many classes, the whole confusion matrix is kept; with more, only the most confused pairs."""
 _TOP = 5
 _MISTAKES = 10
 _PAIRS = 50
@@ -204,9 +204,9 @@ def load_model(
 def predict(model: nn.Module, inputs: Tensor, tta: str = "off") -> Tensor:
     """Logits (batch, classes), float32 on the CPU, of normalized images (batch, 3, side, side).
 
-    With tta "flip" they are the mean over the image and its mirror image. With "crops" they are half that mean, plus
-    half the same mean over the image shifted by a pixel, both to the upper left and to the lower right (Jordan, arXiv
-    2404.00498).
+    With tta "flip", they are the mean over the image and its mirror image. With "crops", that mean counts half. The
+    other half is the same mean over two copies of the image, shifted by a pixel to the upper left and to the lower
+    right (Jordan, arXiv 2404.00498).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -343,7 +343,7 @@ def answer_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) 
     """What a model says of all test images, predicted as the config says."""
     scale, shift = batches.normalizer(dataset, config)
     size = batches.images_at_a_time(dataset.image_size, len(dataset.classes))
-    # Made before the images are: small tensors that stay, made among large ones that go, would keep the room of these.
+    # Allocated before the images: small tensors that stay, allocated among large ones, would keep their memory in use.
     count = len(dataset.test_labels)
     answers = Answers(
         labels=dataset.test_labels.long(),

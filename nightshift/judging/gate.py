@@ -1,10 +1,10 @@
 """The champion gate: is the candidate better than what is live, on tonight's test images?
 
-champion    = what is live; its answers are stored, or it is tested on tonight's images
+champion:     what is live; its predictions are stored, or it is tested on tonight's images
 on the whole: not worse than max_regression allows
 guards:       not worse than chance explains on the known classes, on a class, on a slice
 slide:        not below the best champion of the last nights by more than max_slide
-all passed: the candidate is champion, if the champion is still the one it was compared with; else once more
+all passed:   the candidate becomes champion; if the champion has changed meanwhile, it is compared again
 """
 
 from collections.abc import Iterator
@@ -52,13 +52,13 @@ _NAMED = 5
 def promote(store: Store, candidate: ModelRef, settings: GateSettings, answer: Answer = not_at_hand) -> Verdict:
     """Compare a published version with the champion, and make it the champion if it passes.
 
-    The champion that is compared with is the one that is replaced: if another candidate was promoted meanwhile, the
-    comparison is made again, with that one. The verdict on a finished run stands, and a run that passed before is not
-    promoted a second time; its guards are not tested again. Where it cannot be decided, since the history or a
-    published file is damaged or missing, nothing is promoted, and the verdict says what to do.
+    The candidate only replaces the champion it was compared with. If another one was promoted meanwhile, the
+    comparison is made again, with that one. The verdict on a finished run stands. A run that passed before is not
+    promoted a second time, and its guards are not tested again. If the history or a published file is damaged or
+    missing, nothing is promoted, and the verdict says what to do.
 
     Args:
-        answer: tests a version whose stored predictions are of other images on tonight's. It may raise anything that
+        answer: tests a version on tonight's images if its stored predictions are for others. It may raise anything that
             `Tonight.predicted` does.
 
     Raises:
@@ -103,7 +103,7 @@ def promote(store: Store, candidate: ModelRef, settings: GateSettings, answer: A
 
 
 def _recorded_verdict(store: Store, run_id: str) -> Verdict | None:
-    """What the record of a finished run says that the gate has said; None if it was not asked, or is about to be."""
+    """The gate's verdict in the record of a finished run; None if the gate was not asked, or is about to be."""
     with suppress(RunNotFoundError):
         result = read_record(store, run_id)[0].result
         return result.verdict if result else None
@@ -191,7 +191,7 @@ def _weights_of(store: Store, history: History, version: str) -> str | None:
 
 @contextmanager
 def _past_left_out(version: str) -> Iterator[None]:
-    """What is left of a former champion, or what has become of it, does not keep the next one from going live."""
+    """Skip a former champion, with a warning, if it is damaged or not comparable: the next may still go live."""
     try:
         yield
     except (DocumentDamagedError, NotComparableError) as error:
@@ -201,10 +201,10 @@ def _past_left_out(version: str) -> Iterator[None]:
 def _slide(
     store: Store, candidate: Predictions, champion: ModelCard, history: History, settings: GateSettings, answer: Answer
 ) -> str | None:
-    """How the candidate lies too far below the best champion of the last nights; None if it does not.
+    """How far the candidate is below the best champion of the last nights, if that is too far; None otherwise.
 
-    Each night may be a little worse than the one before: without this, small steps down add up. The best is the one
-    that was best on the test images of its own night.
+    Each night may be a little worse than the one before. Without this check, small steps down would add up. The best
+    champion is the one that was best on the test images of its own night.
     """
     recent = history.live_since(store.now() - _NIGHTS)
     best = max(recent, key=lambda entry: entry.test_accuracy, default=None)
@@ -254,7 +254,7 @@ def _objection_of_guards(guarded: Guarded, settings: GateSettings) -> str | None
 
 
 def _changed_classes(ours: Predictions, theirs: ModelCard, found: Pair) -> list[str]:
-    """What has come and what has gone since the champion was trained, and how the two compare without it."""
+    """Which classes are new or gone since the champion was trained, and how the two versions compare without them."""
     tonight, before = set(ours.card.classes), set(theirs.classes)
     tested = np.bincount(ours.labels, minlength=len(ours.card.classes))
     new = [name for name, images in zip(ours.card.classes, tested, strict=True) if images and name not in before]

@@ -1,8 +1,8 @@
 """Where a night's time went, from schedule to verdict, and which share of it was of use: the goodput.
 
-The parts are those of the record's attempts, and follow each other without a gap. Times are the store's, but for when a
-flow run was to start and when it did, which are Prefect's and its machine's: clocks that differ move a second or two
-from one part to its neighbour.
+The parts are those of the record's attempts, and follow each other without a gap. Times are by the store's clock,
+with two exceptions: Prefect says when a flow run was to start, and the flow run's machine says when it did. Clocks that
+differ move a second or two from one part to its neighbour.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ class Parts:
     stalls: float = 0.0
     """Of the training, for checkpoints."""
     replayed: float = 0.0
-    """Training that was lost with a process, and done again by the next. What a killed one did after its last write of
-    the record counts as waiting: a third of a lease at most."""
+    """Training that was lost with a process, and done again by the next. Training that a killed process did after it
+    last wrote the record counts as waiting: a third of a lease at most."""
     evaluation: float = 0.0
     """From the last step to the verdict: evaluation, publication, gate, report."""
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 
 _FEWEST = 5
-"""Of a class with fewer images no label is doubted: cleanlab asks how sure the model is of a class on average."""
+"""Labels of a class with fewer images are not doubted: cleanlab needs the model's mean confidence in each class."""
 
 
 def is_installed() -> bool:

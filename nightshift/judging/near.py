@@ -1,8 +1,8 @@
 """Images to judge by that are nearly the same as ones to train on, by their pixels or in the eyes of a trained network.
 
-Of the candidates with similar hashes, pixels settle those that differ in brightness or compression alone
-(`data.near`). A crop or a shift changes many pixels and little of what a network sees. So a candidate counts as well if
-the last layer sees both images as more alike than chance has any two of one class.
+Candidates are pairs with similar hashes. Pixels settle those that differ only in brightness or compression
+(`data.near`). A crop or a shift changes many pixels, but little of what a network sees. So a candidate also counts if
+the last layer sees the two images as more alike than two of one class are by chance.
 """
 
 from collections.abc import Callable
@@ -61,9 +61,9 @@ def near_images(dataset: Dataset, embed: Callable[[Tensor], Tensor]) -> list[Nea
 
 
 def _alike_by_chance(dataset: Dataset, embed: Callable[[Tensor], Tensor]) -> float:
-    """How alike a share of `_BY_CHANCE` of the pairs of test and training images is that are of one class.
+    """How alike a test and a training image of one class must be to be in the top `_BY_CHANCE` share of such pairs.
 
-    Candidates are not among them.
+    Candidates are left out.
     """
     ours, theirs = _spread(len(dataset.test_labels)), _spread(len(dataset.train_labels))
     alike = embed(dataset.test_images[ours]) @ embed(dataset.train_images[theirs]).T
@@ -99,8 +99,8 @@ def watched(
 
     The function takes normalized images (batch, 3, side, side), and a function that calls the network with them and
     makes logits (batch, classes). It returns these, and what the last layer saw of the images in the first call:
-    vectors of length 1, float32 (batch, features), on the CPU. Where the last layer is not to be found, or sees no
-    single tensor with a part for each image, they are made of the logits.
+    vectors of length 1, float32 (batch, features), on the CPU. If the last layer cannot be found, or its
+    input is not a single tensor with a part for each image, the vectors are made from the logits.
 
     Args:
         name: of the network, as the config has it.

@@ -1,7 +1,7 @@
 """Two classifiers on the same images, image by image: on the whole, and on each part of the images that is guarded.
 
-Both classify most images alike, and those say nothing of the difference. So half a point can be found that two separate
-intervals would hide.
+Both classify most images alike, and those images say nothing about the difference. So the comparison can detect half a
+point, which two separate intervals would hide.
 """
 
 import math

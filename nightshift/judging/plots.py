@@ -33,11 +33,11 @@ _STYLE: Any = {
     "svg.hashsalt": "nightshift",  # the same figure gives the same file
 }
 _MOST_LARGE, _MOST_MARKS = 60, 500
-"""More points than these have small marks; more than those are drawn as an image, which grows no further with them."""
+"""Above the first number, points have small marks. Above the second, they become an image of fixed size."""
 
 
 _MOST_NAMED = 15
-"""Of more nights than these not all have their names below the axis."""
+"""With more nights than this, only some are named below the axis."""
 
 
 def learning_curves(record: RunRecord, lines: Sequence[Line], test_accuracy: float | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from nightshift.records.versions import ModelCard
 from nightshift.storage.store import Store
 
 _MOST_FEATURES = 4096
-"""Of an image. Where a network's last layer sees more, their means in as many groups are taken."""
+"""Features per image. If a network's last layer sees more, they are averaged in this many groups."""
 
 
 @dataclass(frozen=True)

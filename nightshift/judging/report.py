@@ -33,7 +33,7 @@ from nightshift.workspace import Workspace
 
 _NIGHTS = 30
 _WORST = 20
-"""Of more classes than fit into a confusion matrix, only so many are shown: those that are recognized worst."""
+"""If more classes exist than fit into a confusion matrix, only this many are shown: those recognized worst."""
 _NAMED = 10
 _EVENTS = 200
 """A run may be started again thousands of times. Only so many events are shown: the last ones."""
@@ -46,7 +46,7 @@ class Report:
     html: str
     markdown: str
     plots: dict[str, str]
-    """Figures by name, as SVG texts, which the HTML contains too; so it does `pictures`."""
+    """Figures by name, as SVG text. The HTML contains them, and `pictures`, too."""
     pictures: dict[str, list[Picture]]
     url: str
     """The address of the HTML, where it is stored."""
@@ -221,9 +221,9 @@ def _nights(store: Store, record: RunRecord, this: list[Night]) -> list[Night]:
 
 
 def _control(nights: list[Night], record: RunRecord) -> tuple[Night, Night] | None:
-    """This night, or the last before it, that began with a parent; and the last that began from scratch.
+    """The last night that began with a parent, up to this one, and the last that began from scratch.
 
-    None if this one began from scratch and was not meant to be compared, or if there are not both.
+    None if this night was to begin from scratch, and so is not to be compared, or if either night is missing.
     """
     tuned = [night for night in nights if night.began != "scratch"]
     scratch = [night for night in nights if night.began == "scratch"]

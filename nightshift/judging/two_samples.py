@@ -35,7 +35,7 @@ def discrepancy(one: Tensor, other: Tensor, generator: Generator) -> tuple[float
     without = of_all.sum() - 2 * touching + within
     others = all_of_them - count
     found = within / (count * (count - 1)) + without / (others * (others - 1)) - 2 * across / (count * others)
-    # What differs by rounding alone is the same.
+    # Values that differ only by rounding count as equal.
     at_least = int((found[1:] >= found[0] - 1e-7).sum())
     return float(found[0]), (1 + at_least) / (1 + _PERMUTATIONS)
 

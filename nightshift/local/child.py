@@ -36,7 +36,7 @@ class Child:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether it never ran for long, and something is wrong with it that does not pass as a full disk does."""
+        """Whether it never ran for long, for a reason that will not pass by itself, unlike a full disk."""
         return self._is_failing and not self._was_stable
 
     @property

@@ -13,10 +13,9 @@ _LONGEST_BYTES = 10_000_000
 
 
 def keep_short(log: Path) -> None:
-    """Move what a log holds to the file `.1` beside it once it is long, over what was there.
+    """Once a log is long, move its content to the file `.1` beside it, which is overwritten.
 
-    Whoever writes to the log goes on doing so, if it was opened to be appended to. A line that is written meanwhile may
-    be lost.
+    A process that has opened the log for appending goes on writing to it. A line written meanwhile may be lost.
     """
     with suppress(OSError):  # there is no log yet, or no room for two
         if log.stat().st_size > _LONGEST_BYTES:

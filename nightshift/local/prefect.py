@@ -76,7 +76,7 @@ def _is_url(text: object) -> bool:
 def chosen_server(home: Path) -> PrefectServer | None:
     """The server the user has chosen, or else the one that `nightshift up` keeps running here.
 
-    Who has chosen our own by its URL, as another shell knows it, needs no login: it is here.
+    A user who has chosen our own by its URL, as another shell knows it, need not set a login: it is stored here.
 
     Raises:
         LocalServiceError: it is our own, and an older nightshift has started it without a login.
@@ -192,7 +192,7 @@ def online_workers(server: PrefectServer, pool: str = POOL) -> list[str]:
 
 
 def check_login(server: PrefectServer) -> None:
-    """Ask for nothing but to be let in. A server that does not answer is no matter here.
+    """Check that the server accepts our login. A server that does not answer is not an error here.
 
     Raises:
         PrefectServerError: the server asks for a login, and this is not it.
@@ -204,7 +204,7 @@ def check_login(server: PrefectServer) -> None:
 
 
 def ask(server: PrefectServer, path: str, body: Mapping[str, Any] | None = None, timeout: float = 10) -> Any:
-    """What the API has at a path, or says to a body.
+    """The API's answer to a GET of the path or, if there is a body, to a POST of it.
 
     Raises:
         PrefectServerError: the server asks for a login, and this is not it.

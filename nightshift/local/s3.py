@@ -3,7 +3,7 @@
 It speaks the protocol that is used in production, so a laptop and a GPU worker have the same storage path.
 
 Its parts (master, volume, filer, admin) talk to each other on ports of their own, which any user of the machine can
-reach. There they speak TLS only, and only with who holds the certificate in `server.pem`.
+reach. There they speak only TLS, and only with a peer that holds the certificate in `server.pem`.
 """
 
 import json
@@ -28,7 +28,7 @@ BUCKET = "nightshift"
 _GRPC_OFFSET = 10_000
 _PORTS = ("s3", "filer", "volume", "master", "admin")
 _RESERVE, _RESERVE_BYTES = "reserve", 32 * MIB
-"""A file of nothing. When the disk is full, it makes room for what deleting objects needs to write."""
+"""A placeholder file. If the disk is full, deleting it makes room for what deleting objects has to write."""
 _MOST_FILES = 100_000
 """How many files of objects weed may have: more than any disk holds."""
 _GENERATION = 1

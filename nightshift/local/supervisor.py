@@ -13,6 +13,7 @@ misses, such as room on the disk, may come back.
     DIR/supervisor.lock   held exclusively by the supervisor, as long as it lives
     DIR/kept              exists while the server stays without users
     DIR/server.json       what a user needs to know to connect
+    DIR/server.pid        which process the server is, as `processes.identity` names it
     DIR/failing           exists while the server dies as soon as it is started
     DIR/server.log        what the server prints; what is older is in server.log.1
     DIR/supervisor.log    when the server was started, and how it ended
@@ -41,7 +42,7 @@ from nightshift.local.secrets import close_to_others, written
 
 LINGER_SECONDS = 10.0
 _STOPPED_SECONDS, _STALLED_SECONDS = 1.5, 15.0
-"""How long a full disk is waited for: by a server that does not run, as it cannot be started; and by one that does."""
+"""How long to wait before blaming a full disk: for a server that does not run, so cannot start; for one that does."""
 _START_SECONDS = 180.0
 """How long a server that runs is waited for. A first start of Prefect's took 20 s on two busy cores."""
 

@@ -37,7 +37,7 @@ from nightshift.text import as_json, csv_cell
 from nightshift.values import Resize
 
 _BATCH = 256
-"""What counts as an image in a folder or under a prefix. A file that is named itself may have any suffix."""
+"""The most images in a batch."""
 OutputFormat = Literal["csv", "jsonl"]
 _ESCAPED = "backslashreplace"
 r"""How a byte of a file name that is no UTF-8 is written: as \udcff, from which JSON reads back the name."""
@@ -101,7 +101,8 @@ class Classifier:
 
         Args:
             store: its connection reads the places that begin with s3://.
-            places: files, folders (searched recursively), s3://BUCKET/PREFIX.
+            places: files, folders (searched recursively), s3://BUCKET/PREFIX. In a folder or under a prefix, only files
+                with one of SUFFIXES count. A file that is named itself may have any suffix.
 
         Raises:
             ConfigError: as `check_places`, or a place begins with s3:// and names no bucket.

@@ -47,7 +47,9 @@ class Measured:
 
 
 def export_run(workspace: Workspace, record: RunRecord, name: str) -> bytes:
-    """The model that a run publishes, or would by now, in one of FORMATS; of the published weights if it has no others.
+    """The model that a run has published, or would publish now, in one of FORMATS.
+
+    The published weights are used if the run has no others left.
 
     Raises:
         ConfigError: there is no such format, what it needs is not installed, or the run has no checkpoint yet.
@@ -62,8 +64,8 @@ def export_run(workspace: Workspace, record: RunRecord, name: str) -> bytes:
 def weights_of(store: Store, record: RunRecord) -> dict[str, Tensor]:
     """The weights that a run ends with: those of the checkpoint that is published.
 
-    If that is damaged or gone and the run is finished, they are the published ones, after their `weights_sha256` was
-    found to be the record's. A warning names what is missing.
+    If that checkpoint is damaged or gone and the run is finished, they are the published weights, once their
+    `weights_sha256` has matched the record's. A warning names what is missing.
 
     Raises:
         CheckpointCorruptError: neither can be used; the message names both.

@@ -49,7 +49,8 @@ def republish(workspace: Workspace, record: RunRecord) -> list[str]:
 
     Raises:
         ConfigError: the run is not finished, so nothing of it is published.
-        ExportError: something does not come out as it was published; the rest was made again.
+        ExportError: something does not come out as it was published. If it is the card, nothing was made again, else
+            all other damaged files were.
         CheckpointCorruptError, DataUnavailableError: what it is made from is gone.
         StorageError: something cannot be read or stored.
     """
@@ -133,7 +134,7 @@ def _predictions(store: Store, record: RunRecord) -> bytes | None:
 def _as_it_went_live(
     store: Store, record: RunRecord, card: ModelCard, files: dict[str, bytes], sha256: str | None
 ) -> dict[str, bytes]:
-    """The files with which the card is the one of this sha256: each as made now, or as it still lies there."""
+    """The files that give the card this sha256: each either as made now, or as still stored."""
     if sha256 is None:
         return files
     choices = [
@@ -160,7 +161,6 @@ def _described(files: Mapping[str, bytes], file_name: str) -> PublishedFile | No
 
 
 def _comes_out_otherwise(record: RunRecord, names: list[str]) -> ExportError:
-    """What else was damaged is whole again by then."""
     then = ", ".join(f"{name}={value}" for name, value in record.environment.items())
     return ExportError(
         f"{', '.join(names)} of {record.run_id} does not come out as it was published, and was left as it is. The "

@@ -64,7 +64,7 @@ class Sweep(Document):
     snapshot: Sha256 | None = None
     """The images of a team's own data set on which all trials train."""
     validated: bool = False
-    """Whether these images have validation ones: then each epoch is looked at, unless the trials say otherwise."""
+    """Whether some of these images are for validation. Then every epoch is validated, unless trials say otherwise."""
     space: Space
     trials: Count | None
     """How many the study asks for; None: each point of the grid, once."""
@@ -272,7 +272,7 @@ def goodness(record: RunRecord) -> float | None:
 
 
 def _validation_accuracy(record: RunRecord) -> float | None:
-    """After the epoch whose weights a run would publish now, or the last one after which it has looked."""
+    """The accuracy after the epoch whose weights a run would publish now, or after the last validated epoch."""
     if kept := kept_of(record.curve, record.train_config().evaluation):
         return kept.validation_accuracy
     seen = (point.validation_accuracy for point in reversed(record.curve))

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def bad_trials(sweep: Sweep, records: Mapping[str, RunRecord]) -> dict[str, str]:
     """The run ids of the trials to stop early, by Optuna's median rule, each with the reason.
 
-    A trial is bad if its best accuracy so far is below the median that the finished ones had after as many epochs: on
-    the validation images where trials look at them, and else on those it trains on. The rule does not look at the loss:
-    with another label smoothing, another loss is as good.
+    A trial is bad if its best accuracy so far is below the median of the finished trials after as many epochs. The
+    accuracy is that on the validation images if trials look at them, otherwise that on the training images. The loss
+    does not count: with another label smoothing, another loss is just as good.
     """
     training = [
         (number, record)
@@ -74,7 +74,7 @@ def _study(sweep: Sweep, records: Mapping[str, RunRecord]) -> "Study":
 def _frozen(
     sweep: Sweep, trial: Trial, record: RunRecord | None, distributions: dict[str, "BaseDistribution"]
 ) -> "FrozenTrial":
-    """A trial as Optuna knows it: its value is how good it is, and it has others on the way there."""
+    """A trial in Optuna's form: its value says how good it is, and intermediate values how good it was so far."""
     from optuna.trial import TrialState, create_trial
 
     states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}

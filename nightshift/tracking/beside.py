@@ -1,7 +1,7 @@
-"""Telling a server of the team's beside the training, in a process of its own.
+"""Reports to a server of the team's, sent beside the training from a process of its own.
 
-Its client takes seconds to import, and may wait for a network: nothing of that is to cost the training a step. And a
-process can be ended, whatever it waits for. If something cannot be told, a warning is all.
+The server's client takes seconds to import, and may wait for a network. Neither may cost the training a step. And a
+process can be ended, whatever it waits for. If a report cannot be sent, there is only a warning.
 """
 
 import logging
@@ -25,8 +25,8 @@ from nightshift.tracking import mlflow, webhook
 
 T = TypeVar("T")
 _EVERY, _PATIENCE, _MOMENT, _LOOK = 30.0, 60.0, 2.0, 0.1
-"""Seconds: between two reports of a run, that a report may take, for which a training waits at its end, and between two
-looks at whether a report is done."""
+"""Seconds: between two reports of a run; for a report at most; for which a training waits at its end; between two
+checks whether a report is done."""
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def _warned(beginning: str) -> Iterator[None]:
 
 
 def told(what: Callable[..., T], *arguments: object) -> T:
-    """What a function returns that is called in a process of its own; it raises what that does.
+    """Call a function in a process of its own. Returns what it returns, and raises what it raises.
 
     Raises:
         TrackingError: it took more than a minute, or its process died.

@@ -35,7 +35,7 @@ _LINES, _PARAMS = 100, 100
 """How many lines of metrics, and how many params, go into a request. MLflow takes 1,000 metrics and 100 params."""
 _LONGEST = 5000
 _NO_ANSWER = "failed with exception HTTP"
-"""What MLflow's client says then, before it quotes everything it knows of the connection."""
+"""Part of the client's message if the server does not answer. All it knows of the connection follows."""
 _CLIENT = {
     # Whoever waits for this has little time, and there is a next time. By itself, MLflow would try for minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -168,7 +168,7 @@ class _Server:
         self._client.set_tag(run.info.run_id, _RECORD, etag)
 
     def move_alias(self, name: str) -> None:
-        """Let the alias name the version that is champion in the store, after that was sent if it is missing."""
+        """Point the alias at the store's champion. If the server lacks that version, it is sent first."""
         champion = read_history(self._store, name).champion
         if not champion:
             return

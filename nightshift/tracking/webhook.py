@@ -21,7 +21,7 @@ from nightshift.storage.store import Store
 from nightshift.text import as_json, plain
 
 FORMAT = 1
-"""Of the message; docs/tools.md has its fields. It rises when one changes its meaning or goes, not when one comes."""
+"""The message's version; docs/tools.md has the fields. It rises when one changes meaning or goes, not if one comes."""
 _ANSWER_SECONDS, _TRY_SECONDS = 5, 30
 
 
