@@ -38,16 +38,16 @@ def complete_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def free_bytes(directory: Path) -> int:
-    """How many bytes of the disk of a directory are for everybody: without what is reserved for root, even for root.
+    """The free bytes of a directory's disk, without those reserved for root, even if root asks.
 
-    So SeaweedFS counts. Raises OSError if the disk cannot be asked.
+    SeaweedFS counts the same way. Raises OSError if the disk cannot be queried.
     """
     found = os.statvfs(directory)
     return found.f_frsize * found.f_bavail
 
 
 def room(directory: Path, margin: float = 1.0) -> Room:
-    """How much room the disk of a directory has; with a margin of 1.1, where each limit lies a tenth higher."""
+    """How much room a directory's disk has. A margin of 1.1 raises each limit by a tenth."""
     found, free = os.statvfs(directory), free_bytes(directory)
     if (found.f_frsize * found.f_bfree if os.geteuid() == 0 else free) < margin * _NOTHING_BYTES:
         return Room.NONE
@@ -61,9 +61,9 @@ def is_full(directory: Path) -> bool:
 
 
 def explains_failure(directory: Path) -> bool:
-    """Whether what failed there just now may have failed for lack of room.
+    """Whether an operation that has just failed there may have failed for lack of room.
 
-    What the server saw may be a minute old, and a tenth more room has been made since.
+    The server's view may be a minute old. The margin allows for a tenth more room freed since.
     """
     return room(directory, margin=1.1) < Room.ENOUGH
 

@@ -18,7 +18,7 @@
     │   ├── StorageDeniedError               the credentials are missing, wrong or too weak
     │   ├── BucketNotFoundError
     │   ├── ObjectNotFoundError
-    │   ├── ObjectTooLargeError              larger than what it should be ever is (internal)
+    │   ├── ObjectTooLargeError              larger than any valid object of its kind (internal)
     │   ├── PreconditionFailedError          a conditional write met another version (internal)
     │   ├── DocumentDamagedError             a stored JSON object is not what nightshift wrote
     │   ├── DocumentNewerError               a stored JSON object was written by a newer nightshift

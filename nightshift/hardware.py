@@ -41,7 +41,7 @@ def find_device(choice: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device
 
 @contextmanager
 def failures_explained(device: torch.device) -> Iterator[None]:
-    """Turn the failure of a device into one that a new process may survive; this process' context is lost.
+    """Turn a device failure into an error that a new process may recover from; this process' context is lost.
 
     Raises:
         DeviceError: for torch's OutOfMemoryError and AcceleratorError.
@@ -62,13 +62,13 @@ def failures_explained(device: torch.device) -> Iterator[None]:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device. The copy to a GPU begins when the GPU comes to it, and nobody here waits for that.
+    """A tensor on a device. A copy to a GPU is queued, and the caller does not wait for it.
 
-    From memory that is not pinned it would be waited for, and with it all that the GPU has still to do.
+    From unpinned memory, the copy would block until the GPU has done everything queued before it.
     """
     if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=tensor.is_cpu)  # the other way round, who reads it would have to wait
+    return tensor.to(device, non_blocking=tensor.is_cpu)  # a copy to the CPU must be complete when it is read
 
 
 def ranks_here(config: HardwareConfig) -> int:

@@ -95,9 +95,9 @@ def pretrained_weights(name: str) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=8)
 def head_of(name: str, classes: int, image_size: int) -> dict[str, int]:
-    """The tensors of a network whose size is the number of classes, by name, and in which dimension it is.
+    """The tensors of a network that have one entry per class: by name, the dimension that counts the classes.
 
-    They are its last layer. They are found by making the network for one class more, which needs no rule for names.
+    They make up the last layer. Comparing with the network for one more class finds them without a rule for names.
 
     Raises:
         ConfigError: as `build_network`.
@@ -134,7 +134,7 @@ def check_network(
     if name not in MODELS:
         with torch.random.fork_rng(devices=[]):
             network = build_network(name, classes, image_size)
-            # Those of the libraries are exported in our tests, which takes seconds.
+            # Export takes seconds, so only a team's own networks are exported here; our tests export the libraries'.
             _attempt(name, classes, image_size).check(network, smallest_batch, averaged, plugins.is_own(name))
             build_optimizer(network)
 
@@ -146,7 +146,7 @@ def exported_program(network: nn.Module, images: Tensor) -> ExportedProgram:
 
 @dataclass(frozen=True)
 class Attempt:
-    """To make somebody's network and to do with it what a run does: whatever goes wrong becomes a sentence."""
+    """Makes somebody's network and does with it what a run does. Whatever goes wrong becomes a ConfigError."""
 
     name: str
     package: str

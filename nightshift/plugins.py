@@ -1,8 +1,8 @@
-"""The networks, losses and transforms that a config may name, and what code of the team's own each is: without torch.
+"""The networks, losses and transforms that a config may name, and the team's own code behind them.
 
-Only the project file of this machine admits code of the team's own, by the packages in its `plugins`. It is read here,
-whenever it matters, so that nobody can hand in another list: no stored record, card or sweep, no parameter of a flow
-and no option of a command chooses which code runs.
+Only this machine's project file admits a team's own code: its `plugins` lists the packages. The file is read here, each
+time it matters, so that nobody can pass in another list. No stored record, card or sweep, no parameter of a flow and no
+option of a command chooses which code runs. This module imports no torch.
 """
 
 import hashlib
@@ -184,7 +184,7 @@ def load(name: str, kind: Kind = MODEL) -> Callable[..., Any]:
 
 
 def described(name: str) -> str | None:
-    """Which code a network is, in a line: package, version and, of the team's own, a digest of its Python files.
+    """The code behind a network, in one line: package, version and, for the team's own, a digest of its Python files.
 
     None for nightshift's own, whose version a run's environment names anyway.
 
@@ -250,7 +250,7 @@ def explained(error: BaseException, package: str) -> str:
 
 @contextmanager
 def told(what: str, package: str) -> Iterator[None]:
-    """Raise ConfigError for whatever somebody's code raises within: it says what, and why in a line."""
+    """Turn whatever somebody's code raises in the block into a ConfigError: `what`, then the reason in one line."""
     try:
         yield
     except ConfigError:

@@ -31,7 +31,7 @@ class StepReport:
     accuracy: float
     images_per_second: float
     validation_accuracy: float | None = None
-    """At the end of an epoch after which the validation images were looked at."""
+    """Set only in the report at the end of an epoch that was validated."""
 
     @property
     def validation(self) -> str:

@@ -56,7 +56,7 @@ class DatasetRef(_Ref):
     key: Line
     source: Line
     classes: int = Field(10, ge=1, le=MOST_CLASSES)
-    """How many. What was stored before this was said is CIFAR-10; so it is for the size."""
+    """The number of classes. References from before this field are of CIFAR-10; the same holds for `image_size`."""
     image_size: ImageSize = 32
 
 
@@ -149,7 +149,7 @@ class Guard(_Ref):
     low: Number
     high: Number
     p_value: Share
-    """Of the whole: McNemar's. Of the others: of being worse, on one side, corrected for their number (Holm)."""
+    """For the whole: McNemar's test. For a part: a one-sided test of being worse, corrected for their number (Holm)."""
     ok: bool
     """False: the candidate is refused for it."""
 
@@ -163,7 +163,7 @@ class Verdict(_Ref):
     """None if there was no champion, or if the candidate was the champion already."""
     champion: ChampionRef | None
     guards: list[Guard] = Field(default_factory=list, max_length=MOST_GUARDS + 1)
-    """The whole, then the guards that are broken or closest to it. Empty where nothing was compared, and of old."""
+    """The whole, then the guards that are broken or closest to it. Empty in old ones, and if nothing was compared."""
     guarded: Count = 0
     """How many guards there were beside the whole, shown or not."""
 

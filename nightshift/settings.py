@@ -184,7 +184,7 @@ class CacheSettings(BaseModel):
 
 
 class MlflowSettings(BaseModel):
-    """The team's MLflow server, which is told of runs and models. What a login needs has MLflow's own variables."""
+    """The team's MLflow server, which runs and models are reported to. Credentials go into MLflow's own variables."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -15,7 +15,7 @@ class StopSignals:
     """While entered, the first SIGTERM or SIGINT sets `received`; a second one stops at once.
 
     The handler does nothing else. It interrupts its own thread anywhere, perhaps while that thread holds the lock of
-    the log or of a channel: whatever it said or sent could wait for itself forever.
+    the log or of a channel. If the handler then logged or sent anything, it could deadlock.
 
     Python delivers signals to the main thread only. In another thread this does nothing, and whoever runs
     the loop there must pass the request on by other means.

@@ -1,7 +1,7 @@
-"""Text of others, made harmless for the place where it is shown. Nothing else in nightshift does that.
+"""Untrusted text, made harmless for the place where it is shown. Nothing else in nightshift does that.
 
-A class name, a key, a message or a file name may come from anybody who can write to the bucket. It is shown with what
-was typed visible, and obeyed nowhere: not by a terminal, a table, a spreadsheet, a Markdown page or a figure.
+A class name, a key, a message or a file name may come from anybody who can write to the bucket. What was typed stays
+visible, and nothing interprets it: no terminal, table, spreadsheet, Markdown page or figure.
 """
 
 import json
@@ -34,7 +34,7 @@ def is_utf8(text: str) -> bool:
 def plain(text: object) -> str:
     r"""The text as one line that nothing obeys, without passwords.
 
-    What `repr` would not print is escaped as it would: \x1b, \n, the overrides of the direction of writing, halves of
+    Characters that `repr` escapes are escaped the same way: \x1b, \n, overrides of the writing direction, halves of
     surrogate pairs.
     """
     shown = str(text)

@@ -61,8 +61,7 @@ class _Global(str):
 def read_archive(body: bytes | mmap) -> Any:
     """What was given to `torch.save`, of plain values and of tensors on the CPU. An OrderedDict becomes a dict.
 
-    It takes at most 500 MB, and the memory of what `body` says in tensors: that of `body` itself, if it can be written
-    to, for they lie in there then.
+    It takes at most 500 MB, and the memory of the tensors. If `body` can be written to, they lie in `body` itself.
 
     Raises:
         ValueError: it says something else, or more than any payload does.
@@ -230,7 +229,7 @@ def _in_place(content: memoryview, dtype: torch.dtype) -> Tensor:
 
 
 def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """A part of a storage, in a shape. Nothing of the storage may be repeated: a stride of 0 costs no bytes to say."""
+    """A part of a storage, in a shape, with at most as many elements: a stride of 0 could repeat one endlessly."""
     numbers = (offset, *size, *stride)
     if len(numbers) > 2 * _MAX_DIMENSIONS or any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError("the shape of a tensor is none")

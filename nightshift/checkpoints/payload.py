@@ -164,10 +164,10 @@ def _verified_body(store: Store, checkpoint: Checkpoint | CheckpointRef) -> byte
 
 
 def _downloaded(store: Store, checkpoint: Checkpoint | CheckpointRef) -> bytes | mmap:
-    """The object as memory behind which a file without a name lies: the kernel can take it back at any time.
+    """The object as memory mapped from an unnamed file: the kernel can take its pages back at any time.
 
-    What is written to it stays in memory. Where the temporary folder has no room for two such files, the object is in
-    memory as a whole; where that folder is itself memory (tmpfs), it is so too.
+    Pages that are written to stay in memory. The whole object is in memory if the temporary folder has no room for two
+    such files, or is itself memory (tmpfs).
     """
     try:
         if shutil.disk_usage(tempfile.gettempdir()).free > 2 * checkpoint.bytes:

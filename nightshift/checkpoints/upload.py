@@ -33,7 +33,7 @@ def upload_payload(store: Store, key: str, payload: Payload) -> Written:
         StorageError: as `Store.upload`.
     """
     stream, written = _Stream(), Future[Written]()
-    # No daemon, as the saver's thread is: if the process ended while it is in torch's writer, that would abort it.
+    # Not a daemon, unlike the saver's thread: a process that ended with a thread in torch's writer would abort.
     threading.Thread(target=_serialize, args=(payload, stream, written), name="payload", daemon=False).start()
     try:
         store.upload(key, io.BufferedReader(stream))

@@ -1,6 +1,7 @@
 """The user's project file, `nightshift.toml`: what belongs to a team and not to a machine.
 
-It lies in the working directory of whoever deploys, starts runs or works; the setting NIGHTSHIFT_PROJECT names another.
+It lies in the working directory of the process that deploys, starts runs or works on them. The setting
+NIGHTSHIFT_PROJECT names another.
 """
 
 import tomllib

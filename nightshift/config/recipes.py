@@ -141,9 +141,9 @@ def get_recipe(name: str, project: Project | None = None) -> Recipe:
 
 
 def named(config: TrainConfig, project: Project | None = None) -> tuple[str, dict[str, Any]]:
-    """A recipe, and the fields in which a config differs from it: `make_config` makes the config of them again.
+    """A recipe, and the fields in which a config differs from it. `make_config` rebuilds the config from the two.
 
-    It is the config's own recipe, or `quick` where that one is none any more.
+    The recipe is the config's own, or `quick` if that one no longer exists.
     """
     recipe = config.recipe if config.recipe in recipe_names(project) else "quick"
     base = get_recipe(recipe, project).config.flat()
@@ -159,11 +159,11 @@ def make_config(
     """A recipe's config with some fields replaced.
 
     Args:
-        overrides: as for `TrainConfig.override`; besides, the seed `date` stands for a number that is another each
-            night, such as 20261125. The config has the number.
-        night: whose date that is; now, in UTC, by default. If it is given, the config has the moment of a time of day
-            in `budget.finish_by`, in the zone of `night`.
-        project: what else there are recipes in.
+        overrides: as for `TrainConfig.override`. Besides, the seed `date` becomes a number that differs each night,
+            such as 20261125.
+        night: the night whose date the seed takes; by default now, in UTC. If it is given, a time of day in
+            `budget.finish_by` becomes a moment, in the zone of `night`.
+        project: a project whose own recipes count too.
 
     Raises:
         ConfigError: the recipe or a field does not exist, or a value is out of range.

@@ -26,7 +26,7 @@ _BATCH = 1000
 _WINDOW = 8192
 """How many images the shards of a window have at least, or all that there are."""
 _AHEAD_BYTES, _AHEAD = 128 * 1024**2, 8
-"""Of decoded images of the steps ahead, and how many steps these are at most."""
+"""The most memory for images decoded ahead, and the most steps they may be ahead."""
 _LOOK = 16
 """Every so many steps the shards of the next window are asked for."""
 _LOGITS = 2**25
@@ -118,7 +118,7 @@ def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
     images = min(len(dataset.train_images), config.data.max_train_images or len(dataset.train_images))
     members = Members.by(dataset.train_labels[:images].cpu()) if config.data.sampling == "balanced" else None
     pixels, windows = dataset.train_images, None
-    if not isinstance(pixels, Tensor) and not members:  # of which some are shown again and again, all over an epoch
+    if not isinstance(pixels, Tensor) and not members:  # balanced sampling repeats some images all over an epoch
         windows = Windows(pixels.shards[:images])
     return Plan(
         images, min(config.data.batch_size, images), config.schedule.epochs, config.data.drop_last, members, windows
@@ -245,7 +245,7 @@ def images_at_a_time(image_size: int, classes: int) -> int:
 
 
 def _wanted(batch: int, config: TrainConfig, share: slice) -> Tensor:
-    """The places in a batch of a share's images; before them that of the image before the first, to be mixed with."""
+    """The places of a share's images in a batch. If images are mixed, the place before the first one comes first."""
     places = torch.arange(batch)
     return torch.cat([places.roll(1)[share][:1], places[share]]) if config.augment.mixes else places[share]
 

@@ -147,10 +147,10 @@ def _whole(place: str) -> str:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raise ConfigError if network, loss or transform do not exist or do not fit, or if the data set's name is none.
+    """Raise ConfigError if network, loss or transform does not exist or fit, or if the data set's name is not valid.
 
     Also if one of them is code that the project file of this machine does not admit. The message lists the networks
-    that exist, or that fit. What a team's own data set is like, its snapshot says.
+    that exist, or that fit. A team's own data set is not looked at here: only its snapshot says what it is like.
     """
     name = config.data.dataset
     if name not in SPECS:

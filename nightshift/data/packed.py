@@ -2,11 +2,11 @@
 
 The file is a cache. It is safetensors: for each split uint8 images (N, size, size, 3) and their classes' numbers (N,),
 uint8 or, for more than 256 classes, int32; and the sha256 of each test image's file, uint8 (N, 32). Images are in the
-order of their ids. When the file is made, each image's pixels are compared with the sha256 that the snapshot's digest
-rests on; when it is opened, the file with its own.
+order of their ids. When the file is made, each image's pixels are checked against the sha256 that the snapshot's digest
+rests on. When it is opened, its arrays are checked against their own.
 
-Of encoded images the file does not have the pixels, but where they lie: the number of the shard, int32 (N,), the
-offset, int64 (N,), and the sha256 of what is stored there, uint8 (N, 32).
+For encoded images, the file has not the pixels but their places: the number of the shard, int32 (N,), the offset, int64
+(N,), and the sha256 of what is stored there, uint8 (N, 32).
 """
 
 import hashlib
@@ -48,7 +48,7 @@ _NO_MATCH = "the snapshot's rows and its manifest do not match: bring older vers
 _SAMPLE, _SAMPLED_AT_ONCE = 10_000, 100
 """How many encoded images are looked at for their mean and deviation."""
 _whole: dict[tuple[int, ...], dict[str, Any]] = {}
-"""What the files that were looked at say, by what would change if one were touched."""
+"""The facts of files that were checked, by the file status, which changes if a file is touched."""
 
 
 def pack_snapshot(workspace: Workspace, snapshot: SnapshotRef, near_duplicates: Effect = "off") -> DatasetRef:

@@ -48,10 +48,10 @@ def unknown(listing: pa.Table, known: Sequence[pa.Table]) -> pa.Table:
 
 
 def mixed(new: pa.Table, shape: Shape) -> pa.Table:
-    """What is to be read, in the order in which it is read: encoded images in one that says nothing of their classes.
+    """The images to read, in the order of reading. For encoded images, that order is unrelated to their classes.
 
-    They are read a few shards at a time when they are trained on, so each shard should have some of every class. But
-    the rows of a table are read as they follow each other.
+    Training reads these a few shards at a time, so each shard should have some of every class. Images that lie in the
+    rows of a table are an exception: they are read in the order of the rows.
     """
     if shape.storage == "pixels" or compute.any(compute.starts_with(new["place"], ROW)).as_py():
         return new

@@ -127,10 +127,10 @@ def repeated(rows: pa.Table, column: str) -> pa.Table:
 
 
 def places_of(rows: pa.Table, known: Sequence[pa.Table]) -> pa.ChunkedArray:
-    """Where, in one table after another, the first row is that has the id and the hint of each row; null for none.
+    """For each row, the place of the first known row with its id and hint, counted over all tables; null if none.
 
-    A table in which an id stands several times is only looked at where it stands first. A join would do the same, and
-    take several times the memory.
+    If an id occurs several times in a table, only its first row there counts. A join would do the same, and take
+    several times the memory.
     """
     places, start = pa.chunked_array([pa.nulls(len(rows), pa.int64())]), 0
     for part in known:

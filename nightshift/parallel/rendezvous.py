@@ -4,8 +4,8 @@ At a rendezvous torch unpickles what it finds. So whoever can write there runs c
 
 - A run on one machine has no port for it. The launcher meets itself, in memory. Its ranks share a file in a folder that
   nobody else may enter.
-- Several machines meet at a port. What is unpickled there, the job and the ending are signed with a secret that the
-  machines share. What torch itself leaves there for gloo and NCCL is not, and neither is what those send.
+- Several machines meet at a port. They share a secret, which signs all that is unpickled there, the job and the ending.
+  It signs neither what torch itself leaves there for gloo and NCCL, nor what those send.
 """
 
 import hmac

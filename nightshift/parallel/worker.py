@@ -119,7 +119,7 @@ def _agree_on_job(ranks: JoinedRanks, board: Board, job_text: str | None) -> Job
 
 
 def _let_the_lost_rank_be_named(is_told: Callable[[], object]) -> None:
-    """Wait until the launcher has seen why: it names the first rank that ends, and this one is only a consequence."""
+    """Let the launcher see the lost rank first: it names the first rank to end, and this one's end is a consequence."""
     deadline = time.monotonic() + _NOTICE_SECONDS
     while not is_told() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -34,7 +34,7 @@ class State:
 
 
 def state_of(store: Store, name: str) -> State:
-    """How the history is: `missing` where something tells of a champion, and no history does.
+    """The state of the history. It is `missing` if something else names a champion, and no history is there.
 
     Raises:
         StorageError: it cannot be read, or is of a newer nightshift.
@@ -99,8 +99,8 @@ def change_champion(store: Store, name: str, decision: str, decide: Callable[[Hi
 def promote_by_hand(store: Store, name: str, version: str, reason: str = "") -> ChampionRef:
     """Make a published version the champion, whatever the gate would say. Nothing happens if it is that already.
 
-    If it is, but its card was changed since, the card is believed from now on. A pin stays as it is. A damaged history
-    that nothing can make again is begun anew.
+    If it is, and its card has changed since, the new card is trusted from now on. A pin stays as it is. A damaged
+    history that cannot be rebuilt is started anew.
 
     Raises:
         ModelNotFoundError: no such version is published.

@@ -47,7 +47,7 @@ def best_of(curve: Sequence[CurvePoint], config: EvaluationConfig) -> CurvePoint
 
 
 def kept_of(curve: Sequence[CurvePoint], config: EvaluationConfig) -> CurvePoint | None:
-    """The epoch whose weights are to be published if training ended now; None: those that there are then."""
+    """The epoch whose weights would be published if training ended now; None: the current weights."""
     return best_of(curve, config) if config.keep == "best" else None
 
 

@@ -58,7 +58,7 @@ class Pin(Part):
 class History(Document):
     """All transitions of a model, oldest first; the last one says who is champion. `pins` likewise.
 
-    Format 1 knows no pins, and format 2 nothing retired: a nightshift that would not heed them does not read this.
+    Format 1 has no pins, and format 2 no retired versions. A nightshift that would ignore these refuses a newer format.
     """
 
     title: ClassVar[str] = "history of champions"
@@ -124,9 +124,9 @@ class History(Document):
         return rejected
 
     def live_since(self, moment: datetime) -> list[Transition]:
-        """The transitions by which those went live that were live at a moment or later, oldest first.
+        """The transitions of all versions that were live at a moment or later, oldest first.
 
-        None is older than the last one that a person has made.
+        None is older than the last transition made by a person.
         """
         by_hand = [number for number, entry in enumerate(self.transitions) if entry.what != "promoted"]
         newest = self.transitions[by_hand[-1] if by_hand else 0 :]

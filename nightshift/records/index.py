@@ -1,8 +1,8 @@
 """What `nightshift runs` shows of the runs that are over, in one object: their records need not be read.
 
-An entry speaks of one version of a record, by its ETag, and the listing says which version there is. An entry of
-another version is not used, and a record without an entry is read. So the index may be late, damaged or deleted: then
-it is slow, and never wrong. `gc` brings it up to date.
+An entry describes one version of a record, by its ETag. The listing shows the current ETag: an entry with another one
+is ignored, and a record without an entry is read. So if the index is late, damaged or deleted, listing runs is slower
+but never wrong. `gc` brings the index up to date.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,7 +32,7 @@ from nightshift.values import Count, Line, Moment, Share
 KEY = "index/runs.json"
 OVER: tuple[Status, ...] = ("finished", "failed", "cancelled")
 _WORTH = 100
-"""So many runs without an entry are worth reading, to write the index anew: 0.2 s of every later look."""
+"""The index is rewritten once this many runs lack an entry: reading them costs every later listing 0.2 s."""
 
 
 class Overview(Part):
@@ -74,7 +74,7 @@ class Index(Document):
 
 
 class Known:
-    """The entries of the index, asked by what a listing says of a record."""
+    """The entries of the index, looked up by run id and ETag as a listing shows them."""
 
     def __init__(self, store: Store) -> None:
         """Read the index. One that is missing, damaged, newer, or not ours to read knows nothing.

@@ -49,7 +49,7 @@ _CLOCKS_DIFFER = timedelta(seconds=1)
 
 # The owners of this process' own leases. A lease whose owner is no longer here was left by a training that has ended.
 _held: set[str] = set()
-# Why such a training ended, by the owner of its lease, where the store did not take that: it is recorded on resuming.
+# Why such a training ended, by the owner of its lease, if the store could not record it. Resuming records it.
 _unrecorded: dict[str, str] = {}
 
 
@@ -141,7 +141,7 @@ class Run:
         self.record, self._etag = record, etag
 
     def check(self) -> None:
-        """Raise LeaseLostError if the lease is lost, LeaseExpiredError if it is so near its end that it may be soon."""
+        """Raise LeaseLostError if the lease is lost, LeaseExpiredError if it is about to run out."""
         if not self._lost and time.monotonic() > self._valid_until - self._lease_seconds / 6:
             why = self._renewal_failure or "the store has not answered in time"
             self._lost = LeaseExpiredError(

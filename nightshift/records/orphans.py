@@ -43,12 +43,15 @@ class Orphans(Contents):
 
 
 def find(store: Store, older_than: timedelta, forgotten: Collection[tuple[str, str]] = frozenset()) -> Orphans:
-    """All orphans that are at least as old as `older_than`; `forgotten`: snapshots that count as named no more.
+    """All orphans that are at least as old as `older_than`; `forgotten`: snapshots that no longer count as named.
 
-    The objects are payloads that no record names, reports of runs without a record, versions without a card that
-    neither a run may still finish nor a champion's history names, weights that neither a run nor a version began with,
-    models that a Triton repository serves no longer, probes of the store, and what interrupted snapshots have left.
-    CIFAR-10 as an older nightshift has stored it stays.
+    The objects are:
+    - payloads that no record names, and reports of runs without a record;
+    - versions without a card, unless a run may still finish them or a history of champions names them;
+    - weights that no run and no version began with;
+    - models that a Triton repository no longer serves, probes of the store, and leftovers of interrupted snapshots.
+
+    CIFAR-10 as an older nightshift has stored it is kept.
 
     Raises:
         StorageError: the store cannot be listed.
@@ -109,7 +112,7 @@ def _is_as_found(store: Store, item: Stored) -> bool:
 
 
 def _need_of_runs(store: Store, keys: Iterable[str]) -> Callable[[str], bool]:
-    """A function of these keys: whether the run a key belongs to names it or may be about to, or a champion's history.
+    """A function that says whether one of these keys is needed: named, or perhaps soon to be, by its run or a history.
 
     A version without a card is needed as long as its run can still publish it, or has.
     """
@@ -176,9 +179,9 @@ def _begun_with_by_none(store: Store, weights: list[Stored]) -> list[Stored]:
 
 
 def _once_live(store: Store, name: str) -> Callable[[str], bool]:
-    """Whether a version of this model is in the history of champions; if that cannot be read, any may be.
+    """A function that says whether a version of this model is in its history of champions; all are if it is unreadable.
 
-    Where it is missing, its copy says so, and the runs whose records name champions are finished.
+    If the history is missing, its copy counts. The runs of champions are finished, and so are needed anyway.
     """
     try:
         versions = {*read_history(store, name).versions, *read_copy(store, name).versions}

@@ -1,8 +1,8 @@
-"""Making a history of champions again that was deleted or damaged, and telling that there should be one.
+"""Rebuilding a history of champions that was deleted or damaged, and finding out whether there should be one.
 
-The copy beside it has all of it, but for a last change whose writer was killed before the copy. Without a copy the
-verdicts in the run records tell the promotions, and the newest of them which version was live then. What a person has
-changed since, and pins, they do not tell.
+The copy beside it has all of it, except a last change whose writer was killed before copying. Without a copy, the
+verdicts in the run records show the promotions, and the newest verdict shows which version was live then. They show
+neither what a person has changed since, nor pins.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +83,7 @@ def rebuild(store: Store, name: str) -> History:
 
 
 def clear_damaged(store: Store, name: str) -> None:
-    """Put an empty history in the place of a damaged one, for somebody who begins anew where nothing tells of one.
+    """Replace a damaged history with an empty one, so that somebody can begin anew. Only if nothing tells of champions.
 
     Raises:
         DocumentDamagedError: its copy or the run records tell of champions.
@@ -131,10 +131,9 @@ def check_never_begun(store: Store, name: str) -> None:
 
 
 def check_explained(store: Store, name: str, candidate: str) -> None:
-    """Raise HistoryLostError if a published version but the candidate has no readable record: it may have been live.
+    """Raise HistoryLostError if a published version, not the candidate, has no readable record: it may have been live.
 
-    So too if there is a copy, though a damaged one. For where no history is stored, and `check_never_begun` has found
-    nothing.
+    Also if there is a copy, though damaged. Call this if no history is stored and `check_never_begun` found nothing.
     """
     if store.head(copy_key(name)):
         raise HistoryLostError(
@@ -160,7 +159,7 @@ def _copy(store: Store, name: str) -> History:
 
 
 def _runs(store: Store) -> list[_Run]:
-    """Of all records but damaged ones. What cannot be read now is an error: it may tell of a champion."""
+    """What all records but damaged and newer ones tell. A failed read is an error: that record may name a champion."""
 
     def read(item: Stored) -> _Run | None:
         try:

@@ -1,8 +1,8 @@
-"""The runs that were interrupted are found, and each is started again once however many look for them.
+"""Finding interrupted runs, and starting each again once, however many processes look for them.
 
-Whoever starts a run again first writes that down in its record, by compare-and-swap: of two that want to, one fails.
-A start too many would still do no harm, since the lease lets only one train. What is wrong with one run keeps no other
-from being started.
+Whoever starts a run again first notes that in its record, by compare-and-swap: if two try, one fails. Even an extra
+start would do no harm, since the lease lets only one train. A problem with one run does not keep the others from being
+started.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -92,7 +92,7 @@ def claim_due(store: Store, interrupted: Iterable[InterruptedRun], max_recoverie
 def apart(
     store: Store, run_id: str, is_everybodys: Callable[[Exception], bool] = lambda error: False
 ) -> Iterator[None]:
-    """Whatever goes wrong here with one run is a warning that names its record, and the next run has its turn.
+    """Turn an error with one run into a warning that names its record, so that the next run has its turn.
 
     Raises:
         StorageUnreachableError: the store does not answer.

@@ -4,7 +4,7 @@ Nothing goes that is live, and no version that may be needed: the champion, thos
 thirty nights, with which the gate compares. A version that once was live is first retired in its history, by
 compare-and-swap, so that nobody can roll back to it while it is deleted. A snapshot goes once no stored run names it.
 
-Whoever is interrupted is followed by another who goes on: what is half deleted is found again, here or as orphans.
+If a cleanup is interrupted, the next one continues it: what is half deleted is found again, here or as orphans.
 """
 
 from collections import defaultdict

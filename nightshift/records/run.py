@@ -51,7 +51,7 @@ class CheckpointMetrics(Part):
     epoch_loss: Number | None = None
     """Mean training loss of the last whole epoch; None if none is over."""
     skipped: Count = 0
-    """Boundaries since the process began that passed without a save, as the one before was still under way."""
+    """Saves since the process began that were skipped, because the one before was still under way."""
     failed: Count = 0
     """Saves since the process began that could not be stored."""
 
@@ -150,7 +150,7 @@ class RunRecord(Document):
     curve: list[CurvePoint] = Field(default_factory=list)
     total_steps: Count
     last_step: Annotated[Count, Field(ge=1)] | None = None
-    """The step with which the clock has ended the training before all were done. What is trained again ends there."""
+    """The step at which the clock ended the training early. If steps are trained again, they end there too."""
     resumed_from_step: Count | None = None
     result: Result | None = None
     events: list[Event] = Field(default_factory=list)

@@ -1,8 +1,8 @@
 """The champions as a model repository for Triton, `triton/<name>/`: config.pbtxt, and model.onnx below a number.
 
-config.pbtxt names the one number that is served, and is written last: one put changes what is live, and what it names
-is there. Each time a version goes live it has a new number, that of its transition in the history. So no number ever
-means another model, and a rollback is a change like any other.
+config.pbtxt names the one number that is served. It is written last, so one put changes what is live, and the model it
+names is already there. Each time a version goes live it gets a new number, that of its transition in the history. So a
+number always means the same model, and a rollback is a change like any other.
 """
 
 import re

@@ -129,8 +129,8 @@ def unnamed(
 
     `without`: name and digest of snapshots that count as named no more.
 
-    While the newest part of any data set is not old, a snapshot may be about to name any shard, and all stay. So they
-    do where a history or a manifest cannot be read.
+    While any part is not old, a snapshot may be about to name any shard, so all objects stay. They also stay if a
+    history or a manifest cannot be read.
     """
     by_kind = defaultdict[str, list[Stored]](list)
     for item in store.list(DATASETS):

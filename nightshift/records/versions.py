@@ -81,7 +81,7 @@ class ModelCard(Document):
     dataset_digest: Sha256
     environment: dict[Line, Line]
     trained_at: Moment
-    # Left out where there is none, so that a card of before there were parents is made again to the same sha256.
+    # Left out if None, so that a card from before this field is rebuilt with the same sha256.
     parent: Parent | None = Field(None, exclude_if=lambda parent: parent is None)
     """What its first weights came from; None: from nowhere."""
     files: dict[Line, PublishedFile] = Field(default_factory=dict)

@@ -1,9 +1,9 @@
 """A document: one small JSON object in the store that is read, checked, and changed by compare-and-swap.
 
 A document holds its own sha256, so that a bit that flips in it, on the wire or at rest, is noticed and not believed.
-It also holds the number of its format: an older one is read, and a newer one is refused in so many words. The sha256 is
-no signature. So each value has a bound (`values`), each document a size, and a copy under another key is not believed:
-whatever lies there, it is read as a document or refused with one error.
+It also holds its format number: an older format is read, and a newer one is refused with an error that says so. The
+sha256 is no signature. So each value is bounded (`values`), and so is the size of each document, and a copy under
+another key is refused. Whatever lies under a key is read as a document or refused with one error.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ class Document(Part):
     def check(self, key: str) -> None:
         """Raise ValueError or ConfigError if this cannot be what nightshift has stored under `key`.
 
-        So it is for a copy of another document, which would name the other's objects.
+        A copy of another document fails this check, because it would name that document's objects.
         """
 
 
@@ -128,8 +128,8 @@ def change(store: Store, key: str, kind: type[D], change: Callable[[D | None], C
 
     Args:
         change: gets the document as it stands, or None if there is none. It is applied again whenever somebody else
-            has changed the document meanwhile, or a response was lost: applied to its own outcome, it must return
-            that. Nothing is written where it returns what it got.
+            has changed the document meanwhile, or a response was lost. Applied to its own result, it must return that
+            result. If it returns what it got, nothing is written.
 
     Raises:
         DocumentDamagedError, DocumentNewerError: as `read`.

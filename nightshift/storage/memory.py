@@ -114,7 +114,7 @@ class MemoryStore:
             self._objects.pop(self.url(key), None)
 
     def begin_upload(self, key: str) -> Upload:
-        """Begin a multipart upload that nobody will complete, as one leaves it who dies in it."""
+        """Begin a multipart upload that nobody will complete, such as a killed process leaves behind."""
         upload = Upload(key, secrets.token_hex(8), self.clock())
         with self._lock:
             self._uploads[upload.upload_id] = self.url(key), upload.started

@@ -27,7 +27,7 @@ def patient(
 
     Args:
         longest_pause: between two attempts, in seconds.
-        given_up: set by whoever wants no attempt any more; a pause ends then.
+        given_up: set it to stop. A pause ends at once, and no further attempt is made.
         warn: called with the error before each pause.
         also: what else may pass, besides the transient errors of a store.
     """

@@ -51,7 +51,7 @@ MIB = 1024 * 1024
 _TRANSFER = TransferConfig(
     multipart_threshold=16 * MIB, multipart_chunksize=64 * MIB, max_concurrency=2, preferred_transfer_client="classic"
 )
-# Of what comes out of a pipe, at most this many parts of 16 MiB wait in memory: else ten would, of 64.
+# For uploads from a pipe: only this many parts of 16 MiB wait in memory. With _TRANSFER, ten of 64 MiB would.
 _PIPED = TransferConfig(
     multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=2, preferred_transfer_client="classic"
 )
@@ -244,7 +244,7 @@ class S3:
             with self._translated(what):
                 yield
         except StorageError as error:
-            # What a server says whose disk is full is anything: an internal error, or nothing at all.
+            # A server whose disk is full may answer anything: an internal error, or nothing at all.
             may_be_full = type(error) in (StorageError, StorageUnreachableError)
             if not (may_be_full and self._directory and explains_failure(self._directory)):
                 raise
@@ -326,7 +326,7 @@ class _ServerClock:
         if date:
             dated = parsedate_to_datetime(date).astimezone(UTC)
             with self._lock:
-                # A Date is cut to the second: only one further back than that says that the clock was set back.
+                # A Date is truncated to the second: an estimate up to a second later still agrees with it.
                 if not self._seen or not dated <= self._estimate() <= dated + timedelta(seconds=1):
                     self._seen = dated, time.monotonic()
 

@@ -59,12 +59,12 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def limited(into: IO[bytes], max_bytes: int | None, url: str) -> IO[bytes]:
-    """What a store writes the object `url` to, where it may have `max_bytes` bytes at most."""
+    """`into`, or a wrapper of it that takes at most `max_bytes` bytes of the object `url`."""
     return into if max_bytes is None else cast("IO[bytes]", _Limited(into, max_bytes, url))
 
 
 class _Limited:
-    """Of a file, what a download uses."""
+    """The part of a file's interface that a download uses, with a limit on the bytes written."""
 
     def __init__(self, into: IO[bytes], max_bytes: int, url: str) -> None:
         self._into, self._limit, self._url = into, max_bytes, url

@@ -24,14 +24,14 @@ _ONE_CYCLE_START = 1 / 25
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, head: Collection[str] | None = None) -> optim.Optimizer:
-    """The optimizer a config names, over all parameters of `model`, in the groups that the model makes, if it does.
+    """The optimizer that a config names, over all parameters of `model`, in the model's own groups if it makes any.
 
     Args:
-        head: the names of the last layer's parameters, if they are trained otherwise than the rest; then that is in
-            groups by depth, unless the model makes groups.
+        head: the names of the last layer's parameters, if they are trained differently from the rest. The rest is then
+            grouped by depth, unless the model makes groups.
 
     Raises:
-        ConfigError: the model's groups do not have each of its trained parameters once; or it has no head.
+        ConfigError: the model's groups do not have each trained parameter exactly once, or the model has no head.
     """
     if config.name == "muon":
         return Muon(model, config.lr, config.momentum, config.weight_decay)
@@ -114,8 +114,8 @@ def apply_schedule(optimizer: optim.Optimizer, config: TrainConfig, step: int, t
     """Set the rate of each parameter group for step `step`.
 
     A group may have a `scale`, by which the config's rate is multiplied, and a `share` of the steps, after which its
-    schedule has ended. Its parameters are fixed from then on, and need no gradients. So are those of the backbone
-    before its schedule begins, when its frozen epochs are over.
+    schedule has ended. From then on its parameters are fixed, and need no gradients. The backbone's schedule begins
+    after its frozen epochs. Until then its parameters are fixed too.
     """
     frozen = frozen_steps(config, total_steps)
     for group in optimizer.param_groups:

@@ -76,8 +76,8 @@ class Ranks:
         return model
 
     def unaveraged(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Within, a backward pass through what `parallel` returned keeps its gradients; the next one after it averages
-        them too."""
+        """In this context, a backward pass through what `parallel` returned keeps its gradients to the rank. The next
+        backward pass outside averages them too."""
         return nullcontext()
 
     @contextmanager

@@ -212,7 +212,7 @@ def _take(
 
     Args:
         head: the tensors whose size in a dimension is the number of classes, and which dimension that is.
-        rows: of the head, which class of the weights each class of the network was; -1 if none. None: nobody knows,
+        rows: for the head, the class of the weights that each class of the network matches, or -1. None: not known,
             and a head of another size is left as it is.
     """
     expected = network.state_dict()

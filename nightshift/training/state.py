@@ -73,7 +73,7 @@ class TrainState:
         self.step += 1
 
     def _update(self, average: nn.Module) -> None:
-        """As torch's AveragedModel does, whose counter is copied to the GPU at each step; that would be waited for."""
+        """As torch's AveragedModel, but without its counter: each step would wait for the counter's copy to the GPU."""
         pairs = list(zip(_tensors(average), _tensors(self.model), strict=True))
         if not self.step:
             for kept, current in pairs:
@@ -145,7 +145,7 @@ class TrainState:
         number, rank 0 takes the sums of all, and a rank that was not there before keeps the generators it has.
         """
         self.model.load_state_dict(payload["model"])
-        # Of its groups the config decides, and each step sets their rates.
+        # Only `state` is restored: the config decides the groups, and each step sets their rates.
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": payload["optimizer"]["state"]})
         for kept in self.optimizer.state.values():
             # torch takes tensors of the CPU as they are: with them it would hold the whole payload.

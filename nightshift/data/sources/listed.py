@@ -27,7 +27,7 @@ class Listed:
 
 
 ROW = "\0row "
-"""What the place of an image begins with that lies in a row of its table, whose rows are read in their order."""
+"""The prefix of `place` for an image that lies in a row of its table. Such rows are read in their order."""
 
 
 class Source(Protocol):
