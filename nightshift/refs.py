@@ -163,7 +163,7 @@ class Verdict(_Ref):
     """None if there was no champion, or if the candidate was the champion already."""
     champion: ChampionRef | None
     guards: list[Guard] = Field(default_factory=list, max_length=MOST_GUARDS + 1)
-    """The whole, then the guards that are broken or closest to it. Empty in old ones, and if nothing was compared."""
+    """The whole, then the guards broken or closest to it. Empty if nothing was compared, and in old verdicts."""
     guarded: Count = 0
     """How many guards there were beside the whole, shown or not."""
 

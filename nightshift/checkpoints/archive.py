@@ -229,7 +229,7 @@ def _in_place(content: memoryview, dtype: torch.dtype) -> Tensor:
 
 
 def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """A part of a storage, in a shape, with at most as many elements: a stride of 0 could repeat one endlessly."""
+    """A part of a storage, in a shape, with no more elements than it: a stride of 0 could repeat one endlessly."""
     numbers = (offset, *size, *stride)
     if len(numbers) > 2 * _MAX_DIMENSIONS or any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError("the shape of a tensor is none")

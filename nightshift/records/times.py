@@ -69,7 +69,7 @@ def machine_seconds(record: RunRecord, now: datetime | None = None) -> float:
 
 
 def judging_seconds(record: RunRecord) -> float | None:
-    """Seconds from a finished run's last step to its verdict, with the last save; None if it was started again then."""
+    """Seconds from a finished run's last save to its verdict; None if it was started again then."""
     if record.status != "finished" or not record.checkpoints:
         return None
     ended = next(event.at for event in reversed(record.events) if event.what == "finished")
@@ -83,7 +83,7 @@ class Past:
     """How long it took on the last nights of the same network and data set, on the same kind of machine."""
 
     judging: tuple[float, ...] = ()
-    """Seconds from the last step to the verdict, of up to five nights."""
+    """Seconds from the last save to the verdict, of up to five nights."""
     step: float | None = None
     """Seconds of a step, the median of these nights; None if none was trained as tonight's run is."""
 

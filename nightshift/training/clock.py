@@ -78,7 +78,9 @@ class Clock:
     def reserve(self) -> float:
         """How many seconds are kept for all that comes after the last step."""
         if self.past.judging:  # one night may have been a quick one, and had no champion to test
-            return _SPARE + max(self.past.judging) * (2 if len(self.past.judging) == 1 else 1.25)
+            longest = max(self.past.judging) * (2 if len(self.past.judging) == 1 else 1.25)
+            # The night's last save may have to wait for the one before.
+            return _SPARE + longest + 2 * self._save_seconds
         # Candidate and champion are tested. A network predicts faster than it trains, and one process does it.
         ranks = int(self.run.record.environment["world_size"])
         images = 2 * _LOOKS[self.config.evaluation.tta] * self.test_images
