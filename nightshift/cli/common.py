@@ -15,7 +15,9 @@ from nightshift.errors import DISK_IS_FULL, ConfigError, DiskError, Interrupted,
 from nightshift.text import as_json
 
 if TYPE_CHECKING:
+    from deployments.planned import Deployments
     from nightshift.cli.screen import Screen
+    from nightshift.settings import Settings
     from nightshift.workspace import Workspace
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -134,6 +136,14 @@ def use_server_if_any() -> bool:
     check_login(server)
     os.environ.update(server.environment)
     return True
+
+
+def planned_deployments(settings: "Settings") -> "Deployments":
+    """What is to be deployed; a mistake in the project file is reported before anything is started or asked."""
+    from deployments.planned import planned
+    from nightshift.config.project import load_project
+
+    return planned(load_project(settings.project), settings.project)
 
 
 def console() -> "Screen":

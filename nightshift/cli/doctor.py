@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from nightshift.config.project import load_project
+from nightshift.cli.common import planned_deployments
 from nightshift.disk import disk_is_full, free_bytes, is_full
 from nightshift.errors import ModelNotFoundError, NightshiftError
 from nightshift.local import supervisor
@@ -162,14 +162,15 @@ def _prefect(settings: Settings) -> list[Check]:
             ]
         checks = [Check(name, True, f"{release}, server at {server.api_url}")]
         online_workers(server)  # says in a sentence what is wrong with a server that is none
-        from deployments import planned, tonight
+        from deployments import tonight
 
         directory = settings.home / "prefect"
         is_of_up = (
             supervisor.is_kept(directory) and supervisor.running_facts(directory).get("api_url") == server.api_url
         )
-        wanted = planned.planned(load_project(settings.project), settings.project)
-        found = tonight.examine(server, wanted, "nightshift up" if is_of_up else "nightshift deploy")
+        found = tonight.examine(
+            server, planned_deployments(settings), "nightshift up" if is_of_up else "nightshift deploy"
+        )
         return [*checks, *(Check(entry.name, entry.ok, entry.detail) for entry in found)]
     except NightshiftError as error:
         return [Check(name, False, str(error))]

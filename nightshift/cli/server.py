@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nightshift.cli.common import AsJson, app, console, error_console, print_json, use_server
+from nightshift.cli.common import AsJson, app, console, error_console, planned_deployments, print_json, use_server
 from nightshift.errors import ConfigError
 
 if TYPE_CHECKING:
     from deployments.apply import Deployed
     from deployments.boot import Installed
-    from deployments.planned import Deployments
     from nightshift.settings import Settings
 
 _PANEL = "Servers and machine"
@@ -39,7 +38,7 @@ def up(
     from nightshift.cli.terminal import TerminalProgress, facts_table
 
     settings = _settings_for_workers()
-    deployments = _planned(settings)
+    deployments = planned_deployments(settings)
     with TerminalProgress(error_console()) as display, display.waiting("starting S3, Prefect and a worker"):
         from deployments import local
 
@@ -147,7 +146,7 @@ def deploy(
     from nightshift.settings import Settings
 
     settings = Settings.load()
-    planned = _planned(settings)
+    planned = planned_deployments(settings)
     use_server()
     from deployments.apply import apply
 
@@ -157,14 +156,6 @@ def deploy(
         return
     console().print(f"deployed: {', '.join(deployed.deployments)}", soft_wrap=True)
     _print_remarks(deployed)
-
-
-def _planned(settings: "Settings") -> "Deployments":
-    """What is to be deployed; a mistake in the project file is reported before anything is started or asked."""
-    from deployments.planned import planned
-    from nightshift.config.project import load_project
-
-    return planned(load_project(settings.project), settings.project)
 
 
 def _as_dict(deployed: "Deployed") -> dict[str, list[str]]:

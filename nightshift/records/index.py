@@ -22,6 +22,7 @@ from nightshift.errors import (
     StorageError,
 )
 from nightshift.ids import RunId
+from nightshift.records.keys import record_key
 from nightshift.records.lease import status_of
 from nightshift.records.run import RunRecord, Status, listed_records, newest_first, read_records
 from nightshift.storage import documents
@@ -30,7 +31,7 @@ from nightshift.storage.store import Store, Stored
 from nightshift.values import Count, Line, Moment, Share
 
 KEY = "index/runs.json"
-OVER: tuple[Status, ...] = ("finished", "failed", "cancelled")
+_OVER: tuple[Status, ...] = ("finished", "failed", "cancelled")
 _WORTH = 100
 """The index is rewritten once this many runs lack an entry: reading them costs every later listing 0.2 s."""
 
@@ -74,7 +75,7 @@ class Index(Document):
 
 
 class Known:
-    """The entries of the index, looked up by run id and ETag as a listing shows them."""
+    """The entries of the index, looked up by key and ETag as a listing shows them."""
 
     def __init__(self, store: Store) -> None:
         """Read the index. One that is missing, damaged, newer, or not ours to read knows nothing.
@@ -92,14 +93,14 @@ class Known:
             progress.current().warn(str(error))
         except (ObjectNotFoundError, DocumentNewerError, StorageDeniedError):
             pass
-        self._entries = {(entry.run_id, entry.etag): entry for entry in found.runs if entry.status in OVER}
+        self._entries = {(record_key(entry.run_id), entry.etag): entry for entry in found.runs if entry.status in _OVER}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def split(self, stored: Iterable[Stored]) -> tuple[list[Overview], list[Stored]]:
         """The entries of these versions of records, and those that have none."""
-        found = [(item, self._entries.get((_run_id(item), item.etag))) for item in stored]
+        found = [(item, self._entries.get((item.key, item.etag))) for item in stored]
         return [entry for _, entry in found if entry], [item for item, entry in found if not entry]
 
 
@@ -131,7 +132,7 @@ def renew(store: Store) -> None:
     entries, unknown = known.split(listed_records(store))
     added: list[Overview] = []
     if len(unknown) >= _WORTH:
-        added = [entry for entry in _read(store, unknown, store.now()) if entry.status in OVER]
+        added = [entry for entry in _read(store, unknown, store.now()) if entry.status in _OVER]
     try:
         if known.is_damaged:
             store.delete(KEY)
@@ -144,9 +145,5 @@ def renew(store: Store) -> None:
 
 
 def _read(store: Store, stored: list[Stored], now: datetime) -> Iterator[Overview]:
-    for record, etag in read_records(store, stored) if stored else ():
+    for record, etag in read_records(store, stored):
         yield Overview.of(record, etag, now)
-
-
-def _run_id(item: Stored) -> str:
-    return item.key.rpartition("/")[2].removesuffix(".json")
