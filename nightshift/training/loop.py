@@ -70,8 +70,15 @@ class Loop:
             RankLostError: `orders` say restart.
             TrainingDivergedError, LeaseLostError, StorageError: as `train_alone`.
         """
+        self._recorder.begin(self._state)
+        try:
+            return self._train(orders)
+        except TrainingDivergedError:
+            self._recorder.diverged()
+            raise
+
+    def _train(self, orders: RankOrders) -> CheckpointRef | None:
         state, ranks, recorder = self._state, self._ranks, self._recorder
-        recorder.begin(state)
         state.model.train()
         (self._is_last,) = ranks.any(recorder.is_last(state))
         while not self._is_over():

@@ -86,6 +86,9 @@ class Recorder:
     def stop(self, state: TrainState, parts: list[Payload]) -> None:
         """Save this step, at which the loop must stop. On rank 0 this raises TrainingInterrupted."""
 
+    def diverged(self) -> None:
+        """The loss is not finite, and training ends. What is being saved is from before: it is waited for."""
+
 
 class RunRecorder(Recorder):
     """The recorder of rank 0, which holds the run."""
@@ -272,6 +275,9 @@ class RunRecorder(Recorder):
             f"stopped after step {state.step} of {self._plan.total_steps}, which {saved}. "
             f"To go on: nightshift resume {self._run.run_id}"
         )
+
+    def diverged(self) -> None:
+        self._saver.settle()
 
     def _finished_epochs(self, state: TrainState) -> int:
         return self._plan.position(state.step)[0]

@@ -87,7 +87,7 @@ class Saver:
             StorageError: the previous save was needed, and has failed.
         """
         if is_needed:
-            self._wait_for_the_previous()
+            self.settle()
         if self._thread and self._thread.is_alive():
             self._skipped += 1
             return
@@ -114,7 +114,7 @@ class Saver:
             LeaseLostError: another trainer has taken the run over; nothing was committed.
             StorageError: it could not be stored, or a needed one before it.
         """
-        self._wait_for_the_previous()
+        self.settle()
         self.check()
         if self._saved is None or self._saved.step != state.step:
             self.save(state, parts, epoch, train_seconds)
@@ -125,9 +125,10 @@ class Saver:
         assert self._saved.step == state.step
         return self._saved
 
-    def _wait_for_the_previous(self) -> None:
+    def settle(self) -> None:
+        """Wait for the save in flight: for its current attempt, or if it is needed until it is given up."""
         if not self._is_needed:
-            self._abandoned.set()  # it ends with its current attempt
+            self._abandoned.set()
         self._wait()
 
     def _wait(self) -> None:

@@ -11,7 +11,13 @@ import pytest
 
 from nightshift.checkpoints.payload import read_payload
 from nightshift.checkpoints.verify import verify_checkpoints
-from nightshift.errors import LeaseExpiredError, StorageDeniedError, StorageError, TrainingInterrupted
+from nightshift.errors import (
+    LeaseExpiredError,
+    StorageDeniedError,
+    StorageError,
+    TrainingDivergedError,
+    TrainingInterrupted,
+)
 from nightshift.local.s3 import embedded_credentials, embedded_s3
 from nightshift.records.lease import is_live
 from nightshift.records.run import RunRecord, read_record
@@ -121,6 +127,19 @@ def test_a_fault_at_the_put_of_a_small_payload_does_not_change_the_bits(
     done = train_through(faulty, cifar10, stop=10)
     assert happened.is_set()
     assert ending(workspace.store, done) == expected
+
+
+def test_a_run_that_diverges_keeps_the_checkpoint_that_is_on_its_way(
+    proxy: Proxy, workspace: Workspace, cifar10: DatasetRef
+) -> None:
+    late = proxy.plan("payload put", faults.delay)
+    with pytest.raises(TrainingDivergedError):
+        train_alone(
+            behind(proxy, workspace), "run", small_config(optimizer="sgd", lr=100, checkpoint_every_steps=1), cifar10
+        )
+    assert late.is_set()
+    record, _ = read_record(workspace.store, "run")
+    assert record.checkpoints
 
 
 def test_a_writer_that_loses_the_response_to_its_commit_recognizes_its_own_write(
