@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from nightshift.data import jpeg
-from nightshift.data.shards import Shards
+from nightshift.data.shards import Shard, Shards
 from nightshift.errors import DataCorruptError
 
-_AT_ONCE = 8
-"""Images that a thread decodes before another may have its turn: few, so that all threads end together."""
+_AT_ONCE = 32
+"""Images that a thread decodes in one go: each go costs, and all threads of a batch shall end together."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,25 @@ class Decoding:
 
     def __init__(self, shards: Shards, digests: Sequence[str], size: int, threads: int | None = None) -> None:
         self.shards, self.digests, self.size = shards, digests, size
-        self.pool = ThreadPoolExecutor(threads or os.cpu_count(), "decode")
+        self.threads = threads or os.cpu_count() or 1
+        self.pool = ThreadPoolExecutor(self.threads, "decode")
+        self._free: list[np.ndarray] = []
+
+    def memory(self, images: int) -> Tensor:
+        """Memory for so many images: that of former ones which nobody has any more, if they were as many.
+
+        Threads that touch fresh memory wait for each other in the kernel.
+        """
+        size = images * 3 * self.size**2
+        while self._free:
+            memory = self._free.pop()
+            if len(memory) == size:
+                break
+        else:
+            memory = np.empty(size, np.uint8)
+        lent = memory.view()
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent).view(images, self.size, self.size, 3)
 
     def stop(self) -> None:
         """Wait for nothing any more, because this process is to end."""
@@ -102,29 +121,35 @@ class EncodedImages:
 
     def begin(self, numbers: Tensor) -> Pending:
         """Begin to decode images."""
-        images = torch.empty((len(numbers), *self.shape[1:]), dtype=torch.uint8)
-        into, parts = images.numpy(), []
-        for start in range(0, len(numbers), _AT_ONCE):
-            some = numbers[start : start + _AT_ONCE].tolist()
-            parts.append(self._decoding.pool.submit(self._decode, some, into[start : start + _AT_ONCE]))
+        images = self._decoding.memory(len(numbers))
+        which, into, parts = numbers.numpy(), images.numpy(), []
+        some = max(1, min(_AT_ONCE, len(which) // self._decoding.threads))
+        for start in range(0, len(which), some):
+            part = slice(start, start + some)
+            parts.append(self._decoding.pool.submit(self._decode, which[part], into[part]))
         return Pending(images, parts, self._decoding)
 
-    def _decode(self, numbers: Iterable[int], into: np.ndarray) -> None:
-        for number, image in zip(numbers, into, strict=True):
+    def _decode(self, numbers: np.ndarray, into: np.ndarray) -> None:
+        digests = [self._decoding.digests[shard] for shard in self._shard[numbers].tolist()]
+        # Asked for once: threads that ask for each image wait for each other.
+        shards = {digest: self._decoding.shards.open(digest) for digest in dict.fromkeys(digests)}
+        where = zip(numbers, digests, self._offset[numbers].tolist(), self._sha256[numbers], into, strict=True)
+        for number, digest, offset, sha256, image in where:
             try:
-                jpeg.decode(self._stored(number), image)
+                stored = jpeg.stored_at(shards[digest].read, offset)
+                if hashlib.sha256(stored).digest() != sha256.tobytes():
+                    stored, shards[digest] = self._fetched_again(digest, offset, sha256.tobytes())
+                jpeg.decode(stored, image)
             except DataCorruptError as error:
-                raise DataCorruptError(f"image {number} of shard {self._digest(number)}: {error}") from error
+                raise DataCorruptError(f"image {number} of shard {digest}: {error}") from error
 
-    def _digest(self, number: int) -> str:
-        return self._decoding.digests[int(self._shard[number])]
-
-    def _stored(self, number: int) -> bytes:
-        """An image's bytes. A shard that has been damaged here is fetched again."""
-        shards, digest, wanted = self._decoding.shards, self._digest(number), self._sha256[number].tobytes()
-        for _ in range(2):
-            stored = jpeg.stored_at(shards.open(digest).read, int(self._offset[number]))
-            if hashlib.sha256(stored).digest() == wanted:
-                return stored
+    def _fetched_again(self, digest: str, offset: int, sha256: bytes) -> tuple[bytes, Shard]:
+        """An image, and its shard, which has been damaged here."""
+        shards = self._decoding.shards
+        shards.forget(digest)
+        shard = shards.open(digest)
+        stored = jpeg.stored_at(shard.read, offset)
+        if hashlib.sha256(stored).digest() != sha256:
             shards.forget(digest)
-        raise DataCorruptError("it is not what the snapshot names: make a new snapshot")
+            raise DataCorruptError("it is not what the snapshot names: make a new snapshot")
+        return stored, shard

@@ -53,14 +53,12 @@ def decode(stored: bytes, into: np.ndarray) -> None:
     Raises:
         DataCorruptError: it is no JPEG of this size.
     """
-    jpeg = memoryview(stored)[_LENGTH:]
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
-        if (height, width) != into.shape[:2]:  # before any memory is taken for it
-            raise DataCorruptError(f"it is {width} x {height} pixels, and not {into.shape[1]} x {into.shape[0]}")
-        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=into)
-    except ValueError as error:
-        raise DataCorruptError(f"it is no whole JPEG: {error}") from error
+        height, width, _ = simplejpeg.decode_jpeg(memoryview(stored)[_LENGTH:], "RGB", buffer=into).shape
+    except ValueError as error:  # among them that it is larger
+        raise DataCorruptError(f"it is no whole JPEG of {into.shape[1]} x {into.shape[0]} pixels: {error}") from error
+    if (height, width) != into.shape[:2]:
+        raise DataCorruptError(f"it is {width} x {height} pixels, and not {into.shape[1]} x {into.shape[0]}")
 
 
 def encoded(pixels: np.ndarray) -> bytes:

@@ -9,7 +9,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
 from pathlib import Path
@@ -109,9 +109,10 @@ class Shards:
         return self._begin(digest).result()
 
     def stop(self) -> None:
-        """Wait for nothing any more, because this process is to end. Nobody may ask for a shard afterwards."""
-        self._stopped.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Wait for nothing any more, because this process is to end. `open` raises CancelledError from then on."""
+        with self._lock:
+            self._stopped.set()
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def forget(self, digest: str) -> None:
         """Delete what is here of a shard, because it is damaged."""
@@ -121,6 +122,8 @@ class Shards:
 
     def _begin(self, digest: str) -> "Future[Shard]":
         with self._lock:
+            if self._stopped.is_set():
+                raise CancelledError
             known = self._opened.get(digest)
             if known is None or (known.done() and known.exception()):  # whoever asks again has another try
                 self._opened[digest] = self._pool.submit(self._context.copy().run, self._open, digest)

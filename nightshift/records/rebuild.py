@@ -71,8 +71,8 @@ def rebuild(store: Store, name: str) -> History:
             )
         if not store.head(copy_key(name)):
             progress.current().warn(
-                f"{name} has no copy of its history, so it is made from the run records alone: what people have "
-                "promoted, rolled back or pinned is not in them"
+                f"there is no {store.url(copy_key(name))}, so the run records alone tell who was champion: what people "
+                "have promoted, rolled back or pinned is not in them"
             )
         documents.write(store, key, history, etag)
         return history
@@ -153,8 +153,11 @@ def check_explained(store: Store, name: str, candidate: str) -> None:
 def _copy(store: Store, name: str) -> History:
     try:
         return read_copy(store, name)
-    except DocumentDamagedError as error:
-        progress.current().warn(f"the copy is damaged too, so the run records decide: {error}")
+    except DocumentDamagedError:
+        progress.current().warn(
+            f"{store.url(copy_key(name))} is damaged, so the run records alone tell who was champion: what people have "
+            "promoted, rolled back or pinned is not in them"
+        )
         return History(name=name)
 
 
