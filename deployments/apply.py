@@ -50,10 +50,11 @@ class Deployed:
         ]
 
 
-def apply(deployments: Deployments, notify: str | None, replace_schedules: bool = False) -> Deployed:
+def apply(deployments: Deployments, path: Path, notify: str | None, replace_schedules: bool = False) -> Deployed:
     """Make or update the work pools that the deployments name, the deployments, and the automations.
 
     Args:
+        path: the project file, for messages.
         notify: the notification block, as TYPE/NAME, that reports failed, lost and rejected runs; None: none does.
         replace_schedules: also those that somebody has changed on the server.
 
@@ -61,7 +62,7 @@ def apply(deployments: Deployments, notify: str | None, replace_schedules: bool 
         ConfigError: there is no such block on the server, or a schedule is none.
         PrefectServerError: the server does not answer, or refuses one of them.
     """
-    check_times(deployments)
+    check_times(deployments, path)
     with connected() as client:
         kept = [] if replace_schedules else keep_changed(client, deployments, by_name(shipped_deployments()))
         for pool in {deployment["work_pool"]["name"] for deployment in deployments.values()}:

@@ -58,7 +58,7 @@ def up(settings: Settings, deployments: Deployments) -> Running:
         os.environ.update(server.environment)
         from deployments.apply import apply
 
-        deployed = apply(deployments, settings.notify)
+        deployed = apply(deployments, settings.project, settings.notify)
         for name, pool in _WORKERS.items():
             known = supervisor.running_facts(home / name)
             if known and known.get("project") != project:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zoneinfo import available_timezones
 
 import yaml
 
@@ -36,6 +37,7 @@ def planned(project: Project, path: Path) -> Deployments:
     deployments = [_rescheduled(deployment, project.deployments.get(deployment["name"])) for deployment in shipped]
     for name, config in project.deployments.items():
         try:
+            _check_zone(config.timezone)
             if name in ours:
                 _check_ours(name, config, shipped)
             else:
@@ -63,6 +65,11 @@ def _rescheduled(deployment: dict[str, Any], config: DeploymentConfig | None) ->
     own = config.model_dump(include={"cron", "timezone"}, exclude_none=True) if config else {}
     schedules = [{**schedule, **own, "active": True} for schedule in deployment.get("schedules", ())]
     return {**deployment, "schedules": schedules}
+
+
+def _check_zone(name: str | None) -> None:
+    if name is not None and name not in (known := available_timezones()):
+        raise ConfigError(f"timezone: there is no time zone {name!r}.{near_miss(name, known)}")
 
 
 def _check_ours(name: str, config: DeploymentConfig, shipped: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ UI or by `prefect deployment schedule`, and is kept.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -40,11 +41,15 @@ class Kept:
         )
 
 
-def check_times(planned: Deployments) -> None:
-    """Raise ConfigError, which names the table of the project file, if a schedule is none."""
+def check_times(planned: Deployments, path: Path) -> None:
+    """Raise ConfigError, which names the table of the project file, if a schedule is none.
+
+    Args:
+        path: the project file, for messages.
+    """
     for deployment in planned.values():
         for schedule in deployment["schedules"]:
-            _check(deployment["name"], schedule)
+            _check(f"{path}: [deployments.{deployment['name']}]", schedule)
 
 
 def keep_changed(client: SyncPrefectClient, planned: Deployments, shipped: Deployments) -> list[Kept]:
@@ -86,13 +91,13 @@ def _as_config(schedule: DeploymentSchedule) -> dict[str, Any]:
     return {**fields, **{name: value for name, value in others.items() if value}, "active": schedule.active}
 
 
-def _check(name: str, schedule: Mapping[str, Any]) -> None:
+def _check(where: str, schedule: Mapping[str, Any]) -> None:
     try:
         CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
     except ValidationError as error:
         detail = error.errors()[0]
         field = ".".join(str(part) for part in detail["loc"])
-        raise ConfigError(f"[deployments.{name}] {field}: {problem_of(detail)} ({schedule.get(field)!r})") from None
+        raise ConfigError(f"{where} {field}: {problem_of(detail)} ({schedule.get(field)!r})") from None
 
 
 def _text(schedules: Schedules) -> str:

@@ -150,7 +150,7 @@ def deploy(
     use_server()
     from deployments.apply import apply
 
-    deployed = apply(planned, settings.notify, replace_schedules)
+    deployed = apply(planned, settings.project, settings.notify, replace_schedules)
     if as_json:
         print_json(_as_dict(deployed))
         return
