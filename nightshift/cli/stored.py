@@ -39,19 +39,30 @@ def nights(
     limit: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 30,
     as_json: AsJson = False,
 ) -> None:
-    """Show the last nights: verdict, test accuracy with its 95 % interval, time and cost. Trials are left out."""
-    from nightshift.judging.nights import last_nights
+    """Show the last nights: verdict, test accuracy with its 95 % interval, time and cost; and images that were refused.
+
+    Trials are left out.
+    """
+    from nightshift.judging.nights import last_nights, refused_nights
     from nightshift.settings import Settings
 
     price = Settings.load().price_per_hour
     with configured_workspace() as workspace:
         found = last_nights(workspace.store, name, limit, price)
+        refused = refused_nights(workspace.store, name, found, limit)
     if as_json:
-        print_json({"nights": [night.model_dump(mode="json") for night in found]})
+        print_json(
+            {
+                "nights": [night.model_dump(mode="json") for night in found],
+                "refused": [images.model_dump(mode="json") for images in refused],
+            }
+        )
         return
     from nightshift.cli.terminal import nights_table
 
-    console().print(nights_table(found) if found else "No nights yet: `nightshift train` starts one.")
+    console().print(
+        nights_table(found, refused) if found or refused else "No nights yet: `nightshift train` starts one."
+    )
 
 
 @app.command(rich_help_panel="Look at what is stored")

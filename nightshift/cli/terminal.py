@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nightshift.cli.screen import Screen, styled
-from nightshift.judging.nights import Night
+from nightshift.judging.nights import Night, Refused
 from nightshift.progress import StepReport
 from nightshift.records.history import Pin, Transition
 from nightshift.records.index import Overview
@@ -175,28 +175,37 @@ def runs_table(runs: Sequence[Overview]) -> Table:
     return table
 
 
-def nights_table(nights: Sequence[Night]) -> Table:
+def nights_table(nights: Sequence[Night], refused: Sequence[Refused] = ()) -> Table:
     has_cost = any(night.cost is not None for night in nights)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     numbers = ["accuracy", "95 %", "images", "minutes", "goodput", *["cost"] * has_cost]
     for column in ("began (UTC)", "run", "verdict", *numbers, "why"):
         justify: Any = "right" if column in numbers else "left"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "why")
-    for night in nights:
-        low, high = night.interval or (None, None)
-        table.add_row(
-            f"{night.at:%m-%d %H:%M}",
-            night.run_id,
-            status_text(night.status) if night.promoted is None else verdict_text(night.promoted),
-            percent(night.test_accuracy),
-            "–" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}",
-            "–" if night.test_images is None else f"{night.test_images:,}",
-            f"{night.train_seconds / 60:,.1f}",
-            "–" if night.goodput is None else f"{night.goodput:.0%}",
-            *([f"{night.cost:,.2f}" if night.cost is not None else "–"] if has_cost else []),
-            night.reason + (f" (ended by the clock, step {night.last_step:,})" if night.last_step else ""),
-        )
+    rows: list[Night | Refused] = [*nights, *refused]
+    for row in sorted(rows, key=lambda row: row.at, reverse=True):
+        cells = _night_cells(row, has_cost) if isinstance(row, Night) else _refused_cells(row, len(numbers))
+        table.add_row(f"{row.at:%m-%d %H:%M}", *cells)
     return table
+
+
+def _night_cells(night: Night, has_cost: bool) -> list[Text | str]:
+    low, high = night.interval or (None, None)
+    return [
+        night.run_id,
+        status_text(night.status) if night.promoted is None else verdict_text(night.promoted),
+        percent(night.test_accuracy),
+        "–" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}",
+        "–" if night.test_images is None else f"{night.test_images:,}",
+        f"{night.train_seconds / 60:,.1f}",
+        "–" if night.goodput is None else f"{night.goodput:.0%}",
+        *([f"{night.cost:,.2f}" if night.cost is not None else "–"] if has_cost else []),
+        night.reason + (f" (ended by the clock, step {night.last_step:,})" if night.last_step else ""),
+    ]
+
+
+def _refused_cells(refused: Refused, numbers: int) -> list[Text | str]:
+    return ["–", styled("refused", "red"), *["–"] * numbers, f"{refused.dataset}: {refused.reason}"]
 
 
 def verdict_text(promoted: bool) -> Text:

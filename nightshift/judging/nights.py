@@ -1,17 +1,19 @@
 """The last nights, a line each: did it train, is it better, what did it cost."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from itertools import islice
 
 from pydantic import BaseModel, ValidationError
 
 from nightshift import progress
-from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError
+from nightshift.errors import DocumentDamagedError, DocumentNewerError, ObjectNotFoundError, ObjectTooLargeError
 from nightshift.ids import Sha256
 from nightshift.judging.goodput import account
 from nightshift.records.keys import report_key
 from nightshift.records.lease import status_of
 from nightshift.records.run import READERS, RunRecord, newest_records
+from nightshift.records.snapshots import Entry, read_history
 from nightshift.records.times import cost
 from nightshift.storage.store import Store
 from nightshift.tracking.metrics import read_lines
@@ -46,6 +48,16 @@ class Night(BaseModel):
     snapshot: str
 
 
+class Refused(BaseModel):
+    """Images that broke a rule, so that no run was made of them. Nights that find the same again are not told apart."""
+
+    dataset: str
+    at: datetime
+    """When a night first found them so."""
+    reason: str
+    snapshot: str
+
+
 class _Measured(BaseModel):
     """What a night needs of `evaluation.json`."""
 
@@ -74,6 +86,36 @@ def last_nights(store: Store, name: str | None, limit: int, price_per_hour: floa
     return progress.in_threads(
         lambda record: _night(store, record, now, price_per_hour), islice(nights, limit), READERS
     )
+
+
+def refused_nights(store: Store, name: str | None, nights: Sequence[Night], limit: int) -> list[Refused]:
+    """What was refused since the oldest of these nights, newest first: of their data sets, and of that called `name`.
+
+    Raises:
+        StorageError: the store cannot be read.
+    """
+    names = {*(night.dataset for night in nights), *([name] if name else [])}
+    since = nights[-1].at if len(nights) == limit else None
+    refused = [
+        Refused(
+            dataset=dataset,
+            at=entry.at,
+            reason="; ".join(finding.detail for finding in entry.findings if not finding.ok),
+            snapshot=entry.digest,
+        )
+        for dataset in names
+        for entry in _snapshots(store, dataset)
+        if not entry.ok and (since is None or entry.at > since)
+    ]
+    return sorted(refused, key=lambda refused: refused.at, reverse=True)[:limit]
+
+
+def _snapshots(store: Store, name: str) -> list[Entry]:
+    try:
+        return read_history(store, name).entries
+    except (DocumentDamagedError, DocumentNewerError) as error:
+        progress.current().warn(str(error))
+        return []
 
 
 def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float | None) -> Night:

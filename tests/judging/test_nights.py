@@ -10,6 +10,8 @@ from nightshift.progress import shown_by
 from nightshift.records.keys import report_key
 from nightshift.records.lease import hold as hold_run
 from nightshift.records.run import Origin
+from nightshift.records.snapshots import Entry, append
+from nightshift.refs import Finding
 from nightshift.storage.memory import MemoryStore
 from nightshift.workspace import Workspace
 from tests.commands import Finished
@@ -51,7 +53,7 @@ def test_the_last_nights_are_shown_with_verdict_accuracy_and_cost(
     found = nightshift("nights", "--json", "--limit", "2").json["nights"]
     assert [night["run_id"] for night in found] == ["wednesday", "tuesday"]
     assert (found[0]["promoted"], found[1]["promoted"], found[1]["cost"]) == (None, False, None)
-    assert nightshift("nights", "--name", "photos", "--json").json == {"nights": []}
+    assert nightshift("nights", "--name", "photos", "--json").json == {"nights": [], "refused": []}
 
 
 def test_what_is_damaged_or_of_other_weights_is_left_out_of_its_line(tmp_path: Path) -> None:
@@ -70,3 +72,29 @@ def test_what_is_damaged_or_of_other_weights_is_left_out_of_its_line(tmp_path: P
         ("monday", None),
     ]
     assert nights[-1].test_accuracy == 0.6
+
+
+def test_images_that_were_refused_have_a_line_among_the_nights_and_those_after_them_none(
+    workspace: Workspace, nightshift: Callable[..., Finished]
+) -> None:
+    store = workspace.store
+    images = Entry(
+        digest=sha256("whole"), at=store.now(), images=9, classes=2, added=9, removed=0, relabelled=0, refused=0, read=9
+    )
+    broken = Finding(rule="shrank", ok=False, detail="a tenth of the images is gone")
+    warned = Finding(rule="near_duplicates", ok=True, detail="two images are alike")
+    append(store, "cifar10", images.changed(findings=[warned]))
+    append(store, "cifar10", images.changed(digest=sha256("less"), at=store.now(), findings=[broken, warned]))
+    three_nights(workspace)
+    lines = [line.split() for line in nightshift("nights").out.splitlines()]
+    assert [words[2] for words in lines if len(words) > 3 and words[2].endswith("day")] == [
+        "wednesday",
+        "tuesday",
+        "monday",
+    ]
+    oldest = next(words for words in reversed(lines) if len(words) > 9)
+    assert oldest[2:4] == ["–", "refused"]
+    assert " ".join(oldest).endswith("cifar10: a tenth of the images is gone")
+    (refused,) = nightshift("nights", "--json").json["refused"]
+    assert (refused["dataset"], refused["snapshot"]) == ("cifar10", sha256("less"))
+    assert nightshift("nights", "--json", "--limit", "3").json["refused"] == []
