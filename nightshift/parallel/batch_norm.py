@@ -1,11 +1,11 @@
 """Batch norm over the batches of all ranks."""
 
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # the one that gradients flow through
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # what torch's three kinds have in common
 
 from nightshift.errors import ConfigError
@@ -32,6 +32,20 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks, through which gradients flow; torch has deprecated its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _SumOverRanks.forward(ctx, *gradients)
+
+
 class _BatchNorm(BatchNorm):
     """Batch norm over the batches of all ranks; torch's own SyncBatchNorm works on GPUs only."""
 
@@ -48,7 +62,7 @@ class _BatchNorm(BatchNorm):
         # Each rank fills one row of zeros. The sum over ranks has all rows, and gradients flow back to each rank.
         rows = torch.zeros(dist.get_world_size(), 2 * len(means) + 1)
         rows = rows.index_add(0, torch.tensor([dist.get_rank()]), torch.cat([means, variances, count])[None])
-        rows = all_reduce(rows)  # type: ignore[no-untyped-call]
+        rows = _SumOverRanks.apply(rows)
         counts, total = rows[:, -1:], rows[:, -1].sum()
         means, variances = rows[:, : len(means)], rows[:, len(means) : -1]
         # Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).

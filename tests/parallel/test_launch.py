@@ -97,7 +97,9 @@ def uninterrupted(
     return state, record_of(workspace, "two-ranks")
 
 
-def test_the_first_50_losses_of_two_ranks_are_those_of_one(workspace: Workspace, cifar10: DatasetRef) -> None:
+def test_the_first_50_losses_of_two_ranks_are_those_of_one_and_nothing_is_warned_of(
+    workspace: Workspace, cifar10: DatasetRef, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Batch norm included. With SGD, for Adam and Muon multiply the rounding of sums in another order."""
     config = small_config(
         "quick", optimizer="sgd", lr=0.01, precision="float32", batch_size=256, max_train_images=256, epochs=50
@@ -108,6 +110,7 @@ def test_the_first_50_losses_of_two_ranks_are_those_of_one(workspace: Workspace,
         return [point.loss for point in record_of(workspace, run_id).curve]  # an epoch is a step here
 
     assert losses("two", 2) == pytest.approx(losses("one", 1), abs=1e-5, rel=0)
+    assert "Warning" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

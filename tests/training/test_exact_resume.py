@@ -23,11 +23,19 @@ from tests.forked import forked
 from tests.train_part import Part, train_part
 
 CONFIGS = {
-    "quick": small_config("quick", batch_size=64, max_train_images=1300),
+    "quick": small_config("quick", batch_size=16, max_train_images=325),
     "tutorial": small_config("tutorial", max_train_images=630),
     "resnet18": small_config("resnet18", batch_size=4, max_train_images=82),
     "speedrun": small_config("speedrun", batch_size=16, max_train_images=320),
-    "adamw with cosine": small_config("quick", optimizer="adamw", lr=0.002, schedule="cosine", precision="bfloat16"),
+    "adamw with cosine": small_config(
+        "quick",
+        batch_size=8,
+        max_train_images=165,
+        optimizer="adamw",
+        lr=0.002,
+        schedule="cosine",
+        precision="bfloat16",
+    ),
 }
 
 # By default inside the first epoch, between the epochs and inside the second.
