@@ -115,11 +115,16 @@ def use_server(patient: bool = False) -> None:
     Raises:
         ConfigError: the user has chosen none, and none runs on this machine.
         PrefectServerError: it asks for a login, and ours is not it.
+        DiskError: it is our own, and its disk is full.
     """
+    from nightshift.local.prefect import check_room
+    from nightshift.settings import Settings
+
     if not use_server_if_any():
         raise ConfigError(
             "no Prefect server: set PREFECT_API_URL to yours, or start one on this machine with `nightshift up`"
         )
+    check_room(Settings.load().home, os.environ["PREFECT_API_URL"])
     if not patient:
         os.environ.setdefault("PREFECT_API_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "4")  # half a minute of 503, while its SQLite is locked

@@ -206,4 +206,5 @@ def _disk(settings: Settings) -> Check:
         free = shutil.disk_usage(settings.home).free
     except OSError as error:
         return Check("disk", False, f"{settings.home}: {error.strerror}. Set NIGHTSHIFT_HOME to another place")
-    return Check("disk", free > _DISK_BYTES, f"{free / 1e9:.1f} GB free for {settings.home}")
+    detail = f"{free / 1e9:.1f} GB free for {settings.home}"
+    return Check("disk", free > _DISK_BYTES, detail if free > _DISK_BYTES else f"{detail}: make room there")

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nightshift.errors import LocalServiceError, PrefectServerError, SettingsError
+from nightshift.disk import Room, disk_is_full, room
+from nightshift.errors import DiskError, LocalServiceError, PrefectServerError, SettingsError
 from nightshift.local import supervisor
 from nightshift.local.secrets import made_once, written
 from nightshift.local.supervisor import Server, using, wait_until
@@ -201,6 +202,14 @@ def check_login(server: PrefectServer) -> None:
 
     with suppress(httpx.HTTPError, httpx.InvalidURL, ValueError):
         ask(server, "admin/version")
+
+
+def check_room(home: Path, api_url: str) -> None:
+    """Raise DiskError if this server is our own and its disk is full: it would answer 500 to what it has to write."""
+    directory = home.resolve() / "prefect"
+    ours = supervisor.running_facts(directory)
+    if ours and ours["api_url"] == api_url and room(directory) is Room.NONE:
+        raise DiskError(f"the Prefect server of this machine cannot write: {disk_is_full(directory)}")
 
 
 def ask(server: PrefectServer, path: str, body: Mapping[str, Any] | None = None, timeout: float = 10) -> Any:

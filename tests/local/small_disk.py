@@ -22,6 +22,7 @@ from nightshift import progress
 from nightshift.disk import free_bytes
 from nightshift.errors import DiskError, NightshiftError, StorageError, StorageFullError
 from nightshift.local import supervisor
+from nightshift.local.prefect import local_prefect
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.keys import payload_key
 from nightshift.records.run import read_record
@@ -168,6 +169,16 @@ def not_running(disk: Path) -> dict[str, Any]:
     return found
 
 
+def submitting(disk: Path) -> dict[str, Any]:
+    """The disk of the Prefect server is full."""
+    home = disk / "home"
+    with local_prefect(home) as (server, wait):
+        wait()
+        os.environ.update(server.environment)
+        with filled(disk):
+            return nightshift(home, "submit", "train-cifar")
+
+
 def files_are_full(disk: Path) -> dict[str, Any]:
     """Less than one more of the server's files has room, and each that there is has its largest size."""
     home = disk / "home"
@@ -194,7 +205,7 @@ def _files(home: Path) -> list[int]:
 
 
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    scenario.__name__: scenario for scenario in (reads_and_gc, training, not_running, files_are_full)
+    scenario.__name__: scenario for scenario in (reads_and_gc, training, not_running, submitting, files_are_full)
 }
 
 if __name__ == "__main__":

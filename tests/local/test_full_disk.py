@@ -39,6 +39,14 @@ def test_a_server_that_has_no_room_to_start_is_told_in_one_line_within_two_secon
     assert found["body"] == "body", "nothing that was there is damaged"
 
 
+@pytest.mark.soak
+def test_what_a_full_prefect_server_would_have_to_write_is_told_in_one_line(tmp_path: Path) -> None:
+    found = small_disk.run("submitting", tmp_path / "disk", megabytes=200)
+    assert found["exit_code"] == 1
+    assert "the Prefect server of this machine cannot write: the disk is full: 0.0 of 210 MB are free" in found["err"]
+    assert found["err"].count("\n") == 1
+
+
 def test_a_run_whose_disk_was_full_ends_with_the_same_bits(tmp_path: Path, home: Path, cifar10: DatasetRef) -> None:
     datasets = {"DATASETS": str(home / "datasets"), "DATASET": cifar10.model_dump_json()}
     found = small_disk.run("training", tmp_path / "disk", megabytes=400, **datasets)
