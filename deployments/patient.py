@@ -8,6 +8,9 @@ It also starts several processes for a flow run, one after the other, each of wh
 others, one fetches the flow's code, and one runs the flow. When that one has died, another imports the flow to see
 whether it has hooks. Our flows are installed and have no hooks, so they need only one process. It can be forked from a
 process that has already imported what they need (`warm`).
+
+A flow run that nobody works on, and that is not seen for one, holds its deployment's only slot: no other starts. That
+was seen after a disk had been full, when the server had lost the events that its automations wait for.
 """
 
 import functools
@@ -27,9 +30,17 @@ os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
 import anyio
 import httpx
 from prefect import Flow
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.runner import _starter_engine
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Crashed
 from prefect.utilities.processutils import command_to_string, run_process
 from prefect.workers import process
 from prefect.workers.base import BaseWorker
@@ -43,6 +54,11 @@ _OURS = (*LASTING, "gc", "predict", "recover")
 _ENGINE = [sys.executable, "-m", "prefect.engine"]
 _PAUSE = timedelta(minutes=1)
 """A process that dies again within this time waits this long, so that one that cannot start is not retried nonstop."""
+_STUCK = timedelta(minutes=15)
+"""After which a flow run is given up that was taken up and does not begin: as long as the automation waits for it."""
+_LONGEST = {"recover": timedelta(hours=1), "gc": timedelta(days=1)}
+"""After which a flow run that has begun is given up. The others may train for days; automations look after those."""
+_LOOK_SECONDS = 60
 _log = logging.getLogger("prefect.workers")
 
 
@@ -96,6 +112,37 @@ async def _start_again(worker: Any, flow_run_id: UUID, pause: timedelta) -> None
         await worker.client.set_flow_run_state(flow_run_id, state, force=True)
 
 
+def ending_the_stuck(sync: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+    """A worker's method that it calls every half a minute; it also ends what nobody in the worker's pool works on."""
+    looked = -math.inf
+
+    @functools.wraps(sync)
+    async def run(worker: Any) -> None:
+        nonlocal looked
+        await sync(worker)
+        if time.monotonic() > looked + _LOOK_SECONDS:
+            looked = time.monotonic()
+            await end_the_stuck(worker.client, worker._work_pool_name)
+
+    return run
+
+
+async def end_the_stuck(client: PrefectClient, pool: str) -> None:
+    """Let the flow runs of a pool be Crashed that have been Pending or Running for longer than they can be."""
+    under_way = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+    for flow_run in await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=under_way),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+    ):
+        assert flow_run.state
+        is_pending = flow_run.state.is_pending()
+        longest = _STUCK if is_pending else _LONGEST.get((await client.read_flow(flow_run.flow_id)).name)
+        if longest is not None and datetime.now(UTC) > flow_run.state.timestamp + longest:
+            message = f"{flow_run.state.name} for more than {longest}. Nobody works on it."
+            _log.warning("%s was %s", flow_run.name, message)
+            await client.set_flow_run_state(flow_run.id, Crashed(message=message))
+
+
 def at_once(prepare: Callable[..., None]) -> Callable[..., None]:
     """A job's method that makes it ready for a flow run. The process of one of our flows is Prefect's engine itself."""
 
@@ -136,6 +183,8 @@ def forking(run: Callable[..., Awaitable[Any]], forks: warm.Forks) -> Callable[.
 
 
 def be_patient() -> None:
+    name = "sync_with_backend"
+    setattr(BaseWorker, name, ending_the_stuck(getattr(BaseWorker, name)))
     for name in ("get_and_submit_flow_runs", "sync_with_backend"):
         setattr(BaseWorker, name, patient(getattr(BaseWorker, name)))
     name = "_submit_run_and_capture_errors"

@@ -15,7 +15,7 @@ import torch
 
 from nightshift.cli.common import planned_deployments
 from nightshift.disk import disk_is_full, free_bytes, is_full
-from nightshift.errors import ModelNotFoundError, NightshiftError
+from nightshift.errors import ModelNotFoundError, NightshiftError, PrefectServerError
 from nightshift.local import supervisor
 from nightshift.local.prefect import chosen_server, online_workers
 from nightshift.records import champions, nights
@@ -149,6 +149,7 @@ def _room(settings: Settings, workspace: Workspace) -> list[Check]:
 
 def _prefect(settings: Settings) -> list[Check]:
     name, release, server = "Prefect", f"Prefect {version('prefect')}", None
+    directory, is_of_up = settings.home / "prefect", False
     try:
         server = chosen_server(settings.home)
         if not server:
@@ -161,17 +162,19 @@ def _prefect(settings: Settings) -> list[Check]:
                 )
             ]
         checks = [Check(name, True, f"{release}, server at {server.api_url}")]
-        online_workers(server)  # says in a sentence what is wrong with a server that is none
-        from deployments import tonight
-
-        directory = settings.home / "prefect"
         is_of_up = (
             supervisor.is_kept(directory) and supervisor.running_facts(directory).get("api_url") == server.api_url
         )
+        online_workers(server)  # says in a sentence what is wrong with a server that is none
+        from deployments import tonight
+
         found = tonight.examine(
             server, planned_deployments(settings), "nightshift up" if is_of_up else "nightshift deploy"
         )
         return [*checks, *(Check(entry.name, entry.ok, entry.detail) for entry in found)]
+    except PrefectServerError as error:
+        kept = f"{error}. `nightshift up` keeps it running: look at {directory / 'server.log'} if it stays so"
+        return [Check(name, False, kept if is_of_up else str(error))]
     except NightshiftError as error:
         return [Check(name, False, str(error))]
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:

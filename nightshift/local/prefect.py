@@ -187,8 +187,9 @@ def online_workers(server: PrefectServer, pool: str = POOL) -> list[str]:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.NOT_FOUND:
             return []  # no such pool yet
+        chosen = ": start it, or correct PREFECT_API_URL" if configured_server() else ""
         raise PrefectServerError(
-            f"{server.api_url} does not answer as a Prefect server does ({error}): start it, or correct PREFECT_API_URL"
+            f"{server.api_url} does not answer as a Prefect server does ({error}){chosen}"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """`doctor` sees whatever would keep the coming night from its run, and says what to type."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nightshift.local import supervisor
 from nightshift.local.prefect import POOL, WAITING_POOL, PrefectServer, local_prefect
 from nightshift.records.lease import acquire
 from nightshift.workspace import Workspace
@@ -27,9 +29,14 @@ dataset = "parts"
 
 
 @pytest.fixture(scope="module")
-def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+def lone_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lone")
+
+
+@pytest.fixture(scope="module")
+def lone(lone_home: Path) -> Iterator[PrefectServer]:
     """A Prefect server on which nothing was ever deployed."""
-    with local_prefect(tmp_path_factory.mktemp("lone")) as (server, wait):
+    with local_prefect(lone_home) as (server, wait):
         wait()
         yield server
 
@@ -61,6 +68,23 @@ def test_a_server_without_deployments_makes_no_night_and_the_command_that_does_i
     assert found["deployments"]["detail"].endswith("Make them: nightshift deploy")
     assert not found["automations"]["ok"]
     assert not found[f"pool {POOL}"]["ok"]
+
+
+def test_a_server_of_up_that_does_not_answer_is_not_the_users_to_start_and_its_log_is_named(
+    nightshift: Callable[..., Finished], lone: PrefectServer, lone_home: Path
+) -> None:
+    directory = lone_home / "prefect"
+    server = int((directory / "server.pid").read_text().split()[2])
+    supervisor.keep(directory)
+    os.kill(server, signal.SIGSTOP)
+    done = nightshift("doctor", "--json", NIGHTSHIFT_HOME=str(lone_home))
+    os.kill(server, signal.SIGCONT)
+    (directory / "kept").unlink()
+    (found,) = (check for check in done.json["checks"] if check["name"] == "Prefect")
+    assert not found["ok"]
+    assert found["detail"].startswith(f"{lone.api_url} does not answer")
+    assert str(directory / "server.log") in found["detail"]
+    assert "PREFECT_API_URL" not in found["detail"]
 
 
 def test_what_was_deployed_is_there_with_the_next_start_in_its_zone_and_what_is_switched_off_is_seen(

@@ -2,20 +2,25 @@
 
 import asyncio
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
-from uuid import uuid4
+from typing import Any
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed, Crashed
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, State, StateType
+from prefect.states import Cancelled, Completed, Crashed, Pending
 from prefect.utilities.services import critical_service_loop
 
-from deployments.patient import forking, patient, starting_again
+import deployments.patient
+from deployments.patient import end_the_stuck, forking, patient, starting_again
 from deployments.warm import Forks
+from nightshift.local.prefect import PrefectServer
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1/api")
 
@@ -126,3 +131,40 @@ def test_a_run_that_cannot_be_forked_starts_in_a_new_python(tmp_path: Path) -> N
     engine = [sys.executable, "-m", "prefect.engine"]
     started = forking(run, Dead())(engine, task_status=None, task_status_handler=None, env={}, cwd=str(tmp_path))
     assert asyncio.run(started) == (engine, str(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_flow_run_that_nobody_works_on_does_not_hold_its_deployments_slot_for_ever(
+    prefect_server: PrefectServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.patient, "_STUCK", timedelta(0))
+    name = f"stuck-{uuid4()}"
+
+    async def taken_up(client: PrefectClient, deployment: UUID) -> tuple[UUID, StateType]:
+        flow_run = await client.create_flow_run_from_deployment(deployment)
+        answer: Any = await client.set_flow_run_state(flow_run.id, Pending())
+        return flow_run.id, answer.state.type
+
+    async def scenario() -> list[StateType | None]:
+        async with PrefectClient(prefect_server.api_url, auth_string=prefect_server.login) as client:
+            await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+            deployment = await client.create_deployment(
+                await client.create_flow_from_name("recover"),
+                name,
+                work_pool_name=name,
+                concurrency_limit=1,
+                concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+            )
+            stuck, first = await taken_up(client, deployment)
+            state = (await client.read_flow_run(stuck)).state
+            assert state
+            lease = state.state_details.deployment_concurrency_lease_id
+            # Prefect does so on a full disk, and then cannot give the slot back.
+            (home / "prefect" / "concurrency_leases" / f"{lease}.json").unlink()
+            _, second = await taken_up(client, deployment)
+            await end_the_stuck(client, name)
+            ended = (await client.read_flow_run(stuck)).state_type
+            _, third = await taken_up(client, deployment)
+            return [first, second, ended, third]
+
+    assert asyncio.run(scenario()) == [StateType.PENDING, StateType.CANCELLED, StateType.CRASHED, StateType.PENDING]
