@@ -72,7 +72,8 @@ def _resumed(record: RunRecord, restored: Checkpoint | None, skipped: list[Unusa
     reasons = {unusable.key: unusable.reason for unusable in skipped}
     for checkpoint in record.checkpoints:
         if checkpoint.key in reasons:
-            record = record.with_event("skipped", record.updated_at, f"{checkpoint.key}: {reasons[checkpoint.key]}")
+            detail = f"{checkpoint.key}: {reasons[checkpoint.key]}"
+            record = record.with_event("skipped", record.updated_at, detail, checkpoint.step)
     damaged = {unusable.key for unusable in skipped if unusable.is_damaged}
     step = restored.step if restored else 0
     events = [

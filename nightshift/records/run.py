@@ -212,9 +212,9 @@ class RunRecord(Document):
         """The config the run is trained with; raises ConfigError if this nightshift cannot read it."""
         return TrainConfig.parse(self.config)
 
-    def with_event(self, what: str, at: datetime, detail: str = "") -> Self:
-        """The record with this event at its step, unless the last event says the same at another time."""
-        event = Event(at=at, what=what, step=self.step, owner=self.lease.owner, detail=detail)
+    def with_event(self, what: str, at: datetime, detail: str = "", step: int | None = None) -> Self:
+        """The record with this event, by default at its own step, unless the last one says the same at another time."""
+        event = Event(at=at, what=what, step=self.step if step is None else step, owner=self.lease.owner, detail=detail)
         if self.events and self.events[-1].changed(at=at) == event:
             return self
         return self.changed(events=[*self.events, event])
@@ -223,8 +223,7 @@ class RunRecord(Document):
         """The record that says with which step the training ends; the one that says so already stays as it is."""
         if self.last_step is not None:
             return self
-        event = Event(at=at, what="clock", step=step, owner=self.lease.owner, detail=why)
-        return self.changed(last_step=step, events=[*self.events, event])
+        return self.with_event("clock", at, why, step).changed(last_step=step)
 
     def held_anew(self, now: datetime) -> Self:
         """The record with another attempt, by its origin, which goes on from the newest checkpoint."""

@@ -89,8 +89,8 @@ def test_a_run_whose_newest_three_of_five_are_damaged_resumes_from_the_fourth_ba
     assert resumed.resumed_from_step == 6
     assert [event.step for event in resumed.events if event.what == "resumed"][-1] == 6
     assert len(warnings) == 3
-    assert [event.detail.partition(":")[0] for event in resumed.events if event.what == "skipped"] == [
-        checkpoint.key for checkpoint in before.checkpoints[2:]
+    assert [(event.step, event.detail.partition(":")[0]) for event in resumed.events if event.what == "skipped"] == [
+        (checkpoint.step, checkpoint.key) for checkpoint in before.checkpoints[2:]
     ]
     assert state_sha256(read_payload(workspace.store, resumed.checkpoints[-1])) == expected
 
