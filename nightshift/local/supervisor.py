@@ -26,6 +26,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from nightshift import processes
+from nightshift import processes, progress
 from nightshift.disk import Room, disk_is_full, explains_failure, room
 from nightshift.errors import DISK_IS_FULL, DiskError, LocalServiceError
 from nightshift.local.child import FAILING, Child
@@ -142,17 +143,24 @@ def wait_until(ready: Callable[[], bool], directory: Path, timeout: float = _STA
         LocalServiceError: it does not answer. The message has the end of its log.
         DiskError: it does not, and the disk is full.
     """
-    began = time.monotonic()
-    while not ready():
-        waited = time.monotonic() - began
-        if waited > (_STALLED_SECONDS if _is_running(directory) else _STOPPED_SECONDS) and explains_failure(directory):
-            raise DiskError(f"the local {directory.name} server does not answer: {disk_is_full(directory)}")
-        if waited > timeout or not _supervised(directory) or (directory / FAILING).exists():
-            raise LocalServiceError(
-                f"the local {directory.name} server does not start. The end of {directory / SERVER_LOG}:\n"
-                + tail(directory / SERVER_LOG)
-            )
-        time.sleep(0.05)
+    began, name = time.monotonic(), f"the local {directory.name} server"
+    log = directory / SERVER_LOG
+    # Asking a server that is silent takes long, so this is said meanwhile.
+    still = threading.Timer(_STALLED_SECONDS, progress.current().warn, [f"{name} is waited for; its log is {log}"])
+    still.daemon = True
+    still.start()
+    try:
+        while not ready():
+            waited, runs = time.monotonic() - began, _is_running(directory)
+            if waited > (_STALLED_SECONDS if runs else _STOPPED_SECONDS) and explains_failure(directory):
+                raise DiskError(f"{name} does not answer: {disk_is_full(directory)}")
+            fails = (directory / FAILING).exists()
+            if waited > timeout or not _supervised(directory) or fails:
+                does_not = "does not answer" if runs and not fails else "does not start"
+                raise LocalServiceError(f"{name} {does_not}. The end of {log}:\n{tail(log)}")
+            time.sleep(0.05)
+    finally:
+        still.cancel()
 
 
 def wait_until_started_anew(directory: Path, before: str, timeout: float) -> None:

@@ -21,8 +21,10 @@ from nightshift.errors import LocalServiceError, ObjectNotFoundError, StorageErr
 from nightshift.local import s3, supervisor
 from nightshift.local.logs import keep_short
 from nightshift.local.s3 import embedded_s3
+from nightshift.progress import shown_by
 from nightshift.storage.s3 import S3
 from tests.conftest import eventually
+from tests.data.conftest import Told
 from tests.sockets import listening
 
 USER = """
@@ -288,3 +290,16 @@ def test_a_kept_server_that_cannot_start_is_told_and_tried_again_until_it_can(tm
         mended.touch()
         eventually(lives.exists)
     assert supervisor.release(directory)
+
+
+def test_a_server_that_runs_and_is_silent_is_waited_for_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_STALLED_SECONDS", 0.1)
+    directory = tmp_path / "silent"
+    server = supervisor.Server(["sleep", "600"], {}, {})
+    with (
+        shown_by(told := Told()),
+        supervisor.using(directory, lambda: server),
+        pytest.raises(LocalServiceError, match=r"the local silent server does not answer\. The end of"),
+    ):
+        supervisor.wait_until(lambda: False, directory, timeout=1)
+    assert told.warnings == [f"the local silent server is waited for; its log is {directory / 'server.log'}"]
