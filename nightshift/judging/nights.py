@@ -7,8 +7,15 @@ from itertools import islice
 from pydantic import BaseModel, ValidationError
 
 from nightshift import progress
-from nightshift.errors import DocumentDamagedError, DocumentNewerError, ObjectNotFoundError, ObjectTooLargeError
-from nightshift.ids import Sha256
+from nightshift.errors import (
+    ConfigError,
+    DocumentDamagedError,
+    DocumentNewerError,
+    ObjectNotFoundError,
+    ObjectTooLargeError,
+    StorageDeniedError,
+)
+from nightshift.ids import Sha256, parse_dataset_name
 from nightshift.judging.goodput import account
 from nightshift.records.keys import report_key
 from nightshift.records.lease import status_of
@@ -112,10 +119,12 @@ def refused_nights(store: Store, name: str | None, nights: Sequence[Night], limi
 
 def _snapshots(store: Store, name: str) -> list[Entry]:
     try:
-        return read_history(store, name).entries
-    except (DocumentDamagedError, DocumentNewerError) as error:
+        return read_history(store, parse_dataset_name(name)).entries
+    except (DocumentDamagedError, DocumentNewerError, StorageDeniedError) as error:
         progress.current().warn(str(error))
-        return []
+    except ConfigError:
+        pass  # no data set can be called so
+    return []
 
 
 def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float | None) -> Night:

@@ -53,7 +53,8 @@ def test_the_last_nights_are_shown_with_verdict_accuracy_and_cost(
     found = nightshift("nights", "--json", "--limit", "2").json["nights"]
     assert [night["run_id"] for night in found] == ["wednesday", "tuesday"]
     assert (found[0]["promoted"], found[1]["promoted"], found[1]["cost"]) == (None, False, None)
-    assert nightshift("nights", "--name", "photos", "--json").json == {"nights": [], "refused": []}
+    for name in ("photos", "../no name"):
+        assert nightshift("nights", "--name", name, "--json").json == {"nights": [], "refused": []}
 
 
 def test_what_is_damaged_or_of_other_weights_is_left_out_of_its_line(tmp_path: Path) -> None:
