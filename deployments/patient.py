@@ -39,6 +39,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import PrefectException
 from prefect.runner import _starter_engine
 from prefect.states import AwaitingRetry, Crashed
 from prefect.utilities.processutils import command_to_string, run_process
@@ -122,7 +123,10 @@ def ending_the_stuck(sync: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], A
         await sync(worker)
         if time.monotonic() > looked + _LOOK_SECONDS:
             looked = time.monotonic()
-            await end_the_stuck(worker.client, worker._work_pool_name)
+            try:
+                await end_the_stuck(worker.client, worker._work_pool_name)
+            except (PrefectException, httpx.HTTPError) as error:  # such as that one was deleted meanwhile
+                _log.warning("whether flow runs are stuck is not known: %s", error)
 
     return run
 

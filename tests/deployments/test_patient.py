@@ -14,11 +14,12 @@ import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Completed, Crashed, Pending
 from prefect.utilities.services import critical_service_loop
 
 import deployments.patient
-from deployments.patient import end_the_stuck, forking, patient, starting_again
+from deployments.patient import end_the_stuck, ending_the_stuck, forking, patient, starting_again
 from deployments.warm import Forks
 from nightshift.local.prefect import PrefectServer
 
@@ -131,6 +132,17 @@ def test_a_run_that_cannot_be_forked_starts_in_a_new_python(tmp_path: Path) -> N
     engine = [sys.executable, "-m", "prefect.engine"]
     started = forking(run, Dead())(engine, task_status=None, task_status_handler=None, env={}, cwd=str(tmp_path))
     assert asyncio.run(started) == (engine, str(tmp_path))  # type: ignore[arg-type]
+
+
+def test_a_worker_whose_look_for_the_stuck_fails_goes_on() -> None:
+    class Gone:
+        async def read_flow_runs(self, **filters: object) -> object:
+            raise ObjectNotFound(status(404))
+
+    async def sync(worker: object) -> None:
+        pass
+
+    asyncio.run(ending_the_stuck(sync)(SimpleNamespace(client=Gone(), _work_pool_name="pool")))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
