@@ -41,7 +41,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import PrefectException
 from prefect.runner import _starter_engine
-from prefect.states import AwaitingRetry, Crashed
+from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.utilities.processutils import command_to_string, run_process
 from prefect.workers import process
 from prefect.workers.base import BaseWorker
@@ -56,7 +56,8 @@ _ENGINE = [sys.executable, "-m", "prefect.engine"]
 _PAUSE = timedelta(minutes=1)
 """A process that dies again within this time waits this long, so that one that cannot start is not retried nonstop."""
 _STUCK = timedelta(minutes=15)
-"""After which a flow run is given up that was taken up and does not begin: as long as the automation waits for it."""
+"""After which a flow run is given up that was taken up and does not begin, or that does not end when it is cancelled:
+as long as the automation waits for it."""
 _LONGEST = {"recover": timedelta(hours=1), "gc": timedelta(days=1)}
 """After which a flow run that has begun is given up. The others may train for days; automations look after those."""
 _LOOK_SECONDS = 60
@@ -132,19 +133,22 @@ def ending_the_stuck(sync: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], A
 
 
 async def end_the_stuck(client: PrefectClient, pool: str) -> None:
-    """Let the flow runs of a pool be Crashed that have been Pending or Running for longer than they can be."""
-    under_way = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+    """Let the flow runs of a pool be over that have been under way for longer than they can be."""
+    states = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    under_way = FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
     for flow_run in await client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=under_way),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
     ):
         assert flow_run.state
-        is_pending = flow_run.state.is_pending()
-        longest = _STUCK if is_pending else _LONGEST.get((await client.read_flow(flow_run.flow_id)).name)
+        longest: timedelta | None = _STUCK
+        if flow_run.state.is_running():
+            longest = _LONGEST.get((await client.read_flow(flow_run.flow_id)).name)
         if longest is not None and datetime.now(UTC) > flow_run.state.timestamp + longest:
             message = f"{flow_run.state.name} for more than {longest}. Nobody works on it."
             _log.warning("%s was %s", flow_run.name, message)
-            await client.set_flow_run_state(flow_run.id, Crashed(message=message))
+            over: State[Any] = (Cancelled if flow_run.state.is_cancelling() else Crashed)(message=message)
+            await client.set_flow_run_state(flow_run.id, over)
 
 
 def at_once(prepare: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, State, StateType
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Completed, Crashed, Pending
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Pending
 from prefect.utilities.services import critical_service_loop
 
 import deployments.patient
@@ -146,8 +146,9 @@ def test_a_worker_whose_look_for_the_stuck_fails_goes_on() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("told_to_stop", "end"), [(False, StateType.CRASHED), (True, StateType.CANCELLED)])
 def test_a_flow_run_that_nobody_works_on_does_not_hold_its_deployments_slot_for_ever(
-    prefect_server: PrefectServer, home: Path, monkeypatch: pytest.MonkeyPatch
+    prefect_server: PrefectServer, home: Path, monkeypatch: pytest.MonkeyPatch, told_to_stop: bool, end: StateType
 ) -> None:
     monkeypatch.setattr(deployments.patient, "_STUCK", timedelta(0))
     name = f"stuck-{uuid4()}"
@@ -174,9 +175,11 @@ def test_a_flow_run_that_nobody_works_on_does_not_hold_its_deployments_slot_for_
             # Prefect does so on a full disk, and then cannot give the slot back.
             (home / "prefect" / "concurrency_leases" / f"{lease}.json").unlink()
             _, second = await taken_up(client, deployment)
+            if told_to_stop:
+                await client.set_flow_run_state(stuck, Cancelling())
             await end_the_stuck(client, name)
             ended = (await client.read_flow_run(stuck)).state_type
             _, third = await taken_up(client, deployment)
             return [first, second, ended, third]
 
-    assert asyncio.run(scenario()) == [StateType.PENDING, StateType.CANCELLED, StateType.CRASHED, StateType.PENDING]
+    assert asyncio.run(scenario()) == [StateType.PENDING, StateType.CANCELLED, end, StateType.PENDING]
