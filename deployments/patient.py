@@ -9,8 +9,8 @@ others, one fetches the flow's code, and one runs the flow. When that one has di
 whether it has hooks. Our flows are installed and have no hooks, so they need only one process. It can be forked from a
 process that has already imported what they need (`warm`).
 
-A flow run that nobody works on, and that is not seen for one, holds its deployment's only slot: no other starts. That
-was seen after a disk had been full, when the server had lost the events that its automations wait for.
+A flow run that nobody works on holds its deployment's only slot until somebody ends it: no other starts. That was seen
+after a disk had been full (docs/decisions/0007-recovery.md).
 """
 
 import functools

@@ -17,7 +17,7 @@ from nightshift.cli.common import planned_deployments
 from nightshift.disk import disk_is_full, free_bytes, is_full
 from nightshift.errors import ModelNotFoundError, NightshiftError, PrefectServerError
 from nightshift.local import supervisor
-from nightshift.local.prefect import chosen_server, online_workers
+from nightshift.local.prefect import chosen_server, is_ours, online_workers
 from nightshift.records import champions, nights
 from nightshift.records.history import read_history
 from nightshift.records.keys import MODELS, place_of
@@ -162,9 +162,7 @@ def _prefect(settings: Settings) -> list[Check]:
                 )
             ]
         checks = [Check(name, True, f"{release}, server at {server.api_url}")]
-        is_of_up = (
-            supervisor.is_kept(directory) and supervisor.running_facts(directory).get("api_url") == server.api_url
-        )
+        is_of_up = supervisor.is_kept(directory) and is_ours(settings.home, server.api_url)
         online_workers(server)  # says in a sentence what is wrong with a server that is none
         from deployments import tonight
 

@@ -175,7 +175,7 @@ def runs_table(runs: Sequence[Overview]) -> Table:
     return table
 
 
-def nights_table(nights: Sequence[Night], refused: Sequence[Refused] = ()) -> Table:
+def nights_table(nights: Sequence[Night], refused: Sequence[Refused]) -> Table:
     has_cost = any(night.cost is not None for night in nights)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     numbers = ["accuracy", "95 %", "images", "minutes", "goodput", *["cost"] * has_cost]

@@ -131,25 +131,24 @@ class EncodedImages:
 
     def _decode(self, numbers: np.ndarray, into: np.ndarray) -> None:
         digests = [self._decoding.digests[shard] for shard in self._shard[numbers].tolist()]
-        # Asked for once: threads that ask for each image wait for each other.
-        shards = {digest: self._decoding.shards.open(digest) for digest in dict.fromkeys(digests)}
         where = zip(numbers, digests, self._offset[numbers].tolist(), self._sha256[numbers], into, strict=True)
+        # Each is asked for once: threads that ask for the shard of each image wait for each other.
+        opened: dict[str, Shard] = {}
         for number, digest, offset, sha256, image in where:
             try:
-                stored = jpeg.stored_at(shards[digest].read, offset)
-                if hashlib.sha256(stored).digest() != sha256.tobytes():
-                    stored, shards[digest] = self._fetched_again(digest, offset, sha256.tobytes())
-                jpeg.decode(stored, image)
+                jpeg.decode(self._stored(opened, digest, offset, sha256.tobytes()), image)
             except DataCorruptError as error:
                 raise DataCorruptError(f"image {number} of shard {digest}: {error}") from error
 
-    def _fetched_again(self, digest: str, offset: int, sha256: bytes) -> tuple[bytes, Shard]:
-        """An image, and its shard, which has been damaged here."""
+    def _stored(self, opened: dict[str, Shard], digest: str, offset: int, sha256: bytes) -> bytes:
+        """An image's bytes. A shard that has been damaged here is fetched again."""
         shards = self._decoding.shards
-        shards.forget(digest)
-        shard = shards.open(digest)
-        stored = jpeg.stored_at(shard.read, offset)
-        if hashlib.sha256(stored).digest() != sha256:
+        for _ in range(2):
+            if digest not in opened:
+                opened[digest] = shards.open(digest)
+            stored = jpeg.stored_at(opened[digest].read, offset)
+            if hashlib.sha256(stored).digest() == sha256:
+                return stored
+            del opened[digest]
             shards.forget(digest)
-            raise DataCorruptError("it is not what the snapshot names: make a new snapshot")
-        return stored, shard
+        raise DataCorruptError("it is not what the snapshot names: make a new snapshot")

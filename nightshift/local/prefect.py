@@ -205,11 +205,15 @@ def check_login(server: PrefectServer) -> None:
         ask(server, "admin/version")
 
 
+def is_ours(home: Path, api_url: str) -> bool:
+    """Whether the server at this URL is the one whose files are under `home`, and runs."""
+    return supervisor.running_facts(home.resolve() / "prefect").get("api_url") == api_url
+
+
 def check_room(home: Path, api_url: str) -> None:
     """Raise DiskError if this server is our own and its disk is full: it would answer 500 to what it has to write."""
     directory = home.resolve() / "prefect"
-    ours = supervisor.running_facts(directory)
-    if ours and ours["api_url"] == api_url and room(directory) is Room.NONE:
+    if is_ours(home, api_url) and room(directory) is Room.NONE:
         raise DiskError(f"the Prefect server of this machine cannot write: {disk_is_full(directory)}")
 
 

@@ -70,10 +70,7 @@ def rebuild(store: Store, name: str) -> History:
                 "no run record names a champion. To begin anew: nightshift promote RUN"
             )
         if not store.head(copy_key(name)):
-            progress.current().warn(
-                f"there is no {store.url(copy_key(name))}, so the run records alone tell who was champion: what people "
-                "have promoted, rolled back or pinned is not in them"
-            )
+            _warn_of_copy(store, name, "missing")
         documents.write(store, key, history, etag)
         return history
 
@@ -154,11 +151,15 @@ def _copy(store: Store, name: str) -> History:
     try:
         return read_copy(store, name)
     except DocumentDamagedError:
-        progress.current().warn(
-            f"{store.url(copy_key(name))} is damaged, so the run records alone tell who was champion: what people have "
-            "promoted, rolled back or pinned is not in them"
-        )
+        _warn_of_copy(store, name, "damaged")
         return History(name=name)
+
+
+def _warn_of_copy(store: Store, name: str, state: str) -> None:
+    progress.current().warn(
+        f"{store.url(copy_key(name))} is {state}, so the run records alone tell who was champion: what people have "
+        "promoted, rolled back or pinned is not in them"
+    )
 
 
 def _runs(store: Store) -> list[_Run]:
