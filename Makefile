@@ -43,7 +43,7 @@ soak: setup
 
 bench: setup
 	@test -x .venv-bench/bin/python || .venv/bin/uv venv --quiet .venv-bench --python .venv/bin/python
-	@.venv/bin/uv pip install --quiet --python .venv-bench --constraints requirements.lock --group bench --editable .
+	@.venv/bin/uv pip install --quiet --compile-bytecode --python .venv-bench --constraints requirements.lock --group bench --editable .
 	@.venv-bench/bin/python benchmarks/results.py
 
 check: setup

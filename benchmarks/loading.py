@@ -12,10 +12,11 @@ shuffled, decoded and put together to batches of 64, uint8, by:
     one thread        simplejpeg alone on bytes in memory, times the cores: what cannot be reached
 
 All have the same files, which are in the page cache. Each turn is a process of its own, which takes the time from its
-first batch to its last, so that starting workers costs nothing; contenders take turns, and each round begins with
-another. `first batch` is what a new reader of nightshift's takes to the first batch in the middle of an epoch.
+twelfth batch to its last, so that starting workers costs nothing and each has the memory it needs; contenders take
+turns, and each round begins with another. `first batch` is what a new reader of nightshift's takes to the first batch
+in the middle of an epoch.
 
-2 cores, n = 5, 3,000 images take an estimated 5 minutes.
+2 cores, n = 5, 6,000 images take an estimated 5 to 12 minutes.
 
     python benchmarks/loading.py [--images N] [--rounds N] [--quick] [--json FILE]
 """
@@ -34,6 +35,8 @@ import numpy as np
 import typer
 
 _SIZE, _BATCH, _WORKERS = 224, 64, 2
+_BEFORE = 12
+"""The batches of a turn that are not counted."""
 _CHUNK = "64MB"
 _PEERS = {
     "DataLoader": (),
@@ -147,12 +150,12 @@ def turn(name: str, home: Path) -> dict[str, float]:
         began = time.perf_counter()
         reader.batch(plan.steps_per_epoch // 2)
         result["first_batch"] = time.perf_counter() - began
-    batches, images, began = iter(_batches(name, home)), 0, 0.0
-    for batch in batches:
-        if not began:
+    images, began = 0, 0.0
+    for number, batch in enumerate(_batches(name, home)):
+        if number < _BEFORE:
             began = time.perf_counter()
-            continue
-        images += len(batch["image"] if isinstance(batch, dict) else batch)
+        else:
+            images += len(batch["image"] if isinstance(batch, dict) else batch)
     result["rate"] = images / (time.perf_counter() - began)
     return result
 
@@ -199,7 +202,7 @@ def _bytes(path: str) -> bytes:
 
 
 def main(
-    images: Annotated[int, typer.Option(help="How many files.")] = 3000,
+    images: Annotated[int, typer.Option(help="How many files.")] = 6000,
     rounds: Annotated[int, typer.Option(help="How often each has its turn.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="2,000 images and 3 rounds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,

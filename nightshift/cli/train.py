@@ -216,10 +216,11 @@ def _print_summary(record: "RunRecord") -> None:
 
     assert record.result is not None
     newest, chosen = record.checkpoints[-1], record.chosen
+    epochs = f"{newest.epoch} epoch{'s' * (newest.epoch != 1)}"
     facts: dict[str, str | Text] = {
         "status": status_text(record.status),
         "test accuracy": styled(percent(record.result.test_accuracy), "bold"),
-        "training": f"{record.train_seconds:,.1f} s, {record.step:,} steps, {newest.epoch} epochs",
+        "training": f"{record.train_seconds:,.1f} s, {record.step:,} steps, {epochs}",
         "data": f"{record.dataset.name} from the {record.dataset.source}",
         "checkpoints": f"{len(record.checkpoints)} in checkpoints/{record.run_id}/",
         "published": record.result.model,

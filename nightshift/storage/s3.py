@@ -46,10 +46,16 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 
-# 64 MiB parts, two at a time, are as fast as any other way against one server and keep its memory low.
+# 64 MiB parts, two at a time, are as fast as any other way against one server and keep its memory low. What has arrived
+# is handed on in large pieces, of which no more than 64 MiB wait to be written: small ones cost a quarter of the speed.
 # The CRT transfer client ignores `endpoint_url`.
 _TRANSFER = TransferConfig(
-    multipart_threshold=16 * MIB, multipart_chunksize=64 * MIB, max_concurrency=2, preferred_transfer_client="classic"
+    multipart_threshold=16 * MIB,
+    multipart_chunksize=64 * MIB,
+    max_concurrency=2,
+    io_chunksize=MIB,
+    max_io_queue=64,
+    preferred_transfer_client="classic",
 )
 # For uploads from a pipe: only this many parts of 16 MiB wait in memory. With _TRANSFER, ten of 64 MiB would.
 _PIPED = TransferConfig(
@@ -299,7 +305,8 @@ def _client(settings: S3Settings, credentials: Credentials | None, attempts: int
                 retries={"mode": "standard", "total_max_attempts": attempts},
                 connect_timeout=5,
                 read_timeout=settings.timeout_seconds,
-                s3={"addressing_style": "path"},
+                # Nobody comes between us and a server on this machine. Elsewhere without TLS, bodies are signed.
+                s3={"addressing_style": "path", **({"payload_signing_enabled": False} if credentials else {})},
                 request_checksum_calculation=settings.checksums,
             ),
         )

@@ -75,6 +75,7 @@ def test_a_cut_card_is_one_sentence_that_says_what_to_do(store: Store, nightshif
     verified = nightshift("verify", "--published", "--json")
     assert verified.exit_code == 1
     assert [item["key"] for item in verified.json["bad"]] == [key]
+    assert "1 bad: nightshift republish RUN" in nightshift("verify", "--published").out
     assert nightshift("verify", "--published", "monday", "--json").json == {"ok": True, "checked": 2, "bad": []}
     assert nightshift("verify", "--published", "nobody").exit_code == 2
     assert nightshift("republish", "nobody").exit_code == 2

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from botocore.awsrequest import AWSPreparedRequest
 
 from nightshift.errors import (
     BucketNotFoundError,
@@ -116,6 +117,17 @@ def test_an_object_in_several_parts_comes_back_whole_and_every_byte_is_reported_
     assert into.getvalue() == body
     assert store.download_bytes("big") == body
     assert sum(sent) == sum(received) == len(body)
+
+
+@pytest.mark.parametrize(("operation", "size"), [("PutObject", MIB), ("UploadPart", 17 * MIB)])
+def test_a_body_that_changes_on_its_way_is_refused(store: S3, operation: str, size: int) -> None:
+    def change(request: AWSPreparedRequest, **_: object) -> None:
+        request.body = b"1" * int(request.headers["Content-Length"])
+
+    store._client.meta.events.register(f"before-send.s3.{operation}", change)
+    with pytest.raises(StorageError, match="did not match"):
+        store.upload("changed", io.BytesIO(b"0" * size))
+    assert store.head("changed") is None
 
 
 def test_an_upload_that_fails_midway_leaves_neither_an_object_nor_unfinished_parts(store: S3) -> None:
