@@ -8,7 +8,7 @@ imports torch and Prefect, takes the lease over, restores and trains ten steps.
 It is compared with `python -c "import torch, prefect"` in the same round. In the end each run has to be finished, and
 the fencing token of its lease has to be 2: nobody else has held it meanwhile.
 
-2 cores, n = 20: 12 to 20 minutes.
+2 cores, n = 20: 16 minutes.
 
     python benchmarks/crash_time.py [--rounds N] [--quick] [--json FILE]
 """

@@ -161,9 +161,9 @@ def verify(
     if as_json:
         print_json({"ok": not bad, "checked": checked, "bad": bad})
     else:
-        republish = ": nightshift republish RUN makes files again from the run's checkpoint"
-        fallback = ": a resume goes on from the newest good one"
-        screen.print(f"{checked} checked, {len(bad)} bad{(republish if published else fallback) if bad else ''}")
+        again = "nightshift republish RUN makes files again from the run's checkpoint"
+        advice = again if published else "a resume goes on from the newest good one"
+        screen.print(f"{checked} checked, {len(bad)} bad" + (f": {advice}" if bad else ""))
     if bad:
         raise typer.Exit(1)
 
