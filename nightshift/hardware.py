@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import deterministic
 
 from nightshift import __version__
@@ -20,6 +20,8 @@ from nightshift.errors import ConfigError, DeviceError
 
 _COMPILATION_STEPS = 2000
 """A run of this many steps takes minutes on a GPU; a compilation takes half a minute."""
+_MOST_SHAPES = 64
+"""How often a network may be compiled: for each size of a batch, and again where weights or statistics are frozen."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # cuBLAS reads it once, at the process' first multiplication; without it deterministic mode refuses to multiply.
@@ -114,6 +116,22 @@ class Hardware:
             compiled=repaid if config.compile == "auto" else config.compile == "on",
             deterministic=config.deterministic,
         )
+
+    def compile(self, model: nn.Module) -> nn.Module:
+        """The network as it is to be called while it trains: compiled, if that is asked for.
+
+        Each size of a batch has code of its own. By default torch makes code for all sizes when it sees a second one,
+        and that code gives other bits: those of a step would depend on the steps that this process has done before it.
+
+        Code rounds where autocast does. By default it leaves out what no kernel writes to memory. Then a backward pass
+        looks in vain for the maximum that the forward pass has rounded, and divides by the none that it found.
+        """
+        if not self.compiled:
+            return model
+        # What earlier trainings of this process have compiled counts too, and past the limit torch no longer compiles.
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = _MOST_SHAPES
+        return torch.compile(model, dynamic=False, options={"emulate_precision_casts": True})  # type: ignore[return-value]
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context for the forward pass and the loss."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from nightshift.config.sections import HardwareConfig
@@ -92,3 +93,55 @@ def test_after_an_error_no_rank_waits_for_the_operations_of_a_lost_one(monkeypat
     assert not ranks.__exit__(RankLostError, error, None)
     assert (called, dist.is_initialized()) == (["aborted"], True)
     dist.destroy_process_group()
+
+
+class Highest(nn.Module):
+    """Asks for a global maximum of what an activation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GELU()), nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, 3, side, side) → (batch, 10)."""
+        logits: Tensor = self.head(self.features(images).amax((2, 3)))
+        return logits
+
+
+@pytest.mark.slow
+def test_a_compiled_network_finds_the_maximum_that_it_has_rounded() -> None:
+    hardware, model = Hardware(CPU, "bfloat16", compiled=True, deterministic=True), Highest()
+    with hardware.autocast():
+        hardware.compile(model)(torch.rand(8, 3, 8, 8)).sum().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_bits_of_a_batch_do_not_depend_on_the_size_of_the_batch_before_it() -> None:
+    hardware = Hardware(CPU, "float32", compiled=True, deterministic=True)
+
+    def gradients(*sizes: int) -> Tensor:
+        """Of the batch of 64 images."""
+        model, found = nn.BatchNorm1d(64), torch.empty(0)
+        forward = hardware.compile(model)
+        for size in sizes:
+            model.zero_grad()
+            forward(torch.rand(size, 64, generator=torch.Generator().manual_seed(size))).square().mean().backward()
+            if size == 64:
+                found = torch.cat([weight.grad for weight in model.parameters() if weight.grad is not None])
+        return found
+
+    assert torch.equal(gradients(64, 52), gradients(52, 64))
+
+
+@pytest.mark.slow
+def test_a_process_may_compile_for_any_number_of_trainings_and_sizes_of_batches() -> None:
+    hardware = Hardware(CPU, "float32", compiled=True, deterministic=True)
+    compiled = 0
+    for _ in range(2):
+        forward = hardware.compile(nn.Linear(4, 4))
+        for size in range(2, 12):
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            forward(torch.rand(size, 4))
+            compiled += torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert compiled == 20

@@ -154,8 +154,8 @@ def training_batch(
     if isinstance(images, Tensor):
         images = _gather(images, indices[wanted], indices, config, plan, step, wanted)
     else:
-        images = images[indices[wanted]] if decoded is None else decoded
-        images = _gather(images, None, indices, config, plan, step, wanted)
+        decoded = images[indices[wanted]] if decoded is None else decoded
+        images = _gather(sent(decoded, dataset.train_labels.device), None, indices, config, plan, step, wanted)
     labels = dataset.train_labels[sent(indices[wanted], dataset.train_labels.device)].long()
     if config.augment.per_image:
         epoch, within = plan.position(step)
@@ -200,7 +200,7 @@ class Batches:
 
 
 def resident(dataset: Dataset, config: TrainConfig, device: torch.device) -> Dataset:
-    """The data set, with its training images where `training_batch` augments them: on the device, if that can be.
+    """The data set, with its training part where `training_batch` augments images: on the device, if that can be.
 
     torchvision's transforms change one image at a time, for which a GPU is too slow.
     """

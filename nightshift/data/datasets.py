@@ -71,10 +71,12 @@ class Dataset:
         return self.train_images[:0] if images is None else images
 
     def resident_on(self, device: torch.device) -> Self:
-        """The same data set with its training part in a device's memory, so that no step has to copy images there."""
-        if not isinstance(self.train_images, Tensor):
-            return self
-        return replace(self, train_images=self.train_images.to(device), train_labels=self.train_labels.to(device))
+        """The same data set with its training part in a device's memory, so that no step has to copy images there.
+
+        Encoded images stay where they are. Each batch of them goes where the labels are.
+        """
+        images = self.train_images.to(device) if isinstance(self.train_images, Tensor) else self.train_images
+        return replace(self, train_images=images, train_labels=self.train_labels.to(device))
 
 
 def in_parts(images: Images, size: int, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:

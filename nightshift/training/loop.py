@@ -54,9 +54,7 @@ class Loop:
         self._batches = Batches(dataset, config, plan, ranks.share_of)
         self._is_last = False
         self._state = build_state(config, dataset, hardware.device, ranks, recorder.restore, recorder.start)
-        model = self._state.model
-        compiled = torch.compile(model) if hardware.compiled else model
-        self._forward = ranks.parallel(compiled, hardware.device)  # type: ignore[arg-type]
+        self._forward = ranks.parallel(hardware.compile(self._state.model), hardware.device)
         labels = dataset.train_labels[: plan.images]
         self._loss = build_loss(config.loss, labels, len(dataset.classes), hardware.device)
         scale, shift = batches.normalizer(dataset, config)

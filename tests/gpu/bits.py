@@ -20,8 +20,7 @@ from tests.gpu.children import Child, in_child
 from tests.gpu.stage import Figure, KeptStore, Stage, at, config_of, last_payload, made_up, train
 
 _IMAGES, _BATCH = 500, 64  # the eighth batch of an epoch is a short one
-_STOPS, _KILL = (5, 14, 23), 19
-_AT_ONCE = 6
+_STOPS, _KILL = (5, 14, 23), 19  # after the last stop a process begins with a short one
 _OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "sgd": {"lr": 0.05},
     "adam": {"lr": 1e-3},
@@ -59,7 +58,7 @@ def cases(stage: Stage) -> dict[str, TrainConfig]:
 
 def exact_resume(stage: Stage) -> Iterator[Figure]:
     """Whole twice; stopped at three steps and resumed in a new process each time; killed once. Equal bits."""
-    with ThreadPoolExecutor(1 if stage.is_small else _AT_ONCE) as pool:
+    with ThreadPoolExecutor(1 if stage.is_small else os.cpu_count()) as pool:
         running = {
             pool.submit(_one_case, stage.home / name.replace(" ", "-"), config): name
             for name, config in cases(stage).items()
@@ -153,7 +152,7 @@ def numerics(stage: Stage) -> Iterator[Figure]:
     """Deterministic algorithms, off and then on in one process: the same bits as in a new one, and what they cost."""
     stage.gpu()
     less = {"precision": "float32", "epochs": 2}
-    config = _config("muon", **(less if stage.is_small else {"precision": "bfloat16", "epochs": 200}))
+    config = _config("muon", **(less if stage.is_small else {"precision": "bfloat16", "epochs": 60}))
     first = in_child(_timed, stage.home / "on", config, [True])
     off, on, again = in_child(_timed, stage.home / "off-and-on", config, [False, True, True])
     yield Figure("on, after off", "same bits as in a new process", first[0][0] == on[0] == again[0])

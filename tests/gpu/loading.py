@@ -18,16 +18,16 @@ from nightshift.records import snapshots
 from nightshift.storage.memory import MemoryStore
 from tests.gpu.stage import Figure, Stage, config_of, made_up, train, workspace_of
 
-_SIDE, _NOISE = 224, 9
+SIDE, _NOISE = 224, 9
 _BATCH, _AT_ONCE = 64, 100
 
 
 def decoding(stage: Stage) -> Iterator[Figure]:
     """JPEGs of 224 pixels, decoded by 1, 2, 4 … threads."""
-    stored = _photographs(100 if stage.is_small else 2000)
-    expected = _images(stage, stored, 1)[:20]
+    stored = photographs(100 if stage.is_small else 2000)
+    expected = stored_images(stage, stored, 1)[:20]
     for threads in _powers(os.cpu_count() or 1):
-        images = _images(stage, stored, threads)
+        images = stored_images(stage, stored, threads)
         started = time.perf_counter()
         found = images[:]
         rate = len(stored) / (time.perf_counter() - started)
@@ -42,7 +42,7 @@ def nvjpeg(stage: Stage) -> Iterator[Figure]:
         return
     from torchvision.io import decode_jpeg
 
-    stored = _photographs(2000)
+    stored = photographs(2000)
     files = [torch.frombuffer(bytearray(one[jpeg._LENGTH :]), dtype=torch.uint8) for one in stored]
     decode_jpeg(files[:_AT_ONCE], device=device)
     torch.cuda.synchronize()
@@ -51,7 +51,7 @@ def nvjpeg(stage: Stage) -> Iterator[Figure]:
         there = decode_jpeg(files[start : start + _AT_ONCE], device=device)
     torch.cuda.synchronize()
     yield Figure("images/s, on the GPU", len(files) / (time.perf_counter() - started))
-    here = _images(stage, stored[-1:], 1)[0]
+    here = stored_images(stage, stored[-1:], 1)[0]
     apart = (there[-1].cpu().permute(1, 2, 0).int() - here.int()).abs().max()
     yield Figure("largest difference of a pixel to the CPU's", int(apart))
 
@@ -60,10 +60,10 @@ def fed(stage: Stage) -> Iterator[Figure]:
     """Images/s of a training on encoded images, beside those of one on pixels that lie on the GPU."""
     stage.gpu()
     count = 64 if stage.is_small else 40 * _BATCH
-    stored = _photographs(count)
+    stored = photographs(count)
     small = made_up(count)
-    pixels = replace(small, train_images=_images(stage, stored, None)[:], mean=(128.0,) * 3, std=(64.0,) * 3)
-    encoded = replace(pixels, train_images=_images(stage, stored, None))
+    pixels = replace(small, train_images=stored_images(stage, stored, None)[:], mean=(128.0,) * 3, std=(64.0,) * 3)
+    encoded = replace(pixels, train_images=stored_images(stage, stored, None))
     rates = {name: _rate(stage, dataset, count) for name, dataset in (("pixels", pixels), ("encoded", encoded))}
     for name, rate in rates.items():
         yield Figure(f"images/s, {name}", rate)
@@ -84,11 +84,11 @@ def _powers(most: int) -> list[int]:
     return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
 
 
-def _photographs(count: int) -> list[bytes]:
+def photographs(count: int) -> list[bytes]:
     """Images as they are stored, with the noise of a sensor over something smooth: they cost as much as photographs."""
     chance = np.random.default_rng(0)
-    noise = chance.normal(0, _NOISE, (_SIDE, _SIDE, 3))
-    across = np.linspace(0, 1, _SIDE)[:, None, None] * np.ones((_SIDE, _SIDE, 1))
+    noise = chance.normal(0, _NOISE, (SIDE, SIDE, 3))
+    across = np.linspace(0, 1, SIDE)[:, None, None] * np.ones((SIDE, SIDE, 1))
     found = []
     for _ in range(count):
         ends = chance.integers(30, 220, (2, 3))
@@ -97,7 +97,7 @@ def _photographs(count: int) -> list[bytes]:
     return found
 
 
-def _images(stage: Stage, stored: Sequence[bytes], threads: int | None) -> EncodedImages:
+def stored_images(stage: Stage, stored: Sequence[bytes], threads: int | None) -> EncodedImages:
     """Photographs as a shard of a store, fetched and decoded when they are asked for."""
     shard, store = b"".join(stored), MemoryStore()
     digest = hashlib.sha256(shard).hexdigest()
@@ -107,5 +107,5 @@ def _images(stage: Stage, stored: Sequence[bytes], threads: int | None) -> Encod
     shards = Shards(workspace_of(store, stage.home))
     shards.open(digest)
     return EncodedImages(
-        Decoding(shards, [digest], _SIDE, threads), np.zeros(len(stored), np.int32), offsets.astype(np.int64), sums
+        Decoding(shards, [digest], SIDE, threads), np.zeros(len(stored), np.int32), offsets.astype(np.int64), sums
     )

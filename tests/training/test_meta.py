@@ -6,6 +6,8 @@ the CPU would have to wait for. torch's fake CUDA tensors cannot stand for it: t
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nightshift.config.recipes import make_config, recipe_names
 from nightshift.data.batches import Batches, make_plan, resident
+from nightshift.data.datasets import Dataset
 from nightshift.hardware import Hardware
 from nightshift.training.loop import Loop
 from nightshift.training.ranks import ALONE
 from nightshift.training.recorder import Recorder
+from tests.gpu.loading import SIDE, photographs, stored_images
+from tests.gpu.stage import Stage
 from tests.made_up import made_up
 
 META = torch.device("meta")
@@ -67,9 +72,9 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def loop_of(recipe: str, **overrides: Any) -> Loop:
+def loop_of(recipe: str, dataset: Dataset | None = None, **overrides: Any) -> Loop:
     config = make_config(recipe, {"batch_size": 16, **overrides})
-    dataset = made_up(32, 10, train=96)
+    dataset = dataset or made_up(32, 10, train=96)
     plan = make_plan(config, dataset)
     hardware = OnMeta(META, "float32", compiled=False, deterministic=True)
     loop = Loop(config, dataset, plan, hardware, ALONE, Recorder())
@@ -96,6 +101,15 @@ def test_a_step_of_each_recipe_has_all_on_the_device_and_waits_for_nothing(recip
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_step_of_other_configs_does_so_too(name: str) -> None:
     assert take_steps(loop_of("quick", **OTHERS[name])).waited_for == []
+
+
+def test_encoded_images_are_augmented_on_the_device(tmp_path: Path) -> None:
+    encoded = stored_images(Stage(tmp_path), photographs(96), 1)
+    loop = loop_of("quick", replace(made_up(SIDE, 10, train=96), train_images=encoded), translate=2)
+    images, _ = loop._batches.batch(0)
+    assert images.shape == (16, SIDE, SIDE, 3)
+    assert images.device == META
+    assert take_steps(loop).waited_for == []
 
 
 def misplace_input(loop: Loop) -> None:
