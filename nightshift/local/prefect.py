@@ -6,14 +6,13 @@ It runs in a process of its own. Nothing here imports Prefect.
 import os
 import re
 import secrets
-import socket
 import sys
 import tomllib
 import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 from nightshift.disk import Room, disk_is_full, room
 from nightshift.errors import DiskError, LocalServiceError, PrefectServerError, SettingsError
 from nightshift.local import supervisor
+from nightshift.local.ports import any_port, is_free
 from nightshift.local.secrets import made_once, written
 from nightshift.local.supervisor import Server, using, wait_until
 
@@ -253,13 +253,11 @@ def login_is_missing(api_url: str) -> PrefectServerError:
 def _port(directory: Path) -> int:
     """Last time's port if it is still free, so that a URL that people have noted stays right."""
     path = directory / "port"
-    for wanted in (int(path.read_text()) if path.exists() else 0, 0):
-        with closing(socket.socket()) as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", wanted))
-            written(path, str(probe.getsockname()[1]))
-            break
-    return int(path.read_text())
+    port = int(path.read_text()) if path.exists() else any_port()
+    while not is_free(port):
+        port = any_port()
+    written(path, str(port))
+    return port
 
 
 def _answers(api_url: str) -> bool:

@@ -10,14 +10,14 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nightshift.disk import Room, free_bytes, is_full, room
 from nightshift.errors import LocalServiceError, StorageError
+from nightshift.local.ports import any_port, is_free
 from nightshift.local.secrets import made_once, new_certificate, written
 from nightshift.local.supervisor import Server, using, wait_until, wait_until_started_anew
 from nightshift.settings import S3Settings
@@ -172,7 +172,7 @@ def _ports(directory: Path) -> dict[str, int]:
     if not ports or not all(_free(*item) for item in ports.items()):
         ports = {}
         while len(ports) < len(_PORTS):
-            name, port = _PORTS[len(ports)], 20_000 + secrets.randbelow(12_000)
+            name, port = _PORTS[len(ports)], any_port()
             if port not in ports.values() and _free(name, port):
                 ports[name] = port
         written(path, json.dumps(ports))
@@ -188,11 +188,4 @@ def _free(name: str, port: int) -> bool:
     with suppress(FileNotFoundError):
         if _grpc_socket(name, port).lstat().st_uid != os.getuid():
             return False  # another user sits there, and the server would wait for its own part for ever
-    for number in (port, port + _GRPC_OFFSET):
-        with closing(socket.socket()) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", number))
-            except OSError:
-                return False
-    return True
+    return is_free(port) and is_free(port + _GRPC_OFFSET)
