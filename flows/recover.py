@@ -37,6 +37,7 @@ from nightshift.records.run import RunRecord
 from nightshift.settings import Settings
 from nightshift.storage.store import Store
 from nightshift.workspace import open_workspace
+from tasks import state_type
 
 WithinHours = Annotated[float, Field(ge=0, le=876_000)]
 Deployments = Callable[[str], DeploymentResponse | None]
@@ -70,11 +71,8 @@ def recover(within_hours: WithinHours = 24) -> dict[str, list[str]]:
 
 def is_being_cancelled() -> bool:
     """Whether the user has cancelled this flow run. The process gets the same signal when its machine goes down."""
-    try:
-        with get_client(sync_client=True) as client:
-            return client.read_flow_run(UUID(flow_run.get_id())).state_type in CANCELLED
-    except httpx.HTTPError:  # unknown: the run counts as interrupted, and recovery asks again
-        return False
+    # If that is unknown, the run counts as interrupted, and recovery asks again.
+    return state_type(UUID(flow_run.get_id())) in CANCELLED
 
 
 def start_deployed(store: Store, found: Found, settings: Settings) -> list[str]:

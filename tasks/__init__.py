@@ -5,18 +5,23 @@ is full, is waited for. And Prefect caches no task: finished work is found in th
 content, where it cannot be stale (docs/decisions/0003-the-store-is-the-cache.md).
 """
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect import Task, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, StateType, TaskRun
 from prefect.context import FlowRunContext
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
@@ -28,6 +33,8 @@ from nightshift.records.run import Origin
 _TRIES = 2
 _STORE_TRIES, _STORE_PAUSE = 45, 20
 """A quarter of an hour at least; then the run is left to `recover`."""
+
+_LOOK_SECONDS = 30.0
 
 
 def worth_another_try(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -53,6 +60,38 @@ def interruptible() -> Iterator[None]:
         raise
     except Interrupted as stopped:
         raise TerminationSignal(signal.SIGTERM) from stopped
+
+
+def state_type(flow_run_id: UUID) -> StateType | None:
+    """That of a flow run's state; None if the server does not say."""
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(flow_run_id).state_type
+    except (httpx.HTTPError, PrefectException):
+        return None
+
+
+@contextmanager
+def ended_when_cancelled() -> Iterator[None]:
+    """Stop this process if its flow run is Cancelled, as a signal of the worker's would.
+
+    The worker signals the process that it started last. A full disk may keep a flow run's heartbeats from Prefect's
+    server, which then starts a second process of it. Nobody else would tell the first one.
+    """
+    flow_run_id, is_left = UUID(flow_run.get_id()), threading.Event()
+
+    def look() -> None:
+        while not is_left.wait(_LOOK_SECONDS):
+            if state_type(flow_run_id) is StateType.CANCELLED:
+                os.kill(os.getpid(), signal.SIGTERM)
+                break
+
+    # In the context of this thread, which names the server.
+    threading.Thread(target=copy_context().run, args=(look,), name="cancelled?", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_left.set()
 
 
 def crashed_because(stop: TerminationSignal) -> State[Any]:

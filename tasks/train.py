@@ -8,7 +8,7 @@ from nightshift.records.lease import wait_until_free
 from nightshift.refs import CheckpointRef, DatasetRef
 from nightshift.tracking import beside
 from nightshift.workspace import Workspace
-from tasks import interruptible, origin_of_this_run, progress_artifact, step
+from tasks import ended_when_cancelled, interruptible, origin_of_this_run, progress_artifact, step
 
 
 @step
@@ -16,7 +16,7 @@ def train(workspace: Workspace, run_id: str, config: TrainConfig, dataset: Datas
     """Train from wherever the run stands. Called, not submitted: signals reach only the main thread."""
     origin = origin_of_this_run(promote)
     show = progress.watched(progress_artifact(run_id), seconds=5)
-    with interruptible(), show, beside.sending(workspace.store, workspace.mlflow, run_id):
+    with interruptible(), ended_when_cancelled(), show, beside.sending(workspace.store, workspace.mlflow, run_id):
         while True:
             if origin.deployment:  # if started twice, it waits for the living trainer and returns its result
                 wait_until_free(workspace.store, run_id)
