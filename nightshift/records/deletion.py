@@ -62,7 +62,9 @@ def _belongings(store: Store, run_id: str, models: list[str]) -> Belongings:
         raise RunNotFoundError(
             f"there is nothing of a run {run_id!r} in {store.url('')}: `nightshift runs` lists those there are"
         )
-    for name in _models(objects):
+    # Its version may have gone live and be lost. Then the checkpoint is all that makes it again.
+    dataset = dataset_of(store, run_id)
+    for name in {*_models(objects), *([dataset.name] if dataset else [])}:
         _check_never_live(store, name, run_id)
     if any(item.key.startswith(RECORDS) for item in objects):
         record, _ = read_record(store, run_id)

@@ -20,6 +20,7 @@ from nightshift.records.history import History, history_key, keep_copy, read_his
 from nightshift.records.keys import DATASETS, MODELS, PAYLOADS, RECORDS, REPORTS, SWEEPS, place_of
 from nightshift.records.lease import is_live
 from nightshift.records.orphans import Orphans
+from nightshift.records.rebuild import check_never_begun
 from nightshift.records.run import RunRecord, newest_records
 from nightshift.settings import KeepSettings
 from nightshift.storage import documents
@@ -63,6 +64,8 @@ def find(store: Store, keep: KeepSettings) -> Spent:
     for name, of_name in _grouped((record.dataset.name, record) for record in records).items():
         try:
             history = read_history(store, name)
+            if not history.transitions:
+                check_never_begun(store, name)
         except StorageError as error:
             progress.current().warn(f"the runs of {name} are left alone: {error}")
             continue
@@ -108,13 +111,14 @@ def _let_go(store: Store, spent: Spent) -> list[Stored]:
     for name, versions in _grouped(spent.retired).items():
         _retire(store, name, versions)
     gone: list[Stored] = []
-    for run_id in spent.runs:
+    for run_id in list(spent.runs):
         try:
             gone += deletion.delete(store, run_id).objects
         except (StorageUnreachableError, StorageDeniedError):
             raise
         except NightshiftError as error:  # it was taken up again, or made champion, since
             progress.current().warn(f"run {run_id} is left alone: {error}")
+            del spent.runs[run_id]
     for item in spent.sweeps:
         store.delete(item.key)
     for name, digests in _grouped(spent.snapshots).items():

@@ -142,6 +142,22 @@ def test_a_trainer_that_was_thought_dead_cannot_go_on_with_a_run_that_is_being_d
     assert read_record(store, "run")[0].events[-1].what == "deleted"
 
 
+@pytest.mark.parametrize("is_known", [True, False], ids=["in the history", "by its record"])
+def test_a_champion_whose_published_files_are_lost_keeps_the_checkpoint_that_makes_them_again(
+    store: Store, is_known: bool
+) -> None:
+    fill(store)
+    champions.promote_by_hand(store, "cifar10", "night")
+    for key in of_the_run(store):
+        if key.startswith("models/"):
+            store.delete(key)
+    if not is_known:
+        store.delete(history_key("cifar10"))
+    with pytest.raises((RunInUseError, HistoryLostError)):
+        deletion.delete(store, "night")
+    assert "checkpoints/night/1-1.pt" in keys(store)
+
+
 def test_what_is_or_was_champion_is_not_deleted_and_nothing_is_while_the_history_is_lost(store: Store) -> None:
     fill(store)
     champions.promote_by_hand(store, "cifar10", "night")

@@ -168,6 +168,20 @@ def test_a_dry_run_deletes_nothing_and_names_what_would_go() -> None:
     assert before.keys() - {item.key for item in store.list("")} == set(gone.keys)
 
 
+def test_while_nobody_can_say_who_was_champion_no_run_goes_and_none_is_said_to() -> None:
+    clock = Clock()
+    store = MemoryStore(clock=clock)
+    champions_enough(store, clock)
+    clock.now += 100 * DAY
+    for item in store.list("models/"):  # also those files that would tell of a version
+        store.delete(item.key)
+    store.delete(history_key("photos"))
+    for dry_run in (True, False):
+        spent, _ = retention.tidy(store, KEEP, DAY, dry_run)
+        assert spent.runs == {}
+    assert read_record(store, "night-0")
+
+
 def test_one_that_is_live_interrupted_or_champion_stays_however_old() -> None:
     clock = Clock()
     store = MemoryStore(clock=clock)
