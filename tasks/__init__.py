@@ -33,8 +33,8 @@ from nightshift.records.run import Origin
 _TRIES = 2
 _STORE_TRIES, _STORE_PAUSE = 45, 20
 """A quarter of an hour at least; then the run is left to `recover`."""
-
 _LOOK_SECONDS = 30.0
+"""How often a training asks whether its flow run is Cancelled."""
 
 
 def worth_another_try(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:

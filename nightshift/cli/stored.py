@@ -32,7 +32,7 @@ def runs(
 
     console().print(runs_table(found) if found else "No runs yet: `nightshift train` starts one.")
     if len(found) == limit:
-        console().print(f"[dim]the newest {limit}; more: nightshift runs --limit {10 * limit}[/]")
+        console().print(f"[dim]the newest {limit}; for more: nightshift runs --limit {10 * limit}[/]")
 
 
 @app.command(rich_help_panel="Look at what is stored")

@@ -15,6 +15,7 @@ from nightshift.records.keys import MODELS, PAYLOADS, RECORDS, REPORTS, place_of
 from nightshift.records.lease import is_live
 from nightshift.records.rebuild import check_never_begun
 from nightshift.records.run import dataset_of, read_record, write_record
+from nightshift.refs import DatasetRef
 from nightshift.storage import documents
 from nightshift.storage.store import Contents, Store, Stored
 
@@ -44,7 +45,7 @@ def delete(store: Store, run_id: str) -> Belongings:
     before, dataset = belongings(store, run_id), dataset_of(store, run_id)
     _mark(store, run_id)
     # What a trainer that was thought dead has written until then. It publishes under no other name.
-    names = sorted({*_models(before.objects), *([dataset.name] if dataset else [])})
+    names = _names(before.objects, dataset)
     found = _belongings(store, run_id, [f"{MODELS}{name}/{run_id}/" for name in names])
     for item in found.objects:
         store.delete(item.key)
@@ -62,17 +63,16 @@ def _belongings(store: Store, run_id: str, models: list[str]) -> Belongings:
         raise RunNotFoundError(
             f"there is nothing of a run {run_id!r} in {store.url('')}: `nightshift runs` lists those there are"
         )
+    is_stored = any(item.key.startswith(RECORDS) for item in objects)
+    record = read_record(store, run_id)[0] if is_stored else None
     # Its version may have gone live and be lost. Then the checkpoint is all that makes it again.
-    dataset = dataset_of(store, run_id)
-    for name in {*_models(objects), *([dataset.name] if dataset else [])}:
+    for name in _names(objects, record.dataset if record else None):
         _check_never_live(store, name, run_id)
-    if any(item.key.startswith(RECORDS) for item in objects):
-        record, _ = read_record(store, run_id)
-        if is_live(record.lease, store.now()):
-            raise RunInUseError(
-                f"run {run_id} is being trained by {record.lease.owner} until "
-                f"{record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC at least: stop it first"
-            )
+    if record and is_live(record.lease, store.now()):
+        raise RunInUseError(
+            f"run {run_id} is being trained by {record.lease.owner} until "
+            f"{record.lease.expires_at:%Y-%m-%d %H:%M:%S} UTC at least: stop it first"
+        )
     return Belongings(sorted(objects, key=lambda item: (_order(item.key), item.key)), uploads)
 
 
@@ -107,9 +107,10 @@ def _check_never_live(store: Store, name: str, version: str) -> None:
         )
 
 
-def _models(objects: Iterable[Stored]) -> list[str]:
-    """Of which models there are versions among these."""
-    return sorted({item.key.split("/")[1] for item in objects if item.key.startswith(MODELS)})
+def _names(objects: Iterable[Stored], dataset: DatasetRef | None) -> list[str]:
+    """Of which models there are versions among these, or may have been, by the data set of the run."""
+    of_versions = {item.key.split("/")[1] for item in objects if item.key.startswith(MODELS)}
+    return sorted(of_versions | ({dataset.name} if dataset else set()))
 
 
 def _is_of(run_id: str, key: str) -> bool:
