@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; it is kept with your name and the time.")]
 _PANEL = "Which version is live"
+_SHOWN = 30
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -29,6 +30,7 @@ def champion(
     rebuild_it: Annotated[
         bool, typer.Option("--rebuild", help="Make a missing or damaged history again, from its copy and the records.")
     ] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Show so many changes at most.")] = _SHOWN,
     as_json: AsJson = False,
 ) -> None:
     """Show which version is live, how it came to be, and whether it is pinned."""
@@ -37,7 +39,7 @@ def champion(
     with configured_workspace() as workspace:
         if rebuild_it:
             rebuild(workspace.store, name)
-        _show(workspace.store, name, as_json)
+        _show(workspace.store, name, as_json, limit)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -108,7 +110,7 @@ def _tell_mlflow(workspace: "Workspace", name: str) -> None:
         beside.send_champion(workspace.store, workspace.mlflow, name)
 
 
-def _show(store: "Store", name: str, as_json: bool) -> None:
+def _show(store: "Store", name: str, as_json: bool, limit: int = _SHOWN) -> None:
     from nightshift.records.champions import champion_of
     from nightshift.records.history import read_history
 
@@ -141,8 +143,10 @@ def _show(store: "Store", name: str, as_json: bool) -> None:
     )
     screen.print()
     screen.print(styled("history", "bold"))
-    screen.print(transitions_table(history.transitions))
+    screen.print(transitions_table(history.transitions[-limit:]))
+    if len(history.transitions) > limit:
+        screen.print(styled(f"the newest {limit} of {len(history.transitions)}; for more: --limit N", "dim"))
     if history.pins:
         screen.print()
         screen.print(styled("pins", "bold"))
-        screen.print(pins_table(history.pins))
+        screen.print(pins_table(history.pins[-limit:]))

@@ -6,8 +6,9 @@ Each says what it found, or what to do.
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -18,9 +19,10 @@ from nightshift.disk import disk_is_full, free_bytes, is_full
 from nightshift.errors import ModelNotFoundError, NightshiftError, PrefectServerError
 from nightshift.local import supervisor
 from nightshift.local.prefect import chosen_server, is_ours, online_workers
-from nightshift.records import champions, nights
+from nightshift.records import champions, nights, recovery
 from nightshift.records.history import read_history
 from nightshift.records.keys import MODELS, place_of
+from nightshift.records.run import newest_records
 from nightshift.records.versions import version_key
 from nightshift.settings import Settings
 from nightshift.text import masked
@@ -30,6 +32,8 @@ from nightshift.workspace import Workspace, open_workspace
 _DISK_BYTES = 2e9
 _FEW_NIGHTS = 14
 _CLOCK_SECONDS = 5.0
+_RECORDS = 50
+_LOOKED_BACK, _RECOVERED_BY_THEN = timedelta(days=7), timedelta(hours=1)
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _SHARED_MEMORY_BYTES = 1e9
 """NCCL uses some tens of MB a pair of ranks; a container has 64 MB in all unless it is given more."""
@@ -66,6 +70,7 @@ def _storage(settings: Settings) -> list[Check]:
                 _try("conditional writes", lambda: _fencing(workspace)),
                 _try("clock", lambda: _clock(workspace)),
                 *_champions(workspace),
+                _try("interrupted runs", lambda: _interrupted(workspace)),
                 *_room(settings, workspace),
                 *_mlflow(workspace),
             ]
@@ -104,8 +109,13 @@ def _clock(workspace: Workspace) -> Check:
 
 
 def _champions(workspace: Workspace) -> list[Check]:
-    """Whether the history of each model's champions can be read, and all files of the version that is live."""
-    names = sorted({item.key.split("/")[1] for item in workspace.store.list(MODELS) if place_of(item.key)})
+    """Whether the history of each model's champions can be read, and all files of the version that is live.
+
+    The models are those that are published, and those that the newest records name.
+    """
+    published = {item.key.split("/")[1] for item in workspace.store.list(MODELS) if place_of(item.key)}
+    trained = {record.dataset.name for record in islice(newest_records(workspace.store), _RECORDS)}
+    names = sorted(published | trained)
     return [
         _try(f"champion of {name}", lambda: _champion(workspace, name))  # noqa: B023
         for name in names
@@ -128,6 +138,21 @@ def _champion(workspace: Workspace, name: str) -> Check:
             there = f"has {found.size:,} bytes instead of {listed.bytes:,}" if found else "is not there"
             return Check(title, False, f"{store.url(key)} {there}: nightshift republish {champion.version}")
     return Check(title, True, f"{champion.version}, {champion.test_accuracy:.2%}")
+
+
+def _interrupted(workspace: Workspace) -> Check:
+    """Whether a run waits in vain for somebody to start it again."""
+    title, now = "interrupted runs", workspace.store.now()
+    found = recovery.find(workspace.store, _LOOKED_BACK).interrupted
+    left = sorted(run.record.run_id for run in found if now - run.record.updated_at > _RECOVERED_BY_THEN)
+    if not left:
+        return Check(title, True, f"{len(found)}, all stopped less than an hour ago" if found else "none")
+    return Check(
+        title,
+        False,
+        f"stopped for more than an hour: {', '.join(left)}. nightshift show RUN says why, nightshift resume RUN goes "
+        "on with it, nightshift delete RUN gives it up",
+    )
 
 
 def _room(settings: Settings, workspace: Workspace) -> list[Check]:

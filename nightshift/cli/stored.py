@@ -5,14 +5,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nightshift.cli.common import LONGEST_HOURS, AsJson, RunArgument, app, configured_workspace, console, print_json
-from nightshift.errors import ConfigError
+from nightshift import progress
+from nightshift.cli.common import (
+    LONGEST_HOURS,
+    AsJson,
+    RunArgument,
+    app,
+    configured_workspace,
+    console,
+    error_console,
+    print_json,
+)
+from nightshift.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nightshift.records.index import Overview
     from nightshift.storage.store import Store
+
+_NO_NIGHTS = "No nights yet: `nightshift train` starts one."
 
 
 @app.command(rich_help_panel="Look at what is stored")
@@ -28,11 +40,12 @@ def runs(
     if as_json:
         print_json({"runs": [_run_line(run) for run in found]})
         return
+    from nightshift.cli.screen import styled
     from nightshift.cli.terminal import runs_table
 
     console().print(runs_table(found) if found else "No runs yet: `nightshift train` starts one.")
     if len(found) == limit:
-        console().print(f"[dim]the newest {limit}; for more: nightshift runs --limit {10 * limit}[/]")
+        console().print(styled(f"the newest {limit}; for more: nightshift runs --limit {10 * limit}", "dim"))
 
 
 @app.command(rich_help_panel="Look at what is stored")
@@ -62,9 +75,8 @@ def nights(
         return
     from nightshift.cli.terminal import nights_table
 
-    console().print(
-        nights_table(found, refused) if found or refused else "No nights yet: `nightshift train` starts one."
-    )
+    none = f"No nights of {name}: without --name, those of all data sets are shown." if name else _NO_NIGHTS
+    console().print(nights_table(found, refused) if found or refused else none)
 
 
 @app.command(rich_help_panel="Look at what is stored")
@@ -163,8 +175,11 @@ def verify(
     if as_json:
         print_json({"ok": not bad, "checked": checked, "bad": bad})
     else:
-        again = "nightshift republish RUN makes files again from the run's checkpoint"
-        advice = again if published else "a resume goes on from the newest good one"
+        advice = "a resume goes on from the newest good one"
+        if published:
+            advice = "nightshift republish RUN makes files again from the run's checkpoint"
+        elif len(bad) == checked:
+            advice = "a resume begins anew; of a finished run, what is published is all there is"
         screen.print(f"{checked} checked, {len(bad)} bad" + (f": {advice}" if bad else ""))
     if bad:
         raise typer.Exit(1)
@@ -206,12 +221,21 @@ def gc(
     """Delete what interrupted runs left behind, and of finished nights what NIGHTSHIFT_KEEP__… keeps no longer."""
     from datetime import timedelta
 
+    from nightshift.cli.terminal import TerminalProgress
     from nightshift.records import retention
     from nightshift.settings import Settings
 
     keep = Settings.load().keep
-    with configured_workspace(to_make_room=not dry_run) as workspace:
-        spent, found = retention.tidy(workspace.store, keep, timedelta(hours=older_than_hours), dry_run)
+    display = TerminalProgress(error_console())
+    with (
+        progress.shown_by(display),
+        configured_workspace(to_make_room=not dry_run) as workspace,
+        display.waiting("looking for what nobody needs" + ("" if dry_run else ", and deleting it")),
+    ):
+        try:
+            spent, found = retention.tidy(workspace.store, keep, timedelta(hours=older_than_hours), dry_run)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped at once; what was deleted stays so, and the next gc goes on") from None
     if as_json:
         print_json(
             {

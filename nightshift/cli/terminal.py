@@ -170,7 +170,7 @@ def runs_table(runs: Sequence[Overview]) -> Table:
             status_text(run.status),
             f"{run.step:,}/{run.total_steps:,}",
             percent(run.test_accuracy),
-            f"{run.updated_at:%m-%d %H:%M}",
+            f"{run.updated_at:%Y-%m-%d %H:%M}",
         )
     return table
 
@@ -185,7 +185,7 @@ def nights_table(nights: Sequence[Night], refused: Sequence[Refused]) -> Table:
     rows: list[Night | Refused] = [*nights, *refused]
     for row in sorted(rows, key=lambda row: row.at, reverse=True):
         cells = _night_cells(row, has_cost) if isinstance(row, Night) else _refused_cells(row, len(numbers))
-        table.add_row(f"{row.at:%m-%d %H:%M}", *cells)
+        table.add_row(f"{row.at:%Y-%m-%d %H:%M}", *cells)
     return table
 
 

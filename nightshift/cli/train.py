@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from nightshift.config.train import TrainConfig
+    from nightshift.records.recovery import Found
     from nightshift.records.run import RunRecord
     from nightshift.refs import Verdict
 
@@ -145,6 +146,7 @@ def recover(
             "--within-hours", min=0, max=LONGEST_HOURS, help="Look only at runs that were written to in so many hours."
         ),
     ] = 24,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show which runs are interrupted.")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -154,7 +156,9 @@ def recover(
     from nightshift.records import recovery
     from nightshift.settings import Settings
 
-    settings, started, failed = Settings.load(), [], False
+    settings = Settings.load()
+    started: list[str] = []
+    failed: list[str] = []
     on_server = use_server_if_any()
     with (
         TerminalProgress(error_console()) as display,
@@ -163,6 +167,9 @@ def recover(
         ExitStack() as stack,
     ):
         found = recovery.find(workspace.store, timedelta(hours=within_hours))
+        if dry_run:
+            _print_found(found, as_json)
+            return
         if on_server:
             from flows.recover import start_deployed
 
@@ -177,17 +184,29 @@ def recover(
             except Interrupted:
                 raise
             except Exception as error:  # whatever it is, the next run has its turn
-                failed = True
+                failed.append(record.run_id)
                 print_error(
                     error if isinstance(error, NightshiftError) else NightshiftError(f"{record.run_id}: {error!r}")
                 )
     if as_json:
-        print_json({"started": started, "live": found.live})
+        print_json({"started": started, "failed": failed, "live": found.live})
     else:
         console().print(f"started: {', '.join(started) or 'none'}")
-        console().print(f"live: {', '.join(found.live) or 'none'}")
+        if failed:
+            console().print(f"of these failed: {', '.join(failed)}")
+        console().print(f"live, so left alone: {', '.join(found.live) or 'none'}")
     if failed:
         raise typer.Exit(1)
+
+
+def _print_found(found: "Found", as_json: bool) -> None:
+    if as_json:
+        print_json({"interrupted": [run.record.run_id for run in found.interrupted], "live": found.live})
+        return
+    for run in found.interrupted:
+        where = run.record.origin.deployment or "this process"
+        console().print(f"{run.record.run_id}: to be started by {where}, not before {run.due:%Y-%m-%d %H:%M:%S} UTC")
+    console().print(f"{len(found.interrupted)} interrupted; live, so left alone: {', '.join(found.live) or 'none'}")
 
 
 def _run_and_print(

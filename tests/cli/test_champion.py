@@ -34,6 +34,13 @@ def test_a_change_by_hand_is_shown_with_its_reason_and_who_made_it(store: Store,
     assert (unpinned["pinned"], [pin["what"] for pin in unpinned["pins"]]) == (None, ["pinned", "unpinned"])
 
 
+def test_a_long_history_is_shown_from_its_end_and_says_how_much_there_is(store: Store, nightshift: Run) -> None:
+    shown = nightshift("champion", "--limit", "1").out
+    assert "tuesday" in shown.partition("history")[2]
+    assert "there was no champion" not in shown
+    assert "\nthe newest 1 of 2; for more: --limit N\n" in shown
+
+
 @pytest.mark.parametrize("is_deleted", [True, False])
 def test_a_lost_history_is_one_sentence_and_rebuilt_as_that_says(
     store: Store, nightshift: Run, is_deleted: bool

@@ -5,14 +5,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nightshift.cli import doctor as doctor_module
 from nightshift.local import supervisor
 from nightshift.local.prefect import POOL, WAITING_POOL, PrefectServer, local_prefect
 from nightshift.records.lease import acquire
+from nightshift.refs import Verdict
 from nightshift.workspace import Workspace
 from tests.commands import Finished
 from tests.conftest import eventually
@@ -135,6 +138,32 @@ def test_a_champion_that_cannot_be_read_or_has_lost_a_file_is_seen(
     found = doctor(PREFECT_API_URL="http://127.0.0.1:9/api")["champion of cifar10"]
     assert not found["ok"]
     assert "models/cifar10/champion.json is damaged" in found["detail"]
+
+
+def test_a_champion_of_which_only_a_record_tells_is_seen_as_lost(
+    doctor: Callable[..., Checks], workspace: Workspace
+) -> None:
+    """With champion.json, its copy and all versions gone, every line was green."""
+    run = acquire(workspace.store, spec("night"), lease_seconds=60)
+    run.end(
+        "finished",
+        result=RESULT.changed(
+            verdict=Verdict(promoted=True, reason="there was no champion", comparison=None, champion=None)
+        ),
+    )
+    found = doctor(PREFECT_API_URL="http://127.0.0.1:9/api")["champion of cifar10"]
+    assert not found["ok"]
+    assert "nightshift champion --rebuild" in found["detail"]
+
+
+def test_a_run_that_nobody_has_started_again_is_seen(monkeypatch: pytest.MonkeyPatch, workspace: Workspace) -> None:
+    run = acquire(workspace.store, spec("night"), lease_seconds=60)
+    run.end("interrupted")
+    assert doctor_module._interrupted(workspace).ok, "recover comes every five minutes"
+    monkeypatch.setattr(doctor_module, "_RECOVERED_BY_THEN", timedelta(0))
+    found = doctor_module._interrupted(workspace)
+    assert not found.ok
+    assert "stopped for more than an hour: night. nightshift show RUN" in found.detail
 
 
 def test_the_room_is_reckoned_in_nights_as_large_as_the_last_ones(

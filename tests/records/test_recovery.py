@@ -172,13 +172,15 @@ def test_recover_goes_on_with_an_interrupted_run_to_its_end(
     trial = Origin(promote=False)
     with pytest.raises(TrainingInterrupted):
         train_alone(workspace, "run", small_config(), cifar10, trial, should_stop=lambda step: step == 30)
+    only_shown = nightshift("recover", "--dry-run", "--json").json
+    assert only_shown == {"interrupted": ["run"], "live": []}
     recovered = nightshift("recover", "--json")
-    assert (recovered.exit_code, recovered.json) == (0, {"started": ["run"], "live": []}), recovered.err
+    assert (recovered.exit_code, recovered.json) == (0, {"started": ["run"], "failed": [], "live": []}), recovered.err
     assert (read(workspace.store).status, read(workspace.store).resumed_from_step) == ("finished", 30)
     assert read(workspace.store).origin.promote is False
     with pytest.raises(ModelNotFoundError, match="no champion"):  # the gate is not asked of a trial
         champions.read_champion(workspace.store, "cifar10")
-    assert nightshift("recover", "--json").json == {"started": [], "live": []}
+    assert nightshift("recover", "--json").json == {"started": [], "failed": [], "live": []}
 
 
 def test_an_error_that_will_always_come_fails_the_run_and_one_that_can_pass_does_not(store: Store) -> None:
