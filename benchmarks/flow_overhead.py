@@ -56,7 +56,7 @@ def run_command(home: Path, run_id: str, overrides: Mapping[str, Any]) -> dict[s
     settings = [f"--set={name}={value}" for name, value in overrides.items()]
     moments = {"start": time.time()}
     with subprocess.Popen(
-        [sys.executable, "-c", "from nightshift.cli import main; main()", "train", "--run-id", run_id, *settings],
+        [sys.executable, "-c", "from nightshift.cli import program; program()", "train", "--run-id", run_id, *settings],
         env=environment(home),
         cwd=home,
         stdin=subprocess.DEVNULL,

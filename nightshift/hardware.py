@@ -22,6 +22,7 @@ _COMPILATION_STEPS = 2000
 """A run of this many steps takes minutes on a GPU; a compilation takes half a minute."""
 _MOST_SHAPES = 64
 """How often a network may be compiled: for each size of a batch, and again where weights or statistics are frozen."""
+_WARN, _ERROR = 1, 2  # of torch.set_deterministic_debug_mode
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # cuBLAS reads it once, at the process' first multiplication; without it deterministic mode refuses to multiply.
@@ -142,16 +143,22 @@ class Hardware:
         """Make algorithms deterministic while training, if the config says so, then restore what was set before."""
         if self.device.type == "cpu":
             _keep_freed_memory()
-        before = torch.are_deterministic_algorithms_enabled()
+        before = torch.get_deterministic_debug_mode()
         fill_before = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(self.deterministic)
+        self._refuse_chance(_ERROR if self.deterministic else 0)
         # Otherwise torch first fills each output with NaN, for models that read what they never wrote: 3 % slower.
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            self._refuse_chance(before)
             deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
+
+    def _refuse_chance(self, mode: int) -> None:
+        if self.compiled:  # the compiler is told only by this, which takes seconds to import it
+            torch.use_deterministic_algorithms(mode > 0, warn_only=mode == _WARN)
+        else:
+            torch.set_deterministic_debug_mode(mode)
 
     def describe(self, world_size: int = 1) -> dict[str, str]:
         """What decides the bits besides config and data, and the code's version; for the run record."""

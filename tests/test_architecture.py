@@ -85,6 +85,30 @@ def test_what_is_kept_out_of_those_is_really_not_to_be_had_there(forbidden: str,
     assert f"{forbidden} is not to be imported here" in done.stderr
 
 
+def test_steps_that_are_not_compiled_do_not_import_the_compiler() -> None:
+    """It takes 2 s, and each resume of the recipe quick had to wait for it."""
+    done = run_python("""
+import sys, torch
+from models.quick_cnn import QuickCNN
+from nightshift.config.recipes import make_config
+from nightshift.hardware import Hardware
+from nightshift.training.optimizers import build_optimizer
+
+config = make_config("quick", {})
+network = QuickCNN(10, 32)
+with Hardware.resolve(config.hardware, 10).numerics():
+    assert torch.are_deterministic_algorithms_enabled()
+    optimizer = build_optimizer(network, config.optimizer)
+    network(torch.rand(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert not torch.are_deterministic_algorithms_enabled()
+print({"torch._dynamo", "torch._inductor", "scipy", "matplotlib"} & sys.modules.keys())
+""")
+    assert done.stdout == "set()\n", done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
 def test_help_needs_none_of_the_heavy_libraries(arguments: list[str]) -> None:
     code = f"""

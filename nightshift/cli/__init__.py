@@ -3,8 +3,8 @@
 So `--help` is quick, and a mistake is reported within two seconds.
 """
 
-from nightshift.cli.common import main
+from nightshift.cli.common import main, program
 
 from nightshift.cli import train, data, submit, champion, models, stored, server  # isort: skip  # in the order of `--help`
 
-__all__ = ["champion", "data", "main", "models", "server", "stored", "submit", "train"]
+__all__ = ["champion", "data", "main", "models", "program", "server", "stored", "submit", "train"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nightshift.cli.common import configured_workspace, error_console, use_server
 from nightshift.errors import Interrupted
+from nightshift.imports import imported_to_stay
 from nightshift.text import plain_lines
 
 if TYPE_CHECKING:
@@ -56,14 +57,15 @@ def flow_runner(verbose: bool) -> Iterator["RunFlow"]:
         ) -> "RunRecord":
             with display.waiting("starting"):
                 # Importing torch and Prefect takes as long as the server's start, which goes on meanwhile.
-                from nightshift.training.run import check_config
-
+                with imported_to_stay():
+                    from nightshift.training.run import check_config
                 check_config(config)
-                from prefect.exceptions import Abort
+                with imported_to_stay():
+                    from prefect.exceptions import Abort
 
-                from deployments.client import errors_explained
-                from flows.retrain import retrain
-                from flows.train_cifar import TerminationSignal, train_cifar
+                    from deployments.client import errors_explained
+                    from flows.retrain import retrain
+                    from flows.train_cifar import TerminationSignal, train_cifar
 
                 if wait_for_server:
                     wait_for_server()

@@ -17,6 +17,7 @@ from nightshift.data.datasets import Dataset, in_parts, open_dataset
 from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError, StorageError
 from nightshift.hardware import failures_explained, find_device
 from nightshift.ids import Sha256
+from nightshift.imports import imported_meanwhile
 from nightshift.judging.near import MOST_NEAR, Near, embedding_of, near_images
 from nightshift.networks import build_network
 from nightshift.records.keys import report_key
@@ -30,6 +31,8 @@ from nightshift.workspace import Workspace
 CALIBRATION_BINS = 15
 MATRIX_CLASSES = 32
 """With up to this many classes, the whole confusion matrix is kept; with more, only the most confused pairs."""
+_NEEDED_NEXT = "scipy.stats", "torch._dynamo", "matplotlib.figure"
+"""What `measure`, the export and the report import: 4 s, much of which a core has left while the other predicts."""
 _TOP = 5
 _MISTAKES = 10
 _PAIRS = 50
@@ -324,7 +327,8 @@ def _evaluate(
     device = find_device(config.hardware.device)
     with failures_explained(device):
         model = load_model(config, weights, len(dataset.classes), device, dataset.image_size)
-        answers = answer_test_images(model, dataset, config)
+        with imported_meanwhile(*_NEEDED_NEXT):
+            answers = answer_test_images(model, dataset, config)
         near = _near(model, dataset, config)
     body = predictions_file(answers, dataset)
     key = report_key(checkpoint.run_id, "predictions.safetensors")

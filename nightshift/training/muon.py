@@ -1,5 +1,6 @@
 """Muon: momentum whose update is made orthogonal. torch's own takes only matrices, not convolution filters."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,13 @@ class Muon(optim.Optimizer):
     The bias of a layer with fixed weights, such as a whitening layer, is trained only in the first 3/8 of the steps.
     `weight_decay` applies to SGD's part. It is decoupled: the share that one step takes off at the highest rate.
     """
+
+    # As torch has written them. It wraps them to tell its compiler to leave them alone, and imports it for that: 2 s.
+    # Only networks are ever compiled here.
+    add_param_group = inspect.unwrap(optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(optim.Optimizer.zero_grad)
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
         filters: list[nn.Parameter] = []

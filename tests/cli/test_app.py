@@ -29,3 +29,25 @@ def test_the_shell_completes_commands_recipes_and_fields(typed: str, completed: 
     environment = {"_NIGHTSHIFT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     done = subprocess.run([PROGRAM], env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.stdout.split() == completed
+
+
+@pytest.mark.parametrize(("arguments", "code", "printed"), [(["recipes", "--json"], 0, "quick"), (["show"], 2, "")])
+def test_a_program_that_ends_at_once_has_its_exit_code_has_printed_all_and_has_cleared_up(
+    tmp_path: Path, arguments: list[str], code: int, printed: str
+) -> None:
+    leaves = f"import atexit; atexit.register(open({str(tmp_path / 'left')!r}, 'x').close)"
+    program = f"import sys; sys.argv = ['nightshift', *{arguments!r}]; from nightshift.cli import program; program()"
+    # What is registered while a command runs, as by the libraries that it imports.
+    program = f"import typer; was = typer.Typer.__call__\ndef call(*a, **k):\n {leaves}\n return was(*a, **k)\n" + (
+        f"typer.Typer.__call__ = call\n{program}"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, printed in done.stdout) == (code, True), done.stderr
+    assert (tmp_path / "left").exists()
+    assert "Traceback" not in done.stderr
+
+
+def test_the_traceback_of_a_bug_is_printed_and_the_exit_code_is_1() -> None:
+    program = "from nightshift.cli import common, program; common.app = lambda **_: 1 / 0; program()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, "ZeroDivisionError" in done.stderr) == (1, True)
