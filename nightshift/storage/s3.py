@@ -49,18 +49,18 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 
-# 64 MiB parts, two at a time, are as fast as any other way against one server and keep its memory low. What has arrived
+# 16 MiB parts, four at a time, are as fast as any other way against one server, for 64 MiB as for 1 GiB. What has arrived
 # is handed on in large pieces, of which no more than 64 MiB wait to be written: small ones cost a quarter of the speed.
 # The CRT transfer client ignores `endpoint_url`.
 _TRANSFER = TransferConfig(
     multipart_threshold=16 * MIB,
-    multipart_chunksize=64 * MIB,
-    max_concurrency=2,
+    multipart_chunksize=16 * MIB,
+    max_concurrency=4,
     io_chunksize=MIB,
     max_io_queue=64,
     preferred_transfer_client="classic",
 )
-# For uploads from a pipe: only this many parts of 16 MiB wait in memory. With _TRANSFER, ten of 64 MiB would.
+# For uploads from a pipe: only this many parts wait in memory. With _TRANSFER, ten would.
 _PIPED = TransferConfig(
     multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=2, preferred_transfer_client="classic"
 )
