@@ -11,6 +11,7 @@ Prefect is not imported in the server, because it reads the environment when it 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -61,6 +62,7 @@ class Forks:
 
 
 def _be(module: str, environment: Mapping[str, str], directory: Path, reason: str | None) -> None:
+    gc.freeze()  # a search for cycles would take a copy of all that the server has imported: 135 MB
     reason = reason or _reason_for_a_new_python()
     os.environ.clear()
     os.environ.update(environment)

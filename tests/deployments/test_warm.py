@@ -16,12 +16,13 @@ from tests.conftest import eventually
 from tests.forked import forked
 
 PROGRAM = """
-import atexit, json, os, pathlib, signal, sys
+import atexit, gc, json, os, pathlib, signal, sys
 
 atexit.register(pathlib.Path("at-exit").touch)
 imported = "torch" in sys.modules
+of_its_own = len(gc.get_objects())  # the others are the server's, which are not searched for garbage
 import numpy
-found = {"imported": imported, "argv": len(sys.argv), "name": __name__, "directory": os.getcwd(), "path": sys.path[0]}
+found = {"imported": imported, "few_objects": of_its_own < 10_000, "argv": len(sys.argv), "name": __name__, "directory": os.getcwd(), "path": sys.path[0]}
 drawn = numpy.random.random()
 pathlib.Path("found.json").write_text(json.dumps({**found, "environment": dict(os.environ), "drawn": drawn}))
 if os.environ.get("NIGHTSHIFT_WAITS"):
@@ -66,7 +67,14 @@ def test_a_run_has_its_own_environment_directory_and_exit_code_and_nothing_left_
     told = found(directory)
     assert told.pop("drawn") != found(begin("another")[1])["drawn"]
     assert told == {
-        **{"imported": True, "argv": 1, "name": "__main__", "directory": str(directory), "path": str(directory)},
+        **{
+            "imported": True,
+            "few_objects": True,
+            "argv": 1,
+            "name": "__main__",
+            "directory": str(directory),
+            "path": str(directory),
+        },
         "environment": {**forks.environment, "NIGHTSHIFT_S3__PREFIX": "its-own"},
     }
 
