@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 
-# 16 MiB parts, four at a time, are as fast as any other way against one server, for 64 MiB as for 1 GiB. What has arrived
-# is handed on in large pieces, of which no more than 64 MiB wait to be written: small ones cost a quarter of the speed.
-# The CRT transfer client ignores `endpoint_url`.
+# 16 MiB parts, four at a time, are as fast as any other way against one server, for 64 MiB as for 1 GiB. What has
+# arrived is handed on in large pieces, of which no more than 64 MiB wait to be written: small ones cost a quarter of
+# the speed. The CRT transfer client ignores `endpoint_url`.
 _TRANSFER = TransferConfig(
     multipart_threshold=16 * MIB,
     multipart_chunksize=16 * MIB,

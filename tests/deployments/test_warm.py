@@ -22,7 +22,8 @@ atexit.register(pathlib.Path("at-exit").touch)
 imported = "torch" in sys.modules
 of_its_own = len(gc.get_objects())  # the others are the server's, which are not searched for garbage
 import numpy
-found = {"imported": imported, "few_objects": of_its_own < 10_000, "argv": len(sys.argv), "name": __name__, "directory": os.getcwd(), "path": sys.path[0]}
+found = {"imported": imported, "argv": len(sys.argv), "name": __name__, "directory": os.getcwd(), "path": sys.path[0]}
+found["few_objects"] = of_its_own < 10_000
 drawn = numpy.random.random()
 pathlib.Path("found.json").write_text(json.dumps({**found, "environment": dict(os.environ), "drawn": drawn}))
 if os.environ.get("NIGHTSHIFT_WAITS"):
