@@ -161,6 +161,7 @@ def test_the_commands_hold_the_contract(whole: Finished, run: Callable[..., Fini
         "conditional writes",
         "clock",
         "champion of cifar10",
+        "interrupted runs",
         "room for nights",
         "Prefect",
         "device",
