@@ -1,6 +1,7 @@
 """The commands for what there is: `runs`, `nights`, `show`, `verify`, `gc`, `delete`, `recipes`, `doctor`."""
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -226,11 +227,13 @@ def gc(
     from nightshift.settings import Settings
 
     keep = Settings.load().keep
-    display = TerminalProgress(error_console())
+    screen = error_console()
+    display = TerminalProgress(screen)
+    doing = "looking for what nobody needs" + ("" if dry_run else ", and deleting it")
     with (
         progress.shown_by(display),
         configured_workspace(to_make_room=not dry_run) as workspace,
-        display.waiting("looking for what nobody needs" + ("" if dry_run else ", and deleting it")),
+        display.waiting(doing) if screen.is_terminal else nullcontext(),
     ):
         try:
             spent, found = retention.tidy(workspace.store, keep, timedelta(hours=older_than_hours), dry_run)
