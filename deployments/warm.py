@@ -21,7 +21,7 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# The first optimizer imports torch._dynamo, the publication torch.export and the report scipy.stats: ten seconds.
+# Most optimizers import torch._dynamo, the publication torch.export and the report scipy.stats: ten seconds.
 HEAVY = ("torch._dynamo", "torch.export", "torch._functorch.aot_autograd", "networkx", "scipy.stats", "pyarrow.parquet")
 OF_PREFECT = (
     *("amplitude", "asgi_lifespan", "coolname", "fastapi", "fsspec", "graphviz", "griffe", "httpx", "humanize"),

@@ -35,12 +35,17 @@ def test_the_shell_completes_commands_recipes_and_fields(typed: str, completed: 
 def test_a_program_that_ends_at_once_has_its_exit_code_has_printed_all_and_has_cleared_up(
     tmp_path: Path, arguments: list[str], code: int, printed: str
 ) -> None:
-    leaves = f"import atexit; atexit.register(open({str(tmp_path / 'left')!r}, 'x').close)"
-    program = f"import sys; sys.argv = ['nightshift', *{arguments!r}]; from nightshift.cli import program; program()"
-    # What is registered while a command runs, as by the libraries that it imports.
-    program = f"import typer; was = typer.Typer.__call__\ndef call(*a, **k):\n {leaves}\n return was(*a, **k)\n" + (
-        f"typer.Typer.__call__ = call\n{program}"
-    )
+    # Registered while the command runs, as by the libraries that it imports.
+    program = f"""
+import atexit, pathlib, sys
+from nightshift.cli import common, program
+run, sys.argv = common.app, ["nightshift", *{arguments!r}]
+def app(**options):
+    atexit.register(pathlib.Path({str(tmp_path / "left")!r}).touch)
+    return run(**options)
+common.app = app
+program()
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, printed in done.stdout) == (code, True), done.stderr
     assert (tmp_path / "left").exists()
