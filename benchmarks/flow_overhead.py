@@ -10,13 +10,17 @@ written plainly in PyTorch, in a process of their own (`throughput.plain`; only 
 imports). The overhead over that loop also contains how much slower nightshift's loop is. The time of `import torch,
 prefect`, alone in a process, is shown for comparison: every flow that trains pays it.
 
-The target is 5 s over the loop, and less than 3 % of a run whose loop takes 5 minutes. The overhead does not grow with
-the length of training, but with the network and the data: it includes predicting the 10,000 test images.
+With `--warm` it is the flow run of a deployment instead, as at night: from the moment the warm worker of
+`nightshift up` takes it up until its process has ended.
+
+The target is 5 s over the loop and the imports, and less than 3 % of a run whose loop takes 5 minutes. The overhead
+does not grow with the length of training, but with the network and the data: it includes predicting the 10,000 test
+images.
 
 The Prefect server and the embedded S3 server are warm, as `nightshift up` leaves them, and so is the data cache. The
 first round is not counted. 2 cores, n = 5: about 6 minutes.
 
-    python benchmarks/flow_overhead.py [--quick] [--json FILE]
+    python benchmarks/flow_overhead.py [--warm] [--quick] [--json FILE]
 """
 
 import subprocess
@@ -24,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import pairwise
 from multiprocessing import get_context
@@ -32,6 +37,7 @@ from typing import Annotated, Any
 
 import typer
 from common import Summary, copy_data_cache, machine, show, tell, temporary_home, write_json
+from crash_time import nightshift, wait_for
 from resume_time import environment, import_seconds
 from throughput import Batch, Task, plain, prepared
 
@@ -39,11 +45,13 @@ from nightshift.config.recipes import make_config
 from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, open_dataset
-from nightshift.local.prefect import PrefectServer, ask, local_prefect
+from nightshift.local.prefect import PrefectServer, ask, chosen_server, local_prefect
 from nightshift.local.s3 import embedded_s3
 from nightshift.records.run import read_record
 from nightshift.storage.s3 import S3
 from nightshift.workspace import Workspace
+
+Moments = dict[str, float]
 
 _TASKS = ("download", "preprocess", "train", "evaluate", "publish", "promote", "report")
 _RECORDED_SECONDS = 30
@@ -51,7 +59,7 @@ _LONG_RUN_SECONDS = 300
 _COLUMNS = ("seconds", "n", "median", "min", "max", f"/ {_LONG_RUN_SECONDS} s")
 
 
-def run_command(home: Path, run_id: str, overrides: Mapping[str, Any]) -> dict[str, float]:
+def run_command(home: Path, run_id: str, overrides: Mapping[str, Any]) -> Moments:
     """Start `nightshift train` and wait for its end. Returns when it reached which point, in seconds since 1970."""
     settings = [f"--set={name}={value}" for name, value in overrides.items()]
     moments = {"start": time.time()}
@@ -77,6 +85,20 @@ def run_command(home: Path, run_id: str, overrides: Mapping[str, Any]) -> dict[s
     return moments | {"end": time.time()}
 
 
+def run_deployed(home: Path, store: S3, prefect: PrefectServer, run_id: str, overrides: Mapping[str, Any]) -> Moments:
+    """Submit the same to the worker and wait until its process has ended. It starts when the worker takes it up."""
+    settings = [f"--set={name}={value}" for name, value in overrides.items()]
+    nightshift(home, "submit", "train-cifar/adhoc", f"--run-id={run_id}", *settings)
+    process = Path("/proc") / wait_for(store, run_id, lambda record: True).lease.owner.split("/")[1]
+    while process.exists():
+        time.sleep(0.01)
+    ended = time.time()
+    record, _ = read_record(store, run_id)
+    states = ask(prefect, f"flow_run_states/?flow_run_id={record.origin.flow_run_id}")
+    taken = next(seconds(state["timestamp"]) for state in states if state["type"] == "PENDING")
+    return {"start": taken, "end": ended}
+
+
 def recorded(prefect: PrefectServer, flow_run_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The flow run and its task runs. Waits for them, as the server records the tasks' states a little later."""
     deadline, wanted = time.monotonic() + _RECORDED_SECONDS, {"flow_runs": {"id": {"any_": [flow_run_id]}}}
@@ -88,22 +110,19 @@ def recorded(prefect: PrefectServer, flow_run_id: str) -> tuple[dict[str, Any], 
     raise RuntimeError(f"the Prefect server has not recorded the {len(_TASKS)} tasks of flow run {flow_run_id}")
 
 
-def flow_parts(
-    home: Path, store: S3, prefect: PrefectServer, run_id: str, overrides: Mapping[str, Any]
-) -> dict[str, float]:
-    """Run the flow. Returns its seconds by part, in order."""
-    moments = run_command(home, run_id, overrides)
+def flow_parts(store: S3, prefect: PrefectServer, run_id: str, moments: Moments) -> dict[str, float]:
+    """The seconds of a flow that has ended, by part, in order."""
     record, _ = read_record(store, run_id)
     assert record.origin.flow_run_id
     flow, runs = recorded(prefect, record.origin.flow_run_id)
     tasks = {run["name"].rpartition("-")[0]: (seconds(run["start_time"]), seconds(run["end_time"])) for run in runs}
     begun, ended = seconds(flow["start_time"]), seconds(flow["end_time"])
-    parts = {
-        "command, until its imports": moments["imports"] - moments["start"],
-        "imports": moments["imported"] - moments["imports"],
-        "Prefect's start of the flow": begun - moments["imported"],
-        "the flow, until its first task": tasks[_TASKS[0]][0] - begun,
-    }
+    parts = {}
+    if "imports" in moments:
+        parts["process, until its imports"] = moments["imports"] - moments["start"]
+        parts["imports"] = moments["imported"] - moments["imports"]
+    parts["until the flow starts"] = begun - moments.get("imported", moments["start"])
+    parts["the flow, until its first task"] = tasks[_TASKS[0]][0] - begun
     for name in _TASKS:
         parts[name] = tasks[name][1] - tasks[name][0]
     parts["train"] -= record.train_seconds
@@ -111,7 +130,7 @@ def flow_parts(
         **parts,
         "between the tasks": sum(tasks[after][0] - tasks[before][1] for before, after in pairwise(_TASKS)),
         "the flow, after its last task": ended - tasks[_TASKS[-1]][1],
-        "command, after the flow": moments["end"] - ended,
+        "process, after the flow": moments["end"] - ended,
         "loop": record.train_seconds,
     }
 
@@ -146,9 +165,27 @@ def bare_loop_apart(home: Path, config: TrainConfig) -> float:
         return process.submit(bare_loop, home, config).result()
 
 
+@contextmanager
+def servers(home: Path, warm: bool) -> Iterator[PrefectServer]:
+    """A Prefect server, with the workers of `nightshift up` if it is to have a warm one."""
+    if not warm:
+        with local_prefect(home) as (prefect, wait_for_prefect):
+            wait_for_prefect()
+            yield prefect
+        return
+    nightshift(home, "up")
+    try:
+        found = chosen_server(home)
+        assert found
+        yield found
+    finally:
+        nightshift(home, "down")
+
+
 def main(
     recipe: Annotated[str, typer.Option(help="What is trained.")] = "quick",
     rounds: Annotated[int, typer.Option(help="Flows, and loops to compare them with.")] = 5,
+    warm: Annotated[bool, typer.Option("--warm", help="Flow runs of a warm worker.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: one round of 40 steps.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
 ) -> None:
@@ -160,17 +197,21 @@ def main(
     flows: list[dict[str, float]] = []
     loops: list[float] = []
     imports: list[float] = []
-    with temporary_home() as home, embedded_s3(home) as store, local_prefect(home) as (prefect, wait_for_prefect):
+    with temporary_home() as home, embedded_s3(home) as store, servers(home, warm) as prefect:
         copy_data_cache(home)
-        wait_for_prefect()
         for number in range(rounds + 1):
             tell(f"round {number} of {rounds}" if number else "once before, not counted")
-            parts = flow_parts(home, store, prefect, f"flow-overhead-{number}", overrides)
+            run_id = f"flow-overhead-{number}"
+            if warm:
+                moments = run_deployed(home, store, prefect, run_id, overrides)
+            else:
+                moments = run_command(home, run_id, overrides)
+            parts = flow_parts(store, prefect, run_id, moments)
             if number:
                 flows.append(parts)
                 loops.append(bare_loop_apart(home, config))
                 imports.append(import_seconds(home))
-    report(flows, loops, imports, {"recipe": recipe, "rounds": rounds, **overrides}, facts, json_file)
+    report(flows, loops, imports, {"recipe": recipe, "rounds": rounds, "warm": warm, **overrides}, facts, json_file)
 
 
 def table_rows(summaries: Mapping[str, Summary]) -> list[list[str]]:
@@ -199,7 +240,7 @@ def report(
         "over its own loop": Summary.of([wall - flow["loop"] for wall, flow in zip(walls, flows, strict=True)]),
         "over the bare loop": Summary.of([wall - loop for wall, loop in zip(walls, loops, strict=True)]),
     }
-    whole = {"whole command": Summary.of(walls), "bare loop": Summary.of(loops)}
+    whole = {"whole process": Summary.of(walls), "bare loop": Summary.of(loops)}
     alone = {"import torch, prefect": Summary.of(imports)}
     show(
         "The flow by part; train is without its loop",
@@ -215,7 +256,7 @@ def report(
             "machine": facts,
             "parameters": parameters,
             "part_seconds": parts,
-            "command_seconds": whole["whole command"],
+            "command_seconds": whole["whole process"],
             "bare_loop_seconds": whole["bare loop"],
             "import_seconds": alone["import torch, prefect"],
             "overhead_seconds": overheads,

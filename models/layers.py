@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+_IMAGES_AT_A_TIME = 500
+"""Patches are many times as large as their images: of so many they fit into the processor's cache, or nearly."""
+
 
 class Whitening(nn.Conv2d):
     """A first layer whose filters are fixed before training, and whose bias is trained (section 3.2 of the paper)."""
@@ -20,8 +23,12 @@ class Whitening(nn.Conv2d):
         Args:
             images: normalized training images, float32 (images, 3, height, width); a few thousand are enough.
         """
-        patches = nn.functional.unfold(images, self.kernel_size, stride=self.stride).transpose(1, 2).flatten(0, 1)
-        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+        products, count = images.new_zeros(()), 0
+        for part in torch.split(images, _IMAGES_AT_A_TIME):
+            patches = nn.functional.unfold(part, self.kernel_size, stride=self.stride)
+            products = products + (patches @ patches.mT).sum(0)
+            count += len(patches) * patches.shape[2]
+        variances, directions = torch.linalg.eigh(products / count)
         scaled = (directions / (variances + 5e-4).sqrt()).T[-(self.out_channels // 2) :]
         self.weight.copy_(torch.cat([scaled, -scaled]).view_as(self.weight))
 

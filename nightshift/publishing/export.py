@@ -24,6 +24,8 @@ from nightshift.networks import exported_program
 
 _TOLERANCE = 1e-5
 """How much probabilities may differ where other kernels do the arithmetic."""
+_FEW = 16
+"""On how many images at most a file is compared from which the same kernels have to compute the same bits."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def export(model: nn.Module, fresh: nn.Module, inputs: Tensor, name: str) -> byt
     if name not in FORMATS:
         raise ConfigError(f"there is no format {name!r}. The formats are: {', '.join(FORMATS)}")
     kind = FORMATS[name]
+    if kind.exact:
+        inputs = inputs[:_FEW]
     with torch.inference_mode():
         expected = model(inputs)
     try:
