@@ -24,8 +24,9 @@ the benchmark. By default n = 100 saves and 5 blocks per method, which take an e
 and up to 19 GB in the temporary directory, where the server does not always free space in time.
 The server runs on the same cores as the training and takes its share of them: images/s count that too.
 `--threads 1` trains on one core and leaves the other to saving and to the server, as a GPU's host would.
+`--model vit_b_16` has 1.0 GB of state. `--no-peers` measures nightshift alone.
 
-    python benchmarks/checkpoint_stall.py [--threads N] [--quick] [--json FILE]
+    python benchmarks/checkpoint_stall.py [--model NAME] [--threads N] [--no-peers] [--quick] [--json FILE]
 """
 
 import json
@@ -155,7 +156,9 @@ class Training:
 
     def __init__(self, model: str, batch: int) -> None:
         torch.manual_seed(0)
-        module = torchvision.models.get_model(model, num_classes=10).to(memory_format=torch.channels_last)
+        # Torchvision's transformers are made for one size of images.
+        size = {"image_size": 32} if model.startswith("vit") else {}
+        module = torchvision.models.get_model(model, num_classes=10, **size).to(memory_format=torch.channels_last)
         self.state = TrainState(module, torch.optim.AdamW(module.parameters(), lr=1e-3), _CPU)
         self._batch = batch
         self._images = torch.randint(256, (_IMAGES, 32, 32, 3), dtype=torch.uint8)
@@ -273,6 +276,7 @@ def main(
     saves: Annotated[int, typer.Option(help="Saves per method and round whose stall is measured.")] = 20,
     batch: Annotated[int, typer.Option(help="Images per step.")] = 192,
     threads: Annotated[int, typer.Option(help="Threads that train; 0: as many as torch takes.")] = 0,
+    peers: Annotated[bool, typer.Option(help="Measure the others too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: a minute, small model.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
 ) -> None:
@@ -281,7 +285,7 @@ def main(
         model, every, rounds, saves, batch = "resnet18", 10, 1, 3, 64
     if threads:
         torch.set_num_threads(threads)
-    facts, names = machine(), installed(_PEERS)
+    facts, names = machine(), installed(_PEERS) if peers else ["nightshift"]
     samples, training = Samples(names), Training(model, batch)
     for number in range(rounds):
         tell(f"round {number + 1} of {rounds}")

@@ -5,12 +5,15 @@ In each round a run (recipe tutorial, CIFAR-10, a checkpoint every 10 steps) is 
 new step is committed: the worker sees its child die, the flow run is scheduled again and taken up, a process starts,
 imports torch and Prefect, takes the lease over, restores and trains ten steps.
 
+With `--lost` the worker is killed first, so that nobody sees the process die, as if the machine were gone. Then another
+worker has to find out: that of `nightshift up` that takes its place.
+
 It is compared with `python -c "import torch, prefect"` in the same round. In the end each run has to be finished, and
 the fencing token of its lease has to be 2: nobody else has held it meanwhile.
 
 2 cores, n = 20: 16 minutes.
 
-    python benchmarks/crash_time.py [--rounds N] [--quick] [--json FILE]
+    python benchmarks/crash_time.py [--lost] [--rounds N] [--quick] [--json FILE]
 """
 
 import os
@@ -52,9 +55,12 @@ def wait_for(store: S3, run_id: str, is_so: Callable[[RunRecord], bool]) -> RunR
     raise RuntimeError(f"run {run_id} is not where it should be after {_SECONDS} s")
 
 
-def kill(store: S3, run_id: str) -> float:
+def kill(home: Path, store: S3, run_id: str, lost: bool) -> float:
     """Kill whoever trains a run. Returns the seconds until it has a checkpoint of a new step."""
     before = wait_for(store, run_id, lambda record: record.status == "running" and bool(record.checkpoints))
+    if lost:
+        wrapper = (home / "worker" / "server.pid").read_text().split()[2]
+        os.kill(int(Path(f"/proc/{wrapper}/task/{wrapper}/children").read_text()), signal.SIGKILL)
     os.kill(int(before.lease.owner.split("/")[1]), signal.SIGKILL)
     killed_at = time.monotonic()
     wait_for(store, run_id, lambda record: record.lease.token > before.lease.token and record.step > before.step)
@@ -62,6 +68,7 @@ def kill(store: S3, run_id: str) -> float:
 
 
 def main(
+    lost: Annotated[bool, typer.Option("--lost", help="The worker is killed too.")] = False,
     rounds: Annotated[int, typer.Option(help="Runs, each of which is killed once.")] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works: two rounds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
@@ -74,17 +81,19 @@ def main(
             for number in range(2 if quick else rounds):
                 tell(f"round {number + 1}")
                 imports.append(import_seconds(home))
-                pauses.append(kill_once(home, store, f"crash-{number}"))
+                pauses.append(kill_once(home, store, f"crash-{number}", lost))
         finally:
             nightshift(home, "down")
-    report(Summary.of(pauses), Summary.of(imports), {"crash": pauses, "import": imports}, facts, json_file)
+    report(
+        Summary.of(pauses), Summary.of(imports), {"crash": pauses, "import": imports}, facts | {"lost": lost}, json_file
+    )
 
 
-def kill_once(home: Path, store: S3, run_id: str) -> float:
+def kill_once(home: Path, store: S3, run_id: str, lost: bool) -> float:
     """Submit a run, kill it once, and see it end. Returns the seconds it stood still."""
     settings = [f"--set={setting}" for setting in _CONFIG]
     nightshift(home, "submit", "train-cifar/adhoc", "--recipe=tutorial", f"--run-id={run_id}", *settings)
-    seconds = kill(store, run_id)
+    seconds = kill(home, store, run_id, lost)
     ended = wait_for(store, run_id, lambda record: record.status not in ("running", "interrupted"))
     if (ended.status, ended.lease.token) != ("finished", 2):
         raise RuntimeError(f"{run_id} is {ended.status}, and its lease has token {ended.lease.token} after one kill")

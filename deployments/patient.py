@@ -48,6 +48,7 @@ from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration
 
 from deployments import warm
+from deployments.lost import starting_the_lost_again
 
 LASTING = ("train-cifar", "retrain", "sweep")
 """The flows that go on where they stopped."""
@@ -193,6 +194,8 @@ def forking(run: Callable[..., Awaitable[Any]], forks: warm.Forks) -> Callable[.
 def be_patient() -> None:
     name = "sync_with_backend"
     setattr(BaseWorker, name, ending_the_stuck(getattr(BaseWorker, name)))
+    name = "get_and_submit_flow_runs"
+    setattr(BaseWorker, name, starting_the_lost_again(getattr(BaseWorker, name)))
     for name in ("get_and_submit_flow_runs", "sync_with_backend"):
         setattr(BaseWorker, name, patient(getattr(BaseWorker, name)))
     name = "_submit_run_and_capture_errors"

@@ -1,0 +1,127 @@
+"""Trainings whose machine is gone are started again as soon as their lease has run out.
+
+Prefect takes a flow run for lost when three heartbeats are missing, and starts it again after another 20 s. Its lease
+tells sooner: who trains renews it every 20 s, and it lasts for a minute (NIGHTSHIFT_LEASE_SECONDS). But it also runs
+out while the store is away, and a heartbeat may be late on a busy server. Only where both are missing is nobody there.
+
+Each worker looks after the runs of its pool. If two of them find the same, the lease lets only one train.
+"""
+
+import asyncio
+import functools
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
+from prefect.exceptions import PrefectException
+from prefect.states import AwaitingRetry, Crashed
+
+from nightshift.errors import ConfigError, NightshiftError, RunNotFoundError
+from nightshift.local.supervisor import running_facts
+from nightshift.records.lease import is_live
+from nightshift.records.run import read_record
+from nightshift.settings import Settings
+from nightshift.workspace import open_workspace
+
+HEARTBEAT = "prefect.flow-run.heartbeat"
+_TRAININGS = ["train-cifar", "retrain"]
+_SILENCE = timedelta(seconds=45)
+"""How old the newest heartbeat is of a run that is asked about: one comes every 30 s, and is stored up to 5 s later."""
+_CLOCKS_DIFFER = timedelta(seconds=5)
+_LOOK_SECONDS, _PAUSE_SECONDS = 5, 60
+_AT_ONCE = 50
+"""How many events Prefect tells at a time."""
+_log = logging.getLogger("prefect.workers")
+
+
+def starting_the_lost_again(poll: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+    """A worker's method that it calls every 2 s; beside it, lost runs are looked for."""
+    looking: asyncio.Task[None] | None = None
+    next_look = -math.inf
+
+    async def look(worker: Any) -> None:
+        nonlocal next_look
+        try:
+            await start_the_lost_again(worker.client, worker._work_pool_name)
+            next_look = time.monotonic() + _LOOK_SECONDS
+        except (PrefectException, httpx.HTTPError, NightshiftError) as error:
+            next_look = time.monotonic() + _PAUSE_SECONDS
+            _log.warning("whether runs are lost is left to the automations for a minute: %s", error)
+
+    @functools.wraps(poll)
+    async def run(worker: Any) -> Any:
+        nonlocal looking
+        if (not looking or looking.done()) and time.monotonic() > next_look:
+            looking = asyncio.create_task(look(worker))
+        return await poll(worker)
+
+    return run
+
+
+async def start_the_lost_again(client: PrefectClient, pool: str) -> None:
+    """Start those trainings of a pool again that are Running for Prefect, and that nobody runs."""
+    for flow_run in await _silent(client, pool):
+        if await asyncio.to_thread(_is_lost, flow_run):
+            now = await client.read_flow_run(flow_run.id)
+            if now.state and flow_run.state and now.state.id == flow_run.state.id:
+                _log.warning("%s is lost, and is started again", flow_run.name)
+                over: State[Any] = Crashed(message="Neither heartbeat nor lease: the machine or the process is gone.")
+                again: State[Any] = AwaitingRetry(message="Lost. It goes on from its newest checkpoint.")
+                for state in (over, again):
+                    await client.set_flow_run_state(flow_run.id, state, force=True)
+
+
+async def _silent(client: PrefectClient, pool: str) -> list[FlowRun]:
+    """The trainings of a pool without a heartbeat lately."""
+    now = datetime.now(UTC)
+    since = now - _SILENCE
+    running = await client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=_TRAININGS)),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+    )
+    silent = {f"prefect.flow-run.{run.id}": run for run in running if run.state and run.state.timestamp < since}
+    asked = list(silent)
+    for first in range(0, len(asked), _AT_ONCE):
+        newest = EventFilter(
+            occurred=EventOccurredFilter(since=since, until=now),
+            event=EventNameFilter(name=[HEARTBEAT]),
+            resource=EventResourceFilter(id=asked[first : first + _AT_ONCE], distinct=True),
+        )
+        for event in (await client.read_events(newest, limit=_AT_ONCE)).events:
+            silent.pop(event.resource.id, None)
+    return list(silent.values())
+
+
+def _is_lost(flow_run: FlowRun) -> bool:
+    """Whether this start of a flow run has held the lease of its run and has let it run out."""
+    run_id, _, _ = flow_run.name.partition(" ")
+    settings = Settings.load()
+    if settings.s3.embedded and not running_facts(settings.home / "s3"):
+        return False  # and no server is started for this
+    with open_workspace(settings) as workspace:
+        try:
+            record, _ = read_record(workspace.store, run_id)
+        except (RunNotFoundError, ConfigError):  # it has not come so far, or somebody has given it another name
+            return False
+        is_its_own = record.origin.flow_run_id == str(flow_run.id) and record.status == "running"
+        # One that has not begun yet waits for the lease of the one before, or fetches images.
+        held_at = record.attempts[-1].held_at if record.attempts else datetime.min.replace(tzinfo=UTC)
+        has_begun = bool(flow_run.state and held_at + _CLOCKS_DIFFER > flow_run.state.timestamp)
+        return is_its_own and has_begun and not is_live(record.lease, workspace.store.now())
