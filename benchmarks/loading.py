@@ -14,11 +14,14 @@ shuffled, decoded and put together to batches of 64, uint8, by:
 All have the same files, which are in the page cache. Each turn is a process of its own, which takes the time from its
 twelfth batch to its last, so that starting workers costs nothing and each has the memory it needs; contenders take
 turns, and each round begins with another. `first batch` is what a new reader of nightshift's takes to the first batch
-in the middle of an epoch.
+in the middle of an epoch. `memory` is the most that all processes of a turn had together, every 50 ms: what is no
+file's and, of what they share, each its part.
+
+With `--training` a small network is trained on each batch, in about the time that decoding it takes one core.
 
 2 cores, n = 5, 6,000 images take an estimated 5 to 12 minutes.
 
-    python benchmarks/loading.py [--images N] [--rounds N] [--quick] [--json FILE]
+    python benchmarks/loading.py [--training] [--images N] [--rounds N] [--quick] [--json FILE]
 """
 
 import io
@@ -28,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,7 +143,28 @@ def _reader(home: Path) -> tuple[Any, Any]:
     return Batches(dataset, config, plan, lambda batch: slice(0, batch)), plan
 
 
-def turn(name: str, home: Path) -> dict[str, float]:
+def _trainer() -> Callable[[Any], None]:
+    """A step of training on a batch of pixels: a convolution over patches, another one, and a linear layer."""
+    import torch
+    from torch import nn
+
+    layers = [nn.Conv2d(3, 96, 16, 16), nn.GELU(), nn.Conv2d(96, 96, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step(batch: Any) -> None:
+        images = torch.as_tensor(batch["image"] if isinstance(batch, dict) else batch)
+        if images.shape[-1] == 3:
+            images = images.permute(0, 3, 1, 2)
+        loss = model(images.float() / 255).logsumexp(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def turn(name: str, home: Path, training: bool) -> dict[str, float]:
     """One contender in one process: images a second and, for nightshift, a resume."""
     import torch
 
@@ -150,14 +175,46 @@ def turn(name: str, home: Path) -> dict[str, float]:
         began = time.perf_counter()
         reader.batch(plan.steps_per_epoch // 2)
         result["first_batch"] = time.perf_counter() - began
-    images, began = 0, 0.0
+    images, began, train = 0, 0.0, _trainer() if training else None
     for number, batch in enumerate(_batches(name, home)):
         if number < _BEFORE:
             began = time.perf_counter()
         else:
             images += len(batch["image"] if isinstance(batch, dict) else batch)
+        if train:
+            train(batch)
     result["rate"] = images / (time.perf_counter() - began)
     return result
+
+
+def run_turn(name: str, home: Path, training: bool) -> dict[str, float]:
+    """A turn in a process of its own, and the most memory that it and its children had, in bytes."""
+    command = [sys.executable, __file__, "--contender", name, "--home-of", str(home), *["--training"] * training]
+    most = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            most = max(most, sum(map(_memory, _with_children(process.pid))))
+            time.sleep(0.05)
+        assert process.stdout
+        printed = process.stdout.read()
+    if process.returncode:
+        raise RuntimeError(f"{name} has failed:\n{printed}")
+    return {**json.loads(printed.splitlines()[-1]), "memory": most}
+
+
+def _with_children(pid: int) -> Iterator[int]:
+    yield pid
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in thread.read_text().split():
+                yield from _with_children(int(child))
+
+
+def _memory(pid: int) -> int:
+    with suppress(OSError):  # it has ended
+        said = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+        return sum(int(said[part].split()[0]) for part in ("Pss_Anon", "Pss_Shmem")) * 1024
+    return 0
 
 
 def prepare(home: Path, count: int) -> None:
@@ -204,6 +261,7 @@ def _bytes(path: str) -> bytes:
 def main(
     images: Annotated[int, typer.Option(help="How many files.")] = 6000,
     rounds: Annotated[int, typer.Option(help="How often each has its turn.")] = 5,
+    training: Annotated[bool, typer.Option("--training", help="Train a network on what is loaded.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="2,000 images and 3 rounds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
     contender: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -212,13 +270,13 @@ def main(
     """Images a second from encoded images to batches of pixels."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     if contender and home_of:
-        print(json.dumps(turn(contender, home_of)))
+        print(json.dumps(turn(contender, home_of, training)))
         return
     from common import Summary, installed, machine, show, tell, temporary_home, write_json
 
     if quick:
         images, rounds = 2000, 3
-    facts = {"images": images, "rounds": rounds, **machine()}
+    facts = {"images": images, "rounds": rounds, "training": training, **machine()}
     turns: list[dict[str, Any]] = []
     with temporary_home() as home:
         tell(f"writing {images:,} files")
@@ -228,9 +286,7 @@ def main(
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 tell(name)
-                command = [sys.executable, __file__, "--contender", name, "--home-of", str(home)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                turns.append({"name": name, "round": number, **json.loads(done.stdout.splitlines()[-1])})
+                turns.append({"name": name, "round": number, **run_turn(name, home, training)})
 
     def of(name: str, what: str) -> list[float]:
         return [turn[what] for turn in turns if turn["name"] == name]
@@ -238,20 +294,21 @@ def main(
     cores, ours = len(os.sched_getaffinity(0)), of("nightshift", "rate")
     rows = []
     for name in names:
-        factor = cores if name == "one thread" else 1
+        factor = cores if name == "one thread" and not training else 1
         rates = [factor * rate for rate in of(name, "rate")]
         rate, ratio = Summary.of(rates), Summary.of([own / rate for own, rate in zip(ours, rates, strict=True)])
-        label = f"one thread × {cores}" if name == "one thread" else name
+        label = name if factor == 1 else f"{name} × {factor}"
         rows.append(
             [
                 label,
                 str(rate.n),
                 *(f"{value:,.0f}" for value in (rate.median, rate.min, rate.max)),
                 *(f"{value:.2f}" for value in (ratio.median, ratio.min, ratio.max)),
+                f"{Summary.of(of(name, 'memory')).median / 1e6:,.0f}",
             ]
         )
-    columns = ["", "n", "images/s", "min", "max", "nightshift over it", "min", "max"]
-    show("From JPEG to batches", facts, columns, rows)
+    columns = ["", "n", "images/s", "min", "max", "nightshift over it", "min", "max", "memory, MB"]
+    show("From JPEG to batches" + ", while a network trains" * training, facts, columns, rows)
     resumed = Summary.of(of("nightshift", "first_batch"))
     show(
         "First batch in mid-epoch",

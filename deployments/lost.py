@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -29,10 +28,9 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
-from prefect.exceptions import PrefectException
 from prefect.states import AwaitingRetry, Crashed
 
-from nightshift.errors import ConfigError, NightshiftError, RunNotFoundError
+from nightshift.errors import ConfigError, RunNotFoundError
 from nightshift.local.supervisor import running_facts
 from nightshift.records.lease import is_live
 from nightshift.records.run import read_record
@@ -60,7 +58,7 @@ def starting_the_lost_again(poll: Callable[[Any], Awaitable[Any]]) -> Callable[[
         try:
             await start_the_lost_again(worker.client, worker._work_pool_name)
             next_look = time.monotonic() + _LOOK_SECONDS
-        except (PrefectException, httpx.HTTPError, NightshiftError) as error:
+        except Exception as error:  # of Prefect's server, of the store or of settings: none ends a worker
             next_look = time.monotonic() + _PAUSE_SECONDS
             _log.warning("whether runs are lost is left to the automations for a minute: %s", error)
 
@@ -89,8 +87,7 @@ async def start_the_lost_again(client: PrefectClient, pool: str) -> None:
 
 async def _silent(client: PrefectClient, pool: str) -> list[FlowRun]:
     """The trainings of a pool without a heartbeat lately."""
-    now = datetime.now(UTC)
-    since = now - _SILENCE
+    since = datetime.now(UTC) - _SILENCE
     running = await client.read_flow_runs(
         flow_filter=FlowFilter(name=FlowFilterName(any_=_TRAININGS)),
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))),
@@ -100,7 +97,8 @@ async def _silent(client: PrefectClient, pool: str) -> list[FlowRun]:
     asked = list(silent)
     for first in range(0, len(asked), _AT_ONCE):
         newest = EventFilter(
-            occurred=EventOccurredFilter(since=since, until=now),
+            # A heartbeat has the time of its machine, whose clock may be ahead of ours.
+            occurred=EventOccurredFilter(since=since, until=since + timedelta(days=1)),
             event=EventNameFilter(name=[HEARTBEAT]),
             resource=EventResourceFilter(id=asked[first : first + _AT_ONCE], distinct=True),
         )
