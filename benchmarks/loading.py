@@ -17,7 +17,7 @@ turns, and each round begins with another. `first batch` is what a new reader of
 in the middle of an epoch. `memory` is the most that all processes of a turn had together, every 50 ms: what is no
 file's and, of what they share, each its part.
 
-With `--training` a small network is trained on each batch, in about the time that decoding it takes one core.
+With `--training` a small network is trained on each batch by one thread, in five times the time of decoding it.
 
 2 cores, n = 5, 6,000 images take an estimated 5 to 12 minutes.
 
