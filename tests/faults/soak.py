@@ -1,6 +1,6 @@
 """SIGKILL campaign: every run is killed once, resumed, and has to end with the bits of an uninterrupted one.
 
-    make soak                                          200 kills, about twenty minutes on two cores
+    make soak                                          200 kills, twenty to thirty minutes on two cores
     .venv/bin/python -m tests.faults.soak --kills 20 --seed 7
 
 Kills come at random instants and at every point of the storage protocol, over several recipes. Prints kills,
