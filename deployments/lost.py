@@ -32,7 +32,7 @@ from prefect.states import AwaitingRetry, Crashed
 
 from nightshift.errors import ConfigError, RunNotFoundError
 from nightshift.local.supervisor import running_facts
-from nightshift.records.lease import is_live
+from nightshift.records.lease import status_of
 from nightshift.records.run import read_record
 from nightshift.settings import Settings
 from nightshift.workspace import open_workspace
@@ -77,7 +77,7 @@ async def start_the_lost_again(client: PrefectClient, pool: str) -> None:
     for flow_run in await _silent(client, pool):
         if await asyncio.to_thread(_is_lost, flow_run):
             now = await client.read_flow_run(flow_run.id)
-            if now.state and flow_run.state and now.state.id == flow_run.state.id:
+            if now.state_id == flow_run.state_id:
                 _log.warning("%s is lost, and is started again", flow_run.name)
                 over: State[Any] = Crashed(message="Neither heartbeat nor lease: the machine or the process is gone.")
                 again: State[Any] = AwaitingRetry(message="Lost. It goes on from its newest checkpoint.")
@@ -118,8 +118,8 @@ def _is_lost(flow_run: FlowRun) -> bool:
             record, _ = read_record(workspace.store, run_id)
         except (RunNotFoundError, ConfigError):  # it has not come so far, or somebody has given it another name
             return False
-        is_its_own = record.origin.flow_run_id == str(flow_run.id) and record.status == "running"
+        if record.origin.flow_run_id != str(flow_run.id) or not record.attempts or not flow_run.state:
+            return False
         # One that has not begun yet waits for the lease of the one before, or fetches images.
-        held_at = record.attempts[-1].held_at if record.attempts else datetime.min.replace(tzinfo=UTC)
-        has_begun = bool(flow_run.state and held_at + _CLOCKS_DIFFER > flow_run.state.timestamp)
-        return is_its_own and has_begun and not is_live(record.lease, workspace.store.now())
+        has_begun = record.attempts[-1].held_at + _CLOCKS_DIFFER > flow_run.state.timestamp
+        return has_begun and status_of(record, workspace.store.now()) == "lost"
