@@ -11,9 +11,15 @@ from unittest import mock
 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from deployments.warm import HEAVY, OF_PREFECT, OURS
+from deployments.warm import HEAVY, OURS
 
 COMMANDS = ("nightshift.cli.train", "nightshift.parallel.worker")
+# What Prefect imports. Prefect itself is imported by each command, which chooses a server before.
+OF_PREFECT = (
+    *("amplitude", "asgi_lifespan", "coolname", "fastapi", "fsspec", "graphviz", "griffe", "httpx", "humanize"),
+    *("jinja2", "jsonschema", "opentelemetry.trace", "pathspec", "pendulum", "prometheus_client"),
+    "websockets.asyncio.client",
+)
 
 
 @cache
@@ -29,7 +35,7 @@ def forked() -> ForkServerContext:
     # time, the second reads nothing where the first has read the exit code, and takes it for 255.
     multiprocessing.process._cleanup = lambda: None  # type: ignore[attr-defined]
     # Only what is installed is found there.
-    context.set_forkserver_preload([*HEAVY, *OURS, *COMMANDS, *OF_PREFECT, "deployments.warm"])
+    context.set_forkserver_preload([*HEAVY, *OURS, *COMMANDS, *OF_PREFECT])
     # What the launcher of ranks gives to those that it starts itself.
     with mock.patch.dict(os.environ, {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
         forkserver.ensure_running()

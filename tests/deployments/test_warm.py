@@ -3,23 +3,25 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.forkserver import ForkServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from deployments import warm
 from deployments.warm import Forks
 from tests.conftest import eventually
-from tests.forked import forked
 
 PROGRAM = """
 import atexit, gc, json, os, pathlib, signal, sys
 
 atexit.register(pathlib.Path("at-exit").touch)
-imported = "torch" in sys.modules
+imported = {"torch", "prefect.flow_engine"} <= set(sys.modules)
 of_its_own = len(gc.get_objects())  # the others are the server's, which are not searched for garbage
 import numpy
 found = {"imported": imported, "argv": len(sys.argv), "name": __name__, "directory": os.getcwd(), "path": sys.path[0]}
@@ -33,9 +35,14 @@ sys.exit(3)
 
 
 @pytest.fixture(scope="module")
-def forks() -> Forks:
-    forked()
-    return Forks()
+def forks() -> Iterator[Forks]:
+    """With a server of its own. That of the other tests has not imported Prefect."""
+    server = ForkServer()
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
+        for name in ("set_forkserver_preload", "ensure_running", "connect_to_new_process", "get_inherited_fds"):
+            patch.setattr(forkserver, name, getattr(server, name))
+        yield Forks()
+        server._stop()  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def begin(forks: Forks, tmp_path: Path) -> Callable[..., tuple[BaseProcess, Path
 
     def start(name: str = "run", **changed: str) -> tuple[BaseProcess, Path]:
         directory = tmp_path / name
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         (directory / "program.py").write_text(PROGRAM)
         process = forks.start("program", {**forks.environment, **changed}, directory)
         eventually((directory / "found.json").exists)
@@ -91,14 +98,35 @@ def test_a_signal_ends_a_run_as_it_ends_any_process(
     assert process.exitcode == -number
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OMP_NUM_THREADS", "7"),
+        ("PREFECT_TASKS_REFRESH_CACHE", "true"),
+        ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR"),
+    ],
+)
 def test_an_environment_that_imports_may_read_gets_a_new_python(
-    begin: Callable[..., tuple[BaseProcess, Path]],
+    begin: Callable[..., tuple[BaseProcess, Path]], name: str, value: str
 ) -> None:
-    process, directory = begin(OMP_NUM_THREADS="7")
+    process, directory = begin(**{name: value})
     process.join()
     assert process.exitcode == 3
     told = found(directory)
-    assert (told["imported"], told["environment"]["OMP_NUM_THREADS"]) == (False, "7")
+    assert (told["imported"], told["environment"][name]) == (False, value)
+
+
+def test_prefects_settings_may_be_spelled_out(begin: Callable[..., tuple[BaseProcess, Path]], forks: Forks) -> None:
+    assert "PREFECT_FLOWS_DEFAULT_RETRIES" not in forks.environment
+    assert found(begin(PREFECT_FLOWS_DEFAULT_RETRIES="0")[1])["imported"]
+
+
+def test_settings_of_prefects_in_a_file_get_a_new_python(
+    begin: Callable[..., tuple[BaseProcess, Path]], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "prefect.toml").write_text("[tasks]\nrefresh_cache = true\n")
+    assert not found(begin()[1])["imported"]
 
 
 def test_a_server_with_a_thread_more_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
