@@ -32,18 +32,20 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks, through which gradients flow; torch has deprecated its own."""
+class _RowsOfAllRanks(torch.autograd.Function):
+    """A row (columns) of each rank → all rows (ranks, columns), through which gradients flow back to each rank."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+    def forward(ctx: Any, row: Tensor) -> Tensor:
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, row)  # half as many messages, one after the other, as a sum
+        return torch.stack(rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _SumOverRanks.forward(ctx, *gradients)
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
 
 
 class _BatchNorm(BatchNorm):
@@ -59,10 +61,7 @@ class _BatchNorm(BatchNorm):
         x_float = x.float()  # converted once, so that its gradient is summed before it is rounded
         variances, means = torch.var_mean(x_float, (0, *range(2, x.ndim)), correction=0)
         count = means.new_tensor([x.numel() / x.shape[1]])
-        # Each rank fills one row of zeros. The sum over ranks has all rows, and gradients flow back to each rank.
-        rows = torch.zeros(dist.get_world_size(), 2 * len(means) + 1)
-        rows = rows.index_add(0, torch.tensor([dist.get_rank()]), torch.cat([means, variances, count])[None])
-        rows = _SumOverRanks.apply(rows)
+        rows = _RowsOfAllRanks.apply(torch.cat([means, variances, count]))
         counts, total = rows[:, -1:], rows[:, -1].sum()
         means, variances = rows[:, : len(means)], rows[:, len(means) : -1]
         # Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).

@@ -36,8 +36,9 @@ class JoinedRanks(Ranks):
 
     def any(self, *asked: bool) -> list[bool]:
         flags = torch.tensor(asked or (False,), dtype=torch.uint8)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, self.control)
-        return [bool(flag) for flag in flags]
+        everyones = [torch.empty_like(flags) for _ in range(self.world_size)]
+        dist.all_gather(everyones, flags, self.control)  # half as many messages, one after the other, as a sum
+        return [bool(flag) for flag in torch.stack(everyones).amax(0)]
 
     def total(self, *values: Tensor) -> Tensor:
         sums = super().total(*values)
