@@ -70,7 +70,6 @@ _PORT, _TIMEOUT = 29_400, timedelta(minutes=5)
 _WARM_UP_STEPS = 3
 _SPAWN = get_context("spawn")
 
-
 _STATIC = {"static_graph": True, "find_unused_parameters": False}
 WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -82,7 +81,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def averaging(model: nn.Module, device: torch.device, bfloat16: bool = False, **options: Any) -> nn.Module:
-    """As nightshift does it, but for what is said otherwise."""
+    """As `parallel.ranks.averaging`, but for what is said otherwise."""
     averaged = DistributedDataParallel(model, **{"find_unused_parameters": True, **options})
     averaged.__dict__["broadcast_buffers"] = False
     if bfloat16:
@@ -164,7 +163,8 @@ def train(
     peer.recv()  # the link works
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_WORLD_SIZE": "2"}
     os.environ |= {"GLOO_SOCKET_IFNAME": "slow"}
-    parallel_ranks.averaging = partial(averaging, **WAYS[way])
+    if WAYS[way]:
+        parallel_ranks.averaging = partial(averaging, **WAYS[way])
     meeting = dist.TCPStore(  # type: ignore[attr-defined]
         "10.0.0.1", _PORT, 2, is_master=rank == 0, timeout=_TIMEOUT, wait_for_workers=False
     )
