@@ -24,6 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoC
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.loaders import Loader, create_loader
 from botocore.session import Session
+from botocore.utils import parse_timestamp
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 from urllib3.exceptions import HTTPError as BrokenAnswer
 
@@ -300,6 +301,7 @@ def _client(settings: S3Settings, credentials: Credentials | None, attempts: int
     try:
         session = Session(profile=profile)
         session.register_component("data_loader", _loader())
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_moment)
         return boto3.Session(botocore_session=session).client(
             "s3",
             endpoint_url=settings.endpoint_url,
@@ -326,6 +328,14 @@ def _client(settings: S3Settings, credentials: Credentials | None, attempts: int
 def _loader() -> Loader:
     """What reads AWS's descriptions of S3: for all clients once, which takes 0.1 to 0.3 s."""
     return create_loader()
+
+
+def _moment(text: str) -> datetime:
+    """A time of an answer. botocore's own way takes 0.1 ms each, more than half of what a listing takes."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:  # in a header it is written otherwise
+        return parse_timestamp(text)
 
 
 def read_descriptions() -> None:
