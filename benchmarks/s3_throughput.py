@@ -4,6 +4,8 @@ Each client sends the same random bytes from memory and reads them back into mem
 all with the same embedded S3 server:
 
     nightshift        `S3.upload` and `S3.download_bytes`, as checkpoints go
+    unchecked         the same without a checksum of each part, by which the server refuses one that was damaged on
+                      its way: `NIGHTSHIFT_S3__CHECKSUMS=when_required`
     boto3             `upload_fileobj` and `download_fileobj` as they are by default: 8 MiB parts, 10 at a time
     awscrt            AWS' Common Runtime behind s3transfer's `CRTTransferManager`, set up as the AWS CLI does it:
                       boto3's own way to it ignores `endpoint_url`
@@ -45,6 +47,7 @@ from boto3.s3.transfer import TransferConfig
 from common import Summary, console, machine, show, tell, temporary_home, write_json
 
 from nightshift.local.s3 import embedded_s3
+from nightshift.settings import S3Settings
 from nightshift.storage import s3
 from nightshift.storage.s3 import MIB, S3, Credentials
 
@@ -80,6 +83,11 @@ class Nightshift:
     def download(self, key: str) -> bytes:
         with patch.object(s3, "_TRANSFER", self._transfer):
             return self._store.download_bytes(key)
+
+
+def unchecked(store: S3, credentials: Credentials) -> Nightshift:
+    settings = S3Settings(endpoint_url=store.endpoint, bucket=store.bucket, checksums="when_required")
+    return Nightshift(S3(settings, credentials))
 
 
 class Boto3:
@@ -166,6 +174,7 @@ class S3TorchConnector:
 Maker = Callable[[S3, Credentials], Client]
 _CLIENTS: dict[str, Maker] = {
     "nightshift": lambda store, _: Nightshift(store),
+    "unchecked": unchecked,
     "boto3": Boto3,
     "awscrt": CommonRuntime,
     "obstore": Obstore,

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from nightshift.judging.evaluation import Bin
@@ -125,7 +126,9 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     axes.set_yticks(range(len(names)), names)
     for (row, column), count in np.ndenumerate(counts):
         bright = count > counts[row].sum() / 2
-        axes.text(column, row, str(count), ha="center", va="center", fontsize=10, color="black" if bright else "white")
+        # In its cell it needs no room of its own, for which each would be measured.
+        text = axes.text(column, row, str(count), ha="center", va="center", fontsize=10, in_layout=False)
+        text.set_color("black" if bright else "white")
     return _svg(figure)
 
 
@@ -216,6 +219,8 @@ def _svg(figure: Figure) -> str:
                 line.set_markersize(2)
         for marks in axes.collections:
             marks.set_rasterized(len(marks.get_paths()) > _MOST_MARKS)
+    figure.dpi = 200  # of what is an image
     with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
+        # `Figure.savefig` draws it twice, for the same file.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]
     return buffer.getvalue()
