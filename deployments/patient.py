@@ -17,6 +17,7 @@ import functools
 import logging
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -39,11 +40,12 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import PrefectException
+from prefect.exceptions import Abort, PrefectException
 from prefect.runner import _starter_engine
 from prefect.states import AwaitingRetry, Cancelled, Crashed
+from prefect.utilities.engine import propose_state
 from prefect.utilities.processutils import command_to_string, run_process
-from prefect.workers import process
+from prefect.workers import base, process
 from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration
 
@@ -85,6 +87,28 @@ def patient(request: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitab
         return answer
 
     return ask
+
+
+def taking_up(propose: Callable[..., Awaitable[State[Any]]]) -> Callable[..., Awaitable[State[Any]]]:
+    """A function that proposes a state. Whether a flow run is Pending is asked if the answer was lost.
+
+    It would stay Pending else, and no worker would run it. The message tells our Pending from another worker's.
+    """
+
+    @functools.wraps(propose)
+    async def run(client: PrefectClient, state: State[Any], *, flow_run_id: UUID) -> State[Any]:
+        if not state.is_pending():
+            return await propose(client, state, flow_run_id=flow_run_id)
+        state.message = f"Taken up on {socket.gethostname()} at {datetime.now(UTC):%H:%M:%S.%f} UTC"
+        try:
+            return await propose(client, state, flow_run_id=flow_run_id)
+        except (httpx.TransportError, Abort):  # Abort, where the client itself has asked once more
+            found = (await client.read_flow_run(flow_run_id)).state
+            if not found or found.message != state.message:
+                raise
+            return found
+
+    return run
 
 
 def starting_again(submit: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -198,6 +222,7 @@ def be_patient() -> None:
     setattr(BaseWorker, name, starting_the_lost_again(getattr(BaseWorker, name)))
     for name in ("get_and_submit_flow_runs", "sync_with_backend"):
         setattr(BaseWorker, name, patient(getattr(BaseWorker, name)))
+    setattr(base, "propose_state", taking_up(propose_state))  # noqa: B010 - as below
     name = "_submit_run_and_capture_errors"
     setattr(BaseWorker, name, starting_again(getattr(BaseWorker, name)))
     name = "prepare_for_flow_run"

@@ -199,7 +199,8 @@ class _Runs:
         while True:
             try:
                 study = self._look_after(study)
-                for _ in range(min(parallel - len(self._open(study)), study.size - len(study.asked))):
+                # Another flow run of this sweep may ask at the same time: each answer has all that were asked.
+                while len(self._open(study)) < parallel and len(study.asked) < study.size:
                     study = ask(self.store, study, self.records)
                     self._flow_run(study, study.asked[-1])
                 if not self._open(study):

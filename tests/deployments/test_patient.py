@@ -14,12 +14,13 @@ import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, State, StateType
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import Abort, ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Pending
+from prefect.utilities.engine import propose_state
 from prefect.utilities.services import critical_service_loop
 
 import deployments.patient
-from deployments.patient import end_the_stuck, ending_the_stuck, forking, patient, starting_again
+from deployments.patient import end_the_stuck, ending_the_stuck, forking, patient, starting_again, taking_up
 from deployments.warm import Forks
 from nightshift.local.prefect import PrefectServer
 
@@ -183,3 +184,24 @@ def test_a_flow_run_that_nobody_works_on_does_not_hold_its_deployments_slot_for_
             return [first, second, ended, third]
 
     assert asyncio.run(scenario()) == [StateType.PENDING, StateType.CANCELLED, end, StateType.PENDING]
+
+
+@pytest.mark.slow
+def test_of_two_workers_that_take_up_a_flow_run_and_get_no_answer_the_one_that_has_it_runs_it(
+    prefect_server: PrefectServer,
+) -> None:
+    async def unanswered(client: PrefectClient, state: State[Any], flow_run_id: UUID) -> State[Any]:
+        await propose_state(client, state, flow_run_id=flow_run_id)
+        raise httpx.ReadTimeout("late")
+
+    async def scenario() -> bool:
+        async with PrefectClient(prefect_server.api_url, auth_string=prefect_server.login) as client:
+            flow = await client.create_flow_from_name("recover")
+            deployment = await client.create_deployment(flow, f"unanswered-{uuid4()}")
+            flow_run = await client.create_flow_run_from_deployment(deployment)
+            taken = await taking_up(unanswered)(client, Pending(), flow_run_id=flow_run.id)
+            with pytest.raises(Abort):
+                await taking_up(propose_state)(client, Pending(), flow_run_id=flow_run.id)
+            return taken.is_pending()
+
+    assert asyncio.run(scenario())
