@@ -102,7 +102,7 @@ def taking_up(propose: Callable[..., Awaitable[State[Any]]]) -> Callable[..., Aw
         state.message = f"Taken up on {socket.gethostname()} at {datetime.now(UTC):%H:%M:%S.%f} UTC"
         try:
             return await propose(client, state, flow_run_id=flow_run_id)
-        except (httpx.TransportError, Abort):  # Abort, where the client itself has asked once more
+        except (httpx.HTTPError, Abort):  # Abort, where the client itself has asked once more
             found = (await client.read_flow_run(flow_run_id)).state
             if not found or found.message != state.message:
                 raise
