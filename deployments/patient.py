@@ -17,7 +17,6 @@ import functools
 import logging
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -51,6 +50,7 @@ from prefect.workers.process import ProcessJobConfiguration
 
 from deployments import warm
 from deployments.lost import starting_the_lost_again
+from nightshift.processes import new_writer_id
 
 LASTING = ("train-cifar", "retrain", "sweep")
 """The flows that go on where they stopped."""
@@ -99,7 +99,7 @@ def taking_up(propose: Callable[..., Awaitable[State[Any]]]) -> Callable[..., Aw
     async def run(client: PrefectClient, state: State[Any], *, flow_run_id: UUID) -> State[Any]:
         if not state.is_pending():
             return await propose(client, state, flow_run_id=flow_run_id)
-        state.message = f"Taken up on {socket.gethostname()} at {datetime.now(UTC):%H:%M:%S.%f} UTC"
+        state.message = f"Taken up by {new_writer_id()}"
         try:
             return await propose(client, state, flow_run_id=flow_run_id)
         except (httpx.HTTPError, Abort):  # Abort, where the client itself has asked once more
