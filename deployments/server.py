@@ -6,13 +6,21 @@ The server hands events on to its automations, and these write to its database. 
 more often the slower the machine is. Prefect tries an event four times, within a tenth of a second, and drops it. Then
 nobody is told of a run that has failed, or a run is started again that is running. So here an event is tried for half a
 minute, with longer and longer pauses.
+
+Nor is it silent for the minute for which Prefect lets SQLite wait. A cursor whose statement has failed stays open:
+SQLAlchemy closes only one whose statement has succeeded. Later Python's garbage collector finds it, in the thread of
+whoever makes an object, and resets its statement, for which SQLite waits until the cursor's connection is idle. If the
+connection waits for the database, a request holds that, and its thread is the one that collects, each waits for the
+other. So here a cursor is closed when its statement fails, in the thread of its connection.
 """
 
 import asyncio
 import functools
+import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import aiosqlite
 from prefect.server.utilities.messaging.memory import MemoryMessage, Subscription
 
 _TRIES = 8
@@ -31,8 +39,26 @@ def patient(retry: Callable[[Any, MemoryMessage], Awaitable[None]]) -> Callable[
     return pause_and_retry
 
 
+def closing(execute: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """The method of a cursor that has its connection's thread do something; if that fails, the cursor is closed."""
+
+    @functools.wraps(execute)
+    async def execute_or_close(cursor: aiosqlite.Cursor, do: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        def do_or_close(*args: Any, **options: Any) -> Any:
+            try:
+                return do(*args, **options)
+            except sqlite3.Error:
+                cursor._cursor.close()
+                raise
+
+        return await execute(cursor, do_or_close, *args, **options)
+
+    return execute_or_close
+
+
 def be_patient() -> None:
     setattr(Subscription, "retry", patient(Subscription.retry))  # noqa: B010 - for mypy a method is no variable
+    setattr(aiosqlite.Cursor, "_execute", closing(aiosqlite.Cursor._execute))  # noqa: B010
 
 
 if __name__ == "__main__":
