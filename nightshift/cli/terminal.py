@@ -191,16 +191,19 @@ def nights_table(nights: Sequence[Night], refused: Sequence[Refused]) -> Table:
 
 def _night_cells(night: Night, has_cost: bool) -> list[Text | str]:
     low, high = night.interval or (None, None)
+    went_live = True if night.promoted_by_hand else night.promoted
+    by_hand = f" (by hand, {night.promoted_by_hand})" if night.promoted_by_hand else ""
+    by_the_clock = f" (ended by the clock, step {night.last_step:,})" if night.last_step else ""
     return [
         night.run_id,
-        status_text(night.status) if night.promoted is None else verdict_text(night.promoted),
+        status_text(night.status) if went_live is None else verdict_text(went_live),
         percent(night.test_accuracy),
         "–" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}",
         "–" if night.test_images is None else f"{night.test_images:,}",
         f"{night.train_seconds / 60:,.1f}",
         "–" if night.goodput is None else f"{night.goodput:.0%}",
         *([f"{night.cost:,.2f}" if night.cost is not None else "–"] if has_cost else []),
-        night.reason + (f" (ended by the clock, step {night.last_step:,})" if night.last_step else ""),
+        night.reason + by_the_clock + by_hand,
     ]
 
 

@@ -1,6 +1,7 @@
 """The last nights, a line each: did it train, is it better, what did it cost."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
 
@@ -17,10 +18,10 @@ from nightshift.errors import (
 )
 from nightshift.ids import Sha256, parse_dataset_name
 from nightshift.judging.goodput import account
+from nightshift.records import history, snapshots
 from nightshift.records.keys import report_key
 from nightshift.records.lease import status_of
 from nightshift.records.run import READERS, RunRecord, newest_records
-from nightshift.records.snapshots import Entry, read_history
 from nightshift.records.times import cost
 from nightshift.storage.store import Store
 from nightshift.tracking.metrics import read_lines
@@ -36,7 +37,9 @@ class Night(BaseModel):
     """When it began."""
     status: str
     promoted: bool | None
-    """None if the gate was not asked yet."""
+    """By the gate; None if it was not asked yet."""
+    promoted_by_hand: str | None
+    """Who has promoted it by hand last, and why; None: nobody."""
     reason: str
     """The gate's, or why the run stopped."""
     test_accuracy: float | None
@@ -90,8 +93,15 @@ def last_nights(store: Store, name: str | None, limit: int, price_per_hour: floa
         for record in newest_records(store)
         if record.origin.promote and (name is None or record.dataset.name == name)
     )
+    records = list(islice(nights, limit))
+    by_hand: dict[str, str] = {}
+    for model in {record.dataset.name for record in records}:
+        with _left_out_if_unreadable():
+            for entry in history.read_history(store, model).transitions:
+                if entry.what == "promoted by hand":
+                    by_hand[entry.run_id] = f"{entry.who or entry.by}: {entry.reason}"
     return progress.in_threads(
-        lambda record: _night(store, record, now, price_per_hour), islice(nights, limit), READERS
+        lambda record: _night(store, record, by_hand.get(record.run_id), now, price_per_hour), records, READERS
     )
 
 
@@ -103,31 +113,33 @@ def refused_nights(store: Store, name: str | None, nights: Sequence[Night], limi
     """
     names = {*(night.dataset for night in nights), *([name] if name else [])}
     since = nights[-1].at if len(nights) == limit else None
-    refused = [
-        Refused(
-            dataset=dataset,
-            at=entry.at,
-            reason="; ".join(finding.detail for finding in entry.findings if not finding.ok),
-            snapshot=entry.digest,
-        )
-        for dataset in names
-        for entry in _snapshots(store, dataset)
-        if not entry.ok and (since is None or entry.at > since)
-    ]
+    refused: list[Refused] = []
+    for dataset in names:
+        with _left_out_if_unreadable():
+            refused += [
+                Refused(
+                    dataset=dataset,
+                    at=entry.at,
+                    reason="; ".join(finding.detail for finding in entry.findings if not finding.ok),
+                    snapshot=entry.digest,
+                )
+                for entry in snapshots.read_history(store, parse_dataset_name(dataset)).entries
+                if not entry.ok and (since is None or entry.at > since)
+            ]
     return sorted(refused, key=lambda refused: refused.at, reverse=True)[:limit]
 
 
-def _snapshots(store: Store, name: str) -> list[Entry]:
+@contextmanager
+def _left_out_if_unreadable() -> Iterator[None]:
     try:
-        return read_history(store, parse_dataset_name(name)).entries
+        yield
     except (DocumentDamagedError, DocumentNewerError, StorageDeniedError) as error:
         progress.current().warn(str(error))
     except ConfigError:
         pass  # no data set can be called so
-    return []
 
 
-def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float | None) -> Night:
+def _night(store: Store, record: RunRecord, by_hand: str | None, now: datetime, price_per_hour: float | None) -> Night:
     verdict = record.result.verdict if record.result else None
     measured = _measured(store, record)
     spent = account(record, read_lines(store, record.run_id))
@@ -138,6 +150,7 @@ def _night(store: Store, record: RunRecord, now: datetime, price_per_hour: float
         at=record.created_at,
         status=status_of(record, now),
         promoted=verdict.promoted if verdict else None,
+        promoted_by_hand=by_hand,
         reason=verdict.reason if verdict else stopped,
         test_accuracy=record.test_accuracy,
         interval=measured.interval if measured else None,

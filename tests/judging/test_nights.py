@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nightshift.judging.nights import last_nights
 from nightshift.progress import shown_by
+from nightshift.records.champions import promote_by_hand
 from nightshift.records.keys import report_key
 from nightshift.records.lease import hold as hold_run
 from nightshift.records.run import Origin
@@ -55,6 +56,20 @@ def test_the_last_nights_are_shown_with_verdict_accuracy_and_cost(
     assert (found[0]["promoted"], found[1]["promoted"], found[1]["cost"]) == (None, False, None)
     for name in ("photos", "../no name"):
         assert nightshift("nights", "--name", name, "--json").json == {"nights": [], "refused": []}
+
+
+def test_a_night_that_the_gate_kept_back_and_somebody_promoted_went_live(
+    workspace: Workspace, nightshift: Callable[..., Finished]
+) -> None:
+    three_nights(workspace)
+    promote_by_hand(workspace.store, "cifar10", "tuesday", "better on the new images")
+    shown = " ".join(nightshift("nights").out.split())
+    assert " tuesday went live " in shown
+    assert ": better on the new images)" in shown
+    _, tuesday, monday = nightshift("nights", "--json").json["nights"]
+    assert tuesday["promoted"] is False
+    assert tuesday["promoted_by_hand"].endswith(": better on the new images")
+    assert monday["promoted_by_hand"] is None
 
 
 def test_what_is_damaged_or_of_other_weights_is_left_out_of_its_line(tmp_path: Path) -> None:
