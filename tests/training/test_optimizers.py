@@ -166,7 +166,7 @@ def test_muon_keeps_the_norm_of_filters_and_moves_them_by_about_the_rate() -> No
 
 
 def test_the_bias_of_the_whitening_layer_is_trained_in_the_first_three_eighths_only() -> None:
-    model = SpeedNet()
+    model = SpeedNet(widths=(8, 8, 8))
     assert model.whiten.bias is not None
     config, optimizer = muon(model)
     moved = []
