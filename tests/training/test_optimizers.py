@@ -24,7 +24,8 @@ def scheduled(schedule: str, lr: float = 0.15) -> TrainConfig:
 
 
 def rates(schedule: str, total: int) -> list[float]:
-    return [learning_rate(scheduled(schedule), step, total) for step in range(total)]
+    config = scheduled(schedule)
+    return [learning_rate(config, step, total) for step in range(total)]
 
 
 def rises(values: list[float]) -> bool:
@@ -78,12 +79,12 @@ def test_cosine_falls_from_step_to_step(total: int) -> None:
 @given(order=st.permutations(range(50)), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=20)
 def test_a_rate_depends_on_nothing_but_config_step_and_total(schedule: str, order: list[int], seed: int) -> None:
-    expected = rates(schedule, 50)
+    expected, config, other = rates(schedule, 50), scheduled(schedule), scheduled("cosine", 1)
     for step in order:
         random.seed(seed + step)
         torch.manual_seed(seed + step)
-        learning_rate(scheduled("cosine", 1), step, 60)
-        assert learning_rate(scheduled(schedule), step, 50) == expected[step]
+        learning_rate(other, step, 60)
+        assert learning_rate(config, step, 50) == expected[step]
 
 
 def test_sgd_is_nesterovs_with_the_configured_momentum_and_decay() -> None:
