@@ -44,14 +44,14 @@ def closing(execute: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
 
     @functools.wraps(execute)
     async def execute_or_close(cursor: aiosqlite.Cursor, do: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        def do_or_close(*args: Any, **options: Any) -> Any:
+        def do_or_close() -> Any:
             try:
                 return do(*args, **options)
             except sqlite3.Error:
                 cursor._cursor.close()
                 raise
 
-        return await execute(cursor, do_or_close, *args, **options)
+        return await execute(cursor, do_or_close)
 
     return execute_or_close
 

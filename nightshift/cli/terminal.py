@@ -220,8 +220,8 @@ def transitions_table(transitions: list[Transition]) -> Table:
     for name in ("when (UTC)", "what", "version", "accuracy", "who", "why"):
         table.add_column(name, justify="right" if name == "accuracy" else "left", overflow="fold")
     for entry in reversed(transitions):
-        when, who = f"{entry.at:%Y-%m-%d %H:%M:%S}", entry.who or entry.by.partition("/")[0]
-        table.add_row(when, entry.what, entry.version, percent(entry.test_accuracy), who, entry.reason)
+        when = f"{entry.at:%Y-%m-%d %H:%M:%S}"
+        table.add_row(when, entry.what, entry.version, percent(entry.test_accuracy), entry.author, entry.reason)
     return table
 
 

@@ -99,7 +99,7 @@ def last_nights(store: Store, name: str | None, limit: int, price_per_hour: floa
         with _left_out_if_unreadable():
             for entry in history.read_history(store, model).transitions:
                 if entry.what == "promoted by hand":
-                    by_hand[entry.run_id] = f"{entry.who or entry.by}: {entry.reason}"
+                    by_hand[entry.run_id] = f"{entry.author}: {entry.reason}"
     return progress.in_threads(
         lambda record: _night(store, record, by_hand.get(record.run_id), now, price_per_hour), records, READERS
     )

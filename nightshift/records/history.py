@@ -43,6 +43,11 @@ class Transition(Part):
     reason: Text
     comparison: Comparison | None = None
 
+    @property
+    def author(self) -> str:
+        """The account, or the host where nobody wrote that down."""
+        return self.who or self.by.partition("/")[0]
+
 
 class Pin(Part):
     """Somebody pinned the champion, or unpinned it: when, who, why, and which version was live then."""
