@@ -1,8 +1,11 @@
-"""Trainings whose machine is gone are started again as soon as their lease has run out.
+"""Flow runs that nobody runs any more are started again: trainings as soon as their lease has run out.
 
 Prefect takes a flow run for lost when three heartbeats are missing, and starts it again after another 20 s. Its lease
 tells sooner: who trains renews it every 20 s, and it lasts for a minute (NIGHTSHIFT_LEASE_SECONDS). But it also runs
 out while the store is away, and a heartbeat may be late on a busy server. Only where both are missing is nobody there.
+
+A flow run that a worker has taken up and that has not begun has neither. If its worker told its runs to stop just
+then, or died, it would wait for the quarter of an hour after which any such flow run is ended.
 
 Each worker looks after the runs of its pool. If two of them find the same, the lease lets only one train.
 """
@@ -11,6 +14,7 @@ import asyncio
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -25,6 +29,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     WorkPoolFilter,
     WorkPoolFilterName,
+    WorkPoolFilterType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
@@ -32,6 +37,7 @@ from prefect.states import AwaitingRetry, Crashed
 
 from nightshift.errors import ConfigError, RunNotFoundError
 from nightshift.local.supervisor import running_facts
+from nightshift.processes import identity, new_writer_id, state_of
 from nightshift.records.lease import status_of
 from nightshift.records.run import read_record
 from nightshift.settings import Settings
@@ -40,8 +46,10 @@ from nightshift.workspace import open_workspace
 HEARTBEAT = "prefect.flow-run.heartbeat"
 _TRAININGS = ["train-cifar", "retrain"]
 _SILENCE = timedelta(seconds=45)
-"""How old the newest heartbeat is of a run that is asked about: one comes every 30 s, and is stored up to 5 s later."""
+"""How old the newest heartbeat is of a run that is asked about: one comes every 30 s, and is stored up to 5 s later.
+What has been taken up begins sooner, too."""
 _CLOCKS_DIFFER = timedelta(seconds=5)
+_PROCESS = ", process "
 _LOOK_SECONDS, _PAUSE_SECONDS = 5, 60
 _AT_ONCE = 50
 """How many events Prefect tells at a time."""
@@ -72,17 +80,48 @@ def starting_the_lost_again(poll: Callable[[Any], Awaitable[Any]]) -> Callable[[
     return run
 
 
+def taken_up() -> str:
+    """What a worker says of a flow run that it makes Pending. It tells which process it is; no other says the same."""
+    return f"Taken up by {new_writer_id()}{_PROCESS}{identity(os.getpid())}"
+
+
 async def start_the_lost_again(client: PrefectClient, pool: str) -> None:
-    """Start those trainings of a pool again that are Running for Prefect, and that nobody runs."""
+    """Start those flow runs of a pool again that nobody runs: what has not begun, and trainings that are Running."""
+    for flow_run in await _not_begun(client, pool):
+        await _start_again(client, flow_run, "It has not begun, and the worker that had taken it up is gone.")
     for flow_run in await _silent(client, pool):
         if await asyncio.to_thread(_is_lost, flow_run):
-            now = await client.read_flow_run(flow_run.id)
-            if now.state_id == flow_run.state_id:
-                _log.warning("%s is lost, and is started again", flow_run.name)
-                over: State[Any] = Crashed(message="Neither heartbeat nor lease: the machine or the process is gone.")
-                again: State[Any] = AwaitingRetry(message="Lost. It goes on from its newest checkpoint.")
-                for state in (over, again):
-                    await client.set_flow_run_state(flow_run.id, state, force=True)
+            await _start_again(client, flow_run, "Neither heartbeat nor lease: the machine or the process is gone.")
+
+
+async def _start_again(client: PrefectClient, flow_run: FlowRun, reason: str) -> None:
+    now = await client.read_flow_run(flow_run.id)
+    if now.state_id == flow_run.state_id:
+        _log.warning("%s is lost, and is started again", flow_run.name)
+        again: State[Any] = AwaitingRetry(message="Lost. It goes on from its newest checkpoint.")
+        for state in (Crashed(message=reason), again):
+            await client.set_flow_run_state(flow_run.id, state, force=True)
+
+
+async def _not_begun(client: PrefectClient, pool: str) -> list[FlowRun]:
+    """The flow runs that a worker on this machine had taken up before it ended, and whose processes have ended too.
+
+    One that lives would be Running by now. In a pool of another type, such as of pods, it may wait for a machine.
+    """
+    before = datetime.now(UTC) - _SILENCE
+    pending = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))),
+        work_pool_filter=WorkPoolFilter(
+            name=WorkPoolFilterName(any_=[pool]), type=WorkPoolFilterType(any_=["process"])
+        ),
+    )
+    return [
+        run
+        for run in pending
+        if run.state
+        and run.state.timestamp < before
+        and state_of((run.state.message or "").partition(_PROCESS)[2]) == "dead"
+    ]
 
 
 async def _silent(client: PrefectClient, pool: str) -> list[FlowRun]:

@@ -49,8 +49,7 @@ from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration
 
 from deployments import warm
-from deployments.lost import starting_the_lost_again
-from nightshift.processes import new_writer_id
+from deployments.lost import starting_the_lost_again, taken_up
 
 LASTING = ("train-cifar", "retrain", "sweep")
 """The flows that go on where they stopped."""
@@ -99,7 +98,7 @@ def taking_up(propose: Callable[..., Awaitable[State[Any]]]) -> Callable[..., Aw
     async def run(client: PrefectClient, state: State[Any], *, flow_run_id: UUID) -> State[Any]:
         if not state.is_pending():
             return await propose(client, state, flow_run_id=flow_run_id)
-        state.message = f"Taken up by {new_writer_id()}"
+        state.message = taken_up()
         try:
             return await propose(client, state, flow_run_id=flow_run_id)
         except (httpx.HTTPError, Abort):  # Abort, where the client itself has asked once more

@@ -1,6 +1,11 @@
-"""A worker starts a training again whose machine is gone, when its lease has run out and no heartbeat comes."""
+"""A worker starts a training again whose machine is gone, when its lease has run out and no heartbeat comes.
+
+And a flow run that has not begun, of a worker that is gone.
+"""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -14,10 +19,10 @@ import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events.filters import EventFilter, EventOccurredFilter, EventResourceFilter
-from prefect.states import Running
+from prefect.states import Pending, Running
 
 import deployments.lost
-from deployments.lost import HEARTBEAT, start_the_lost_again, starting_the_lost_again
+from deployments.lost import HEARTBEAT, start_the_lost_again, starting_the_lost_again, taken_up
 from nightshift.local.prefect import PrefectServer
 from nightshift.records.lease import acquire
 from nightshift.records.run import Origin
@@ -44,8 +49,8 @@ class Training:
         self._client, self._workspace, self._id = client, workspace, uuid4()
         self._run_id = self._pool = f"lost-{uuid4()}"
 
-    async def begin(self) -> None:
-        await self._client.create_work_pool(WorkPoolCreate(name=self._pool, type="process"))
+    async def begin(self, pool_type: str) -> None:
+        await self._client.create_work_pool(WorkPoolCreate(name=self._pool, type=pool_type))
         flow = await self._client.create_flow_from_name("train-cifar")
         deployment = await self._client.create_deployment(flow, self._pool, work_pool_name=self._pool)
         name = f"{self._run_id} (quick)"
@@ -53,6 +58,9 @@ class Training:
 
     async def run(self) -> None:
         await self._client.set_flow_run_state(self._id, Running())
+
+    async def be_taken_up(self, message: str) -> None:
+        await self._client.set_flow_run_state(self._id, Pending(message=message))
 
     async def hold(self, flow_run_id: str = "", seconds: float = 1) -> None:
         """Take the lease, and let it run out unless it lasts a minute."""
@@ -92,15 +100,21 @@ def states(
     monkeypatch.setenv("NIGHTSHIFT_S3__PREFIX", prefix)
     monkeypatch.setattr(deployments.lost, "datetime", Later)
 
-    async def scenario(steps: tuple[Step, ...]) -> list[str | None]:
+    async def scenario(steps: tuple[Step, ...], pool_type: str) -> list[str | None]:
         async with PrefectClient(prefect_server.api_url, auth_string=prefect_server.login) as client:
             training = Training(client, workspace)
-            await training.begin()
+            await training.begin(pool_type)
             for step in steps:
                 await step(training)
             return await training.states()
 
-    return lambda *steps: asyncio.run(scenario(steps))
+    return lambda *steps, pool_type="process": asyncio.run(scenario(steps, pool_type))
+
+
+def by_a_worker_that_is_gone() -> str:
+    """What it has said when it took a flow run up."""
+    code = "from deployments.lost import taken_up; print(taken_up(), end='')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow
@@ -122,6 +136,47 @@ def test_a_run_whose_lease_has_run_out_without_a_heartbeat_is_started_again(
 )
 def test_a_run_that_may_live_is_left_alone(states: Callable[..., list[str | None]], steps: tuple[Step, ...]) -> None:
     assert states(*steps) == ["Scheduled", "Running"]
+
+
+@pytest.mark.slow
+def test_a_run_that_has_not_begun_when_its_worker_ended_is_started_again(
+    states: Callable[..., list[str | None]],
+) -> None:
+    message = by_a_worker_that_is_gone()
+    assert states(lambda training: training.be_taken_up(message)) == [
+        "Scheduled",
+        "Pending",
+        "Crashed",
+        "AwaitingRetry",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("message", "pool_type"),
+    [
+        pytest.param(taken_up, "process", id="its worker lives"),
+        pytest.param(
+            lambda: taken_up().replace("process ", "process another-boot-"), "process", id="on another machine"
+        ),
+        pytest.param(lambda: "Taken up by vm/1/c0ffee", "process", id="of a worker of yesterday"),
+        pytest.param(by_a_worker_that_is_gone, "kubernetes", id="its pod waits for a node"),
+    ],
+)
+def test_a_run_that_may_begin_is_left_alone(
+    states: Callable[..., list[str | None]], message: Callable[[], str], pool_type: str
+) -> None:
+    said = message()
+    assert states(lambda training: training.be_taken_up(said), pool_type=pool_type) == ["Scheduled", "Pending"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_has_just_been_started_is_left_alone(
+    states: Callable[..., list[str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.lost, "datetime", datetime)
+    message = by_a_worker_that_is_gone()
+    assert states(lambda training: training.be_taken_up(message)) == ["Scheduled", "Pending"]
 
 
 @pytest.mark.slow
