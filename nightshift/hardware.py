@@ -113,7 +113,7 @@ class Hardware:
         repaid = device.type == "cuda" and total_steps >= _COMPILATION_STEPS
         return cls(
             device=device,
-            precision=_native_precision(device) if config.precision == "auto" else config.precision,
+            precision=native_precision(device) if config.precision == "auto" else config.precision,
             compiled=repaid if config.compile == "auto" else config.compile == "on",
             deterministic=config.deterministic,
         )
@@ -184,7 +184,7 @@ def code_version() -> str:
     return f"{__version__}+{commit}" if commit else __version__
 
 
-def _native_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+def native_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
     """bfloat16 where the hardware has it. Elsewhere it is emulated, many times slower than float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -60,6 +60,7 @@ class _RankPart(_Part):
 
 class _Optimizer(_Part):
     state: dict[int, dict[str, Tensor | float | None]]
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
 
 
 class _Contents(_Part):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
+from nightshift.hardware import native_precision
+
 # Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): a quintic chosen for its slope at 0.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 3
@@ -24,13 +26,14 @@ class Muon(optim.Optimizer):
     Each filter bank (out, in, height, width) is treated as a matrix of `out` rows, and keeps a Frobenius norm of √out.
     The bias of a layer with fixed weights, such as a whitening layer, is trained only in the first 3/8 of the steps.
     `weight_decay` applies to SGD's part. It is decoupled: the share that one step takes off at the highest rate.
+
+    Matrices are made orthogonal in bfloat16, or in float32 where the hardware would emulate it: there it took half of
+    a step of `quick`. The state says which, so that a run ends as it began, on whatever hardware it goes on.
     """
 
     # As torch has written them. It wraps them to tell its compiler to leave them alone, and imports it for that: 2 s.
     # Only networks are ever compiled here.
     add_param_group = inspect.unwrap(optim.Optimizer.add_param_group)
-    load_state_dict = inspect.unwrap(optim.Optimizer.load_state_dict)
-    state_dict = inspect.unwrap(optim.Optimizer.state_dict)
     zero_grad = inspect.unwrap(optim.Optimizer.zero_grad)
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
@@ -56,6 +59,15 @@ class Muon(optim.Optimizer):
         for group in groups[1:]:
             group |= {"momentum": _MOMENTUM, "orthogonal": False, "weight_decay": weight_decay / (lr * group["scale"])}
         super().__init__([group for group in groups if group["params"]], {"lr": lr})
+        self.precision = native_precision(next(model.parameters()).device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**inspect.unwrap(optim.Optimizer.state_dict)(self), "precision": self.precision}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned. A state of before there was a choice is one of bfloat16."""
+        inspect.unwrap(optim.Optimizer.load_state_dict)(self, state_dict)
+        self.precision = state_dict.get("precision", "bfloat16")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -69,7 +81,8 @@ class Muon(optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 if group["orthogonal"]:
-                    update = orthogonalized(self._nesterov(parameter, parameter.grad, group).flatten(1))
+                    update = self._nesterov(parameter, parameter.grad, group).flatten(1)
+                    update = orthogonalized(update.bfloat16() if self.precision == "bfloat16" else update)
                     parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
                 else:
                     gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
@@ -87,18 +100,17 @@ class Muon(optim.Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Approximately UVᵀ, where USVᵀ is the singular value decomposition, by Newton-Schulz iteration in bfloat16.
+    """Approximately UVᵀ, where USVᵀ is the singular value decomposition, by Newton-Schulz iteration.
 
     Args:
-        matrix: float32 (rows, columns).
+        matrix: float32 or bfloat16 (rows, columns).
 
     Returns:
-        bfloat16 (rows, columns), with singular values between about 0.5 and 1.5 where they were not tiny.
+        of the same dtype and shape, with singular values between about 0.5 and 1.5 where they were not tiny.
     """
     a, b, c = _QUINTIC
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
-    x /= x.norm() + 1e-7
+    x: Tensor = matrix / (matrix.norm() + 1e-7)
     x = x.T if is_tall else x
     for _ in range(_ITERATIONS):
         gram = x @ x.T

@@ -145,8 +145,9 @@ class TrainState:
         number, rank 0 takes the sums of all, and a rank that was not there before keeps the generators it has.
         """
         self.model.load_state_dict(payload["model"])
-        # Only `state` is restored: the config decides the groups, and each step sets their rates.
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": payload["optimizer"]["state"]})
+        # But for the groups: the config decides them, and each step sets their rates.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**payload["optimizer"], "param_groups": groups})
         for kept in self.optimizer.state.values():
             # torch takes tensors of the CPU as they are: with them it would hold the whole payload.
             kept.update(

@@ -79,6 +79,7 @@ STRANGE: dict[str, Callable[[bytes], bytes]] = {
     "model.fc2.bias is torch.float64 (10,)": changed(
         lambda payload: payload["model"].update({"fc2.bias": torch.zeros(10, dtype=torch.float64)})
     ),
+    "optimizer.precision: ": changed(lambda payload: payload["optimizer"].update(precision="float8")),
     "optimizer.state.99 is of no parameter": changed(lambda payload: payload["optimizer"]["state"].update({99: {}})),
     "optimizer.state.0.exp_avg is missing": changed(
         lambda payload: payload["optimizer"]["state"].update({0: {"exp_average": torch.zeros(1)}})

@@ -143,11 +143,15 @@ def test_muon_has_every_parameter_that_is_trained_once() -> None:
     assert sorted(held) == sorted(id(weight) for weight in model.parameters() if weight.requires_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(24, 96), (96, 24), (64, 64)])
-def test_an_orthogonalized_matrix_has_its_directions_and_singular_values_near_one(shape: tuple[int, int]) -> None:
+def test_an_orthogonalized_matrix_has_its_directions_and_singular_values_near_one(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    found = orthogonalized(left @ torch.diag(values.clamp(min=values.max() / 4)) @ right).float()
-    spectrum = left.T @ found @ right.T
+    found = orthogonalized((left @ torch.diag(values.clamp(min=values.max() / 4)) @ right).to(dtype))
+    assert found.dtype == dtype
+    spectrum = left.T @ found.float() @ right.T
     assert ((spectrum.diag() > 0.5) & (spectrum.diag() < 1.5)).all()
     assert (spectrum - spectrum.diag().diag()).abs().max() < 0.1
 

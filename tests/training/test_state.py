@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nightshift.checkpoints.payload import Payload, weights_sha256
 from nightshift.config.recipes import make_config
 from nightshift.records.curve import CurvePoint
+from nightshift.training import muon
 from nightshift.training.optimizers import build_optimizer
 from nightshift.training.snapshot import Snapshot
 from nightshift.training.state import TrainState, seed_everything, seed_step
@@ -121,6 +122,26 @@ def test_a_restored_state_goes_on_as_the_uninterrupted_one(optimizer: str, steps
     assert everything(resumed) == at_capture
     train_steps(resumed, 5)
     assert everything(resumed) == expected
+
+
+def test_muon_goes_on_as_it_began_on_hardware_where_it_would_begin_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = {}
+    for begun, here in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        monkeypatch.setattr(muon, "native_precision", lambda device, begun=begun: begun)
+        uninterrupted = fresh_state("muon", 1)
+        train_steps(uninterrupted, 2)
+        payload = loaded(stored(uninterrupted))
+        train_steps(uninterrupted, 2)
+        ends[begun] = everything(uninterrupted)
+        if begun == "bfloat16":
+            del payload["optimizer"]["precision"]  # as it was stored before there was a choice
+
+        monkeypatch.setattr(muon, "native_precision", lambda device, here=here: here)
+        resumed = fresh_state("muon", 2)
+        resumed.restore(payload)
+        train_steps(resumed, 2)
+        assert everything(resumed) == ends[begun]
+    assert ends["float32"]["model"] != ends["bfloat16"]["model"]
 
 
 def test_capturing_changes_nothing() -> None:
