@@ -14,7 +14,7 @@ from tests.commands import Command
 from tests.conftest import eventually
 from tests.faults import soak
 
-TWO_EPOCHS = ("train", "--recipe", "tutorial", "--set", "max_train_images=6400", "--set", "epochs=2", "--json")
+TWO_EPOCHS = ("train", "--recipe", "tutorial", "--set", "max_train_images=3200", "--set", "epochs=2", "--json")
 
 
 def test_runs_killed_at_points_of_the_protocol_and_at_random_end_with_the_same_bits_and_leave_nothing_behind(
@@ -39,7 +39,7 @@ def test_of_two_live_trainers_of_one_run_exactly_one_finishes_and_the_other_stop
     def trainer(*arguments: str) -> Command:
         return start(*TWO_EPOCHS, *arguments, NIGHTSHIFT_LEASE_SECONDS="6", PREFECT_API_URL=prefect_api)
 
-    config = make_config("tutorial", {"max_train_images": 6400, "epochs": 2})
+    config = make_config("tutorial", {"max_train_images": 3200, "epochs": 2})
     whole = read_payload(workspace.store, train_alone(workspace, "whole", config, cifar10))
     first = trainer("--run-id", "shared", "--set", "checkpoint_every_steps=10")
     first.wait_for_line("training simple_cnn")

@@ -29,7 +29,7 @@ from tests.asking import ask
 from tests.commands import Command, Finished
 from tests.conftest import eventually
 
-TUTORIAL = ("--recipe", "tutorial", "--set", "max_train_images=6400", "--set", "epochs=3")
+TUTORIAL = ("--recipe", "tutorial", "--set", "max_train_images=3200", "--set", "epochs=3")
 WORSE = (
     "train",
     "--recipe",
@@ -308,7 +308,7 @@ def test_a_run_killed_and_then_told_to_stop_ends_with_the_same_weights(
     assert record.status == "interrupted"
     assert record.resumed_from_step
     assert record.resumed_from_step >= 20
-    assert f"after step {record.step} of 600" in stopped.json["error"]
+    assert f"after step {record.step} of 300" in stopped.json["error"]
     crashed = newest_flow_run(prefect_server, "night-stopped")["state"]
     assert (crashed["type"], crashed["message"]) == ("CRASHED", stopped.json["error"])
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,16 +33,22 @@ FOR_A_GPU: list[Part] = [
     *(bits.moves, bits.numerics, snapshots.under_fire, loading.fed),
     *(speed.classes, speed.one_step, speed.saving, speed.speedrun, speed.tutorial),
 ]
+LONG = {bits.exact_resume, bits.numerics, loading.fed, speed.saving}
+
+
+def left_to_the_soak(parts: list[Part]) -> list[Any]:
+    """The same parts. Those that take longest are left to `make soak`."""
+    return [pytest.param(part, marks=pytest.mark.soak) if part in LONG else part for part in parts]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", FOR_ALL)
+@pytest.mark.parametrize("part", left_to_the_soak(FOR_ALL))
 def test_a_part_that_needs_no_gpu_holds_here(part: Part, tmp_path: Path) -> None:
     assert [figure for figure in part(Stage(tmp_path)) if not figure.holds] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", FOR_A_GPU)
+@pytest.mark.parametrize("part", left_to_the_soak(FOR_A_GPU))
 def test_a_part_for_a_gpu_holds_where_the_cpu_stands_for_one(part: Part, tmp_path: Path) -> None:
     found = list(part(Pretended(tmp_path, seconds=1)))
     assert found

@@ -20,6 +20,8 @@ FAMILIES = {
     *("vgg11", "vgg11_bn", "vit_b_16", "vit_b_32", "vit_h_14", "wide_resnet50_2"),
 }
 """The smallest network of each of torchvision's families, and those that take other sizes than their families."""
+LARGE = {"densenet121", "efficientnet_v2_s", "inception_v3", "maxvit_t", "swin_v2_t", "vit_h_14"}
+"""Those that take longest to make."""
 OF_TIMM = ("convnext_atto", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "mobilenetv3_small_050", "resnet10t")
 
 
@@ -37,7 +39,13 @@ def test_the_table_has_torchvisions_networks_for_classification_and_no_others() 
     assert sorted(TORCHVISION) == sorted(torchvision.models.list_models(module=torchvision.models))
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES - {"regnet_x_400mf", "regnet_y_400mf"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.soak if name in LARGE else [])
+        for name in sorted(FAMILIES - {"regnet_x_400mf", "regnet_y_400mf"})
+    ],
+)
 def test_a_network_of_torchvision_takes_the_sizes_that_the_table_says_and_no_smaller_ones(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -102,7 +102,7 @@ def test_the_first_50_losses_of_two_ranks_are_those_of_one_and_nothing_is_warned
 ) -> None:
     """Batch norm included. With SGD, for Adam and Muon multiply the rounding of sums in another order."""
     config = small_config(
-        "quick", optimizer="sgd", lr=0.01, precision="float32", batch_size=256, max_train_images=256, epochs=50
+        "quick", optimizer="sgd", lr=0.01, precision="float32", batch_size=64, max_train_images=64, epochs=50
     )
 
     def losses(run_id: str, ranks: int) -> list[float]:

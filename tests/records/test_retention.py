@@ -88,7 +88,7 @@ def kinds(store: MemoryStore) -> Counter[str]:
     return Counter(place.kind for item in store.list("") if (place := place_of(item.key)))
 
 
-@pytest.mark.parametrize("nights", [130, pytest.param(400, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("nights", [90, pytest.param(400, marks=pytest.mark.soak)])
 def test_after_so_many_nights_the_store_holds_what_the_settings_keep_and_all_that_is_needed(nights: int) -> None:
     chance, clock = random.Random(0), Clock()
     store = MemoryStore(clock=clock)

@@ -53,8 +53,7 @@ def processes() -> Iterator[ProcessPoolExecutor]:
     "name",
     [
         *("quick", "tutorial"),
-        pytest.param("adamw with cosine", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.soak) for name in ("resnet18", "speedrun")),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("adamw with cosine", "resnet18", "speedrun")),
     ],
 )
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(

@@ -24,7 +24,7 @@ from nightshift.refs import DatasetRef
 from nightshift.workspace import Workspace
 from tests import asking
 from tests.commands import Command, Finished
-from tests.conftest import eventually
+from tests.conftest import eventually, know_snapshot
 
 CONFIG = {"epochs": 3, "max_train_images": 6400, "checkpoint_every_steps": 20}
 SETTINGS = [f"--set={name}={value}" for name, value in CONFIG.items()]
@@ -58,11 +58,14 @@ def told() -> Iterator[tuple[str, list[dict[str, str]]]]:
 
 
 @pytest.fixture(scope="module")
-def laptop(home: Path, cifar10: DatasetRef, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def laptop(
+    home: Path, prefix: str, shared: Path, cifar10: DatasetRef, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """NIGHTSHIFT_HOME of the user who types `up`, with servers of its own and the cached data set."""
     laptop = tmp_path_factory.mktemp("laptop")
     shutil.copytree(home / "datasets", laptop / "datasets")
-    with embedded_s3(laptop):
+    with embedded_s3(laptop, prefix) as store:
+        know_snapshot(store, shared)
         yield laptop
 
 
