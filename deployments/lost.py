@@ -98,7 +98,7 @@ async def _start_again(client: PrefectClient, flow_run: FlowRun, reason: str) ->
     now = await client.read_flow_run(flow_run.id)
     if now.state_id == flow_run.state_id:
         _log.warning("%s is lost, and is started again", flow_run.name)
-        again: State[Any] = AwaitingRetry(message="Lost. It goes on from its newest checkpoint.")
+        again: State[Any] = AwaitingRetry(message="Lost. It begins, or goes on from its newest checkpoint.")
         for state in (Crashed(message=reason), again):
             await client.set_flow_run_state(flow_run.id, state, force=True)
 

@@ -61,7 +61,7 @@ def told() -> Iterator[tuple[str, list[dict[str, str]]]]:
 def laptop(
     home: Path, prefix: str, shared: Path, cifar10: DatasetRef, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """NIGHTSHIFT_HOME of the user who types `up`, with servers of its own and the cached data set."""
+    """NIGHTSHIFT_HOME of the user who types `up`, with servers of its own, the cached data set and its snapshot."""
     laptop = tmp_path_factory.mktemp("laptop")
     shutil.copytree(home / "datasets", laptop / "datasets")
     with embedded_s3(laptop, prefix) as store:
