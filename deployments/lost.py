@@ -94,6 +94,21 @@ async def start_the_lost_again(client: PrefectClient, pool: str) -> None:
             await _start_again(client, flow_run, "Neither heartbeat nor lease: the machine or the process is gone.")
 
 
+async def runs_of(
+    client: PrefectClient,
+    pool: str,
+    *states: StateType,
+    flows: FlowFilter | None = None,
+    kind: WorkPoolFilterType | None = None,
+) -> list[FlowRun]:
+    """The flow runs of a pool in one of these states: of all flows or some; none if the pool is of another kind."""
+    return await client.read_flow_runs(
+        flow_filter=flows,
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*states]))),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]), type=kind),
+    )
+
+
 async def _start_again(client: PrefectClient, flow_run: FlowRun, reason: str) -> None:
     now = await client.read_flow_run(flow_run.id)
     if now.state_id == flow_run.state_id:
@@ -109,15 +124,9 @@ async def _not_begun(client: PrefectClient, pool: str) -> list[FlowRun]:
     One that lives would be Running by now. In a pool of another type, such as of pods, it may wait for a machine.
     """
     before = datetime.now(UTC) - _SILENCE
-    pending = await client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))),
-        work_pool_filter=WorkPoolFilter(
-            name=WorkPoolFilterName(any_=[pool]), type=WorkPoolFilterType(any_=["process"])
-        ),
-    )
     return [
         run
-        for run in pending
+        for run in await runs_of(client, pool, StateType.PENDING, kind=WorkPoolFilterType(any_=["process"]))
         if run.state
         and run.state.timestamp < before
         and state_of((run.state.message or "").partition(_PROCESS)[2]) == "dead"
@@ -127,11 +136,7 @@ async def _not_begun(client: PrefectClient, pool: str) -> list[FlowRun]:
 async def _silent(client: PrefectClient, pool: str) -> list[FlowRun]:
     """The trainings of a pool without a heartbeat lately."""
     since = datetime.now(UTC) - _SILENCE
-    running = await client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=_TRAININGS)),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-    )
+    running = await runs_of(client, pool, StateType.RUNNING, flows=FlowFilter(name=FlowFilterName(any_=_TRAININGS)))
     silent = {f"prefect.flow-run.{run.id}": run for run in running if run.state and run.state.timestamp < since}
     asked = list(silent)
     for first in range(0, len(asked), _AT_ONCE):

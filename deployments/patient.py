@@ -31,13 +31,6 @@ import anyio
 import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    WorkPoolFilter,
-    WorkPoolFilterName,
-)
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import Abort, PrefectException
 from prefect.runner import _starter_engine
@@ -49,7 +42,7 @@ from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration
 
 from deployments import warm
-from deployments.lost import starting_the_lost_again, taken_up
+from deployments.lost import runs_of, starting_the_lost_again, taken_up
 
 LASTING = ("train-cifar", "retrain", "sweep")
 """The flows that go on where they stopped."""
@@ -158,12 +151,7 @@ def ending_the_stuck(sync: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], A
 
 async def end_the_stuck(client: PrefectClient, pool: str) -> None:
     """Let the flow runs of a pool be over that have been under way for longer than they can be."""
-    states = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-    under_way = FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
-    for flow_run in await client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(state=under_way),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-    ):
+    for flow_run in await runs_of(client, pool, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING):
         assert flow_run.state
         longest: timedelta | None = _STUCK
         if flow_run.state.is_running():
