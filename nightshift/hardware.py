@@ -64,6 +64,11 @@ def failures_explained(device: torch.device) -> Iterator[None]:
         ) from error
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's parameters are."""
+    return next(network.parameters()).device
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. A copy to a GPU is queued, and the caller does not wait for it.
 

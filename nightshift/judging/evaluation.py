@@ -15,7 +15,7 @@ from nightshift.config.train import TrainConfig
 from nightshift.data import batches
 from nightshift.data.datasets import Dataset, in_parts, open_dataset
 from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError, StorageError
-from nightshift.hardware import failures_explained, find_device
+from nightshift.hardware import device_of, failures_explained, find_device
 from nightshift.ids import Sha256
 from nightshift.imports import imported_meanwhile
 from nightshift.judging.near import MOST_NEAR, Near, embedding_of, near_images
@@ -212,7 +212,7 @@ def predict(model: nn.Module, inputs: Tensor, tta: str = "off") -> Tensor:
     right (Jordan, arXiv 2404.00498).
     """
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs = inputs.to(device, memory_format=torch.channels_last)
     logits: Tensor = model(inputs) if tta == "off" else _mirrored_mean(model, inputs)
     if tta == "crops":
@@ -346,7 +346,7 @@ def _evaluate(
 def answer_test_images(model: nn.Module, dataset: Dataset, config: TrainConfig) -> Answers:
     """What a model says of all test images, predicted as the config says."""
     scale, shift = batches.normalizer(dataset, config)
-    size = batches.images_at_a_time(dataset.image_size, len(dataset.classes))
+    size = batches.images_at_a_time(dataset.image_size, len(dataset.classes), device_of(model))
     # Allocated before the images: small tensors that stay, allocated among large ones, would keep their memory in use.
     count = len(dataset.test_labels)
     answers = Answers(
@@ -368,7 +368,7 @@ def _near(model: nn.Module, dataset: Dataset, config: TrainConfig) -> list[Near]
     if not dataset.near:
         return []
     scale, shift = batches.normalizer(dataset, config)
-    size = batches.images_at_a_time(dataset.image_size, len(dataset.classes))
+    size = batches.images_at_a_time(dataset.image_size, len(dataset.classes), device_of(model))
     embed = embedding_of(model, config.model.name, len(dataset.classes), dataset.image_size)
 
     def embed_all(images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nightshift.data.datasets import Dataset, Judged
 from nightshift.data.near import LEAST_ALIKE
+from nightshift.hardware import device_of
 from nightshift.networks import head_of
 from nightshift.values import Count, Number
 
@@ -88,7 +89,7 @@ def embedding_of(model: nn.Module, name: str, classes: int, image_size: int) -> 
         name: of the network, as the config has it.
     """
     look = watched(model, name, classes, image_size)
-    device = next(model.parameters()).device
+    device = device_of(model)
     return lambda inputs: look(inputs, lambda images: model(images.to(device, memory_format=torch.channels_last)))[1]
 
 

@@ -15,6 +15,7 @@ from nightshift.checkpoints.weights import published_weights
 from nightshift.data import batches
 from nightshift.data.datasets import Images, in_parts
 from nightshift.data.images import fit
+from nightshift.hardware import device_of
 from nightshift.judging import evaluation
 from nightshift.judging.near import watched
 from nightshift.records.versions import ModelCard
@@ -61,7 +62,8 @@ def predicted_by(model: nn.Module, card: ModelCard, images: Images) -> Tensor:
         images: uint8 (N, side, side, 3). Those of another size than the version's are made to have it.
     """
     scale, shift = batches.scale_and_shift(card.mean, card.std)
-    size, tta = batches.images_at_a_time(card.image_size, len(card.classes)), card.train_config().evaluation.tta
+    size = batches.images_at_a_time(card.image_size, len(card.classes), device_of(model))
+    tta = card.train_config().evaluation.tta
     predicted = torch.empty(len(images), dtype=torch.int64)
     for numbers, part in in_parts(images, size):
         inputs = batches.to_input(_fitted(part, card), scale, shift)
@@ -84,7 +86,7 @@ def seen_by(model: nn.Module, card: ModelCard, images: Iterable[Tensor]) -> Seen
             batches.to_input(_fitted(part, card), scale, shift),
             lambda inputs: evaluation.predict(model, inputs, config.evaluation.tta),
         )
-        for part in _stacked(images, batches.images_at_a_time(card.image_size, classes))
+        for part in _stacked(images, batches.images_at_a_time(card.image_size, classes, device_of(model)))
     ]
     return Seen(torch.cat([logits.softmax(1) for logits, _ in parts]), torch.cat([_few(seen) for _, seen in parts]))
 

@@ -25,7 +25,7 @@ from nightshift.errors import (
     StorageUnreachableError,
     UnreadableImageError,
 )
-from nightshift.hardware import find_device
+from nightshift.hardware import device_of, find_device
 from nightshift.judging import evaluation
 from nightshift.judging.published import load_version
 from nightshift.records import champions
@@ -109,7 +109,7 @@ class Classifier:
             StorageError: a bucket cannot be listed, or the store does not answer.
         """
         sources = _sources(store, places)
-        size = min(_BATCH, batches.images_at_a_time(self.image_size, len(self.classes)))
+        size = min(_BATCH, batches.images_at_a_time(self.image_size, len(self.classes), device_of(self._model)))
         while batch := list(islice(sources, size)):
             decoded = [_decode(source, self.image_size, self.resize) for source in batch]
             good = [image for image in decoded if isinstance(image, np.ndarray)]

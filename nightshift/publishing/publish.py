@@ -20,6 +20,7 @@ from nightshift.errors import (
     StorageError,
     StorageUnreachableError,
 )
+from nightshift.hardware import device_of
 from nightshift.judging import evaluation
 from nightshift.judging.answers import PREDICTIONS
 from nightshift.networks import build_network
@@ -177,7 +178,7 @@ def _exporter(weights: dict[str, Tensor], config: TrainConfig, dataset: Dataset)
     classes, size = len(dataset.classes), dataset.image_size
     model = evaluation.load_model(config, weights, classes, image_size=size)
     fresh = build_network(config.model.name, classes, size).to(memory_format=torch.channels_last)
-    count = max(2, min(_IMAGES, batches.images_at_a_time(size, classes)))
+    count = max(2, min(_IMAGES, batches.images_at_a_time(size, classes, device_of(model))))
     images = few(dataset.test_images, count)
     if len(images) == 1:
         images = torch.cat([images, images])  # an exporter takes a batch of one for a batch that is always one

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from nightshift.hardware import native_precision
+from nightshift.hardware import device_of, native_precision
 
 # Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): a quintic chosen for its slope at 0.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -59,7 +59,7 @@ class Muon(optim.Optimizer):
         for group in groups[1:]:
             group |= {"momentum": _MOMENTUM, "orthogonal": False, "weight_decay": weight_decay / (lr * group["scale"])}
         super().__init__([group for group in groups if group["params"]], {"lr": lr})
-        self.precision = native_precision(next(model.parameters()).device)
+        self.precision = native_precision(device_of(model))
 
     def state_dict(self) -> dict[str, Any]:
         return {**inspect.unwrap(optim.Optimizer.state_dict)(self), "precision": self.precision}

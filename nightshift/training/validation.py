@@ -23,7 +23,7 @@ def validate(network: nn.Module, dataset: Dataset, normalizer: tuple[Tensor, Ten
     assert images is not None
     assert labels is not None
     device, mode = normalizer[0].device, network.training
-    size = batches.images_at_a_time(dataset.image_size, len(dataset.classes))
+    size = batches.images_at_a_time(dataset.image_size, len(dataset.classes), device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     network.eval()

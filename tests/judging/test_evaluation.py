@@ -179,16 +179,20 @@ def test_stored_metrics_of_which_no_page_could_be_made_are_measured_again(change
 
 
 @pytest.mark.parametrize(
-    ("size", "classes", "images"), [(32, 10, 1000), (16, 2, 1000), (96, 10, 111), (512, 10, 3), (32, 100_000, 335)]
+    ("size", "classes", "on_a_gpu", "on_a_cpu"),
+    [(32, 10, 1000, 250), (16, 2, 1000, 250), (96, 10, 111, 27), (512, 10, 3, 1), (32, 150_000, 223, 223)],
 )
-def test_large_images_and_many_classes_are_predicted_in_smaller_batches(size: int, classes: int, images: int) -> None:
-    assert batches.images_at_a_time(size, classes) == images
+def test_large_images_and_many_classes_are_predicted_in_smaller_batches(
+    size: int, classes: int, on_a_gpu: int, on_a_cpu: int
+) -> None:
+    assert batches.images_at_a_time(size, classes, torch.device("cuda")) == on_a_gpu
+    assert batches.images_at_a_time(size, classes, torch.device("cpu")) == on_a_cpu
 
 
 def test_what_is_measured_in_batches_is_what_is_measured_at_once() -> None:
     dataset, config = made_up(64, 5, train=1, test=601), config_of()
     model = build_model("quick_cnn", 5, 64)
-    assert batches.images_at_a_time(64, 5) < 601
+    assert batches.images_at_a_time(64, 5, torch.device("cpu")) < 601
     found = evaluation.answer_test_images(model, dataset, config)
     inputs = batches.to_input(dataset.test_images[:], *batches.normalizer(dataset, config))
     whole = evaluation.answers_to(evaluation.predict(model, inputs), dataset.test_labels.long())
