@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from multiprocessing import forkserver
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+import numpy as np
+from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 from nightshift import processes
 from nightshift.data.images import fit, open_image
@@ -20,13 +21,15 @@ from nightshift.data.sources.listed import Listed, Source
 from nightshift.errors import UnreadableImageError
 from nightshift.values import Resize, Storage
 
-_CHUNK = 64
-"""Images that a process takes at once. More would make the loss of one process longer to repair."""
+_CHUNK, _CHUNK_BYTES = 128, 16 * 1024**2
+"""How many images a process takes at once, and after how many bytes of files no more. More would make the loss of a
+process longer to repair, and few small ones take longer on their way than to decode."""
 _AHEAD = 4
 """Chunks a process that may be decoded before somebody asks for them."""
 _PRELOADED = ["nightshift.data.decode", "nightshift.data.sources.files", "nightshift.data.sources.folder"]
 """What each process would import by itself, in half a second."""
 _CHUNK_SECONDS, _IMAGE_SECONDS = 60, 20
+CONSTS.sleep_unit = 0.02  # a pool ends when it next looks, by default every tenth of a second
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,21 @@ class Shape:
         return pixels if self.storage == "pixels" else pixels // 5
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """An image that was read: the sha256 of its file, and its pixels as they are stored; or why it cannot be used."""
+class Decoded(NamedTuple):
+    """An image that was read: its pixels as they are stored, and the sha256 of its file and of these; or why not."""
 
-    content: bytes = b""
-    pixels: bytes = b""
+    stored: bytes = b""
+    content: bytes | None = None
+    pixels: bytes | None = None
     width: int = 0
     height: int = 0
     refused: str = ""
+
+
+def prepare() -> None:
+    """Begin to import what the processes of `Decoders` need, in a process of its own. It is not waited for."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    forkserver.ensure_running()
 
 
 class Decoders:
@@ -60,8 +69,8 @@ class Decoders:
 
     def __init__(self, source: Source, shape: Shape, processes: int | None = None) -> None:
         self._count = processes or os.cpu_count() or 1
+        prepare()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
         self._pool = ProcessPool(self._count, initializer=_begin, initargs=(source, shape), context=context)
 
     def __enter__(self) -> Self:
@@ -101,8 +110,14 @@ class Decoders:
 
 
 def _chunks(images: Iterable[Listed]) -> Iterator[list[Listed]]:
-    iterator = iter(images)
-    while chunk := list(islice(iterator, _CHUNK)):
+    chunk, size = list[Listed](), 0
+    for listed in images:
+        chunk.append(listed)
+        size += listed.size
+        if len(chunk) == _CHUNK or size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 
@@ -127,6 +142,6 @@ def _decoded(listed: Listed) -> Decoded:
         image = open_image(body)
     except UnreadableImageError as error:
         return Decoded(refused=str(error))
-    pixels = fit(image, _shape.size, _shape.resize)
-    stored = pixels.tobytes() if _shape.storage == "pixels" else as_stored(pixels, body)
-    return Decoded(hashlib.sha256(body).digest(), stored, *image.size)
+    square = fit(image, _shape.size, _shape.resize)
+    stored = square.tobytes() if _shape.storage == "pixels" else as_stored(np.asarray(square), body)
+    return Decoded(stored, hashlib.sha256(body).digest(), hashlib.sha256(stored).digest(), *image.size)

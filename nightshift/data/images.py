@@ -111,8 +111,8 @@ def _plain_jpeg(image: ImageFile.ImageFile, body: bytes) -> Image.Image | None:
     return decoded
 
 
-def fit(image: Image.Image, size: int, how: Resize) -> np.ndarray:
-    """An image as a square of `size` by `size` pixels: uint8 (size, size, 3).
+def fit(image: Image.Image, size: int, how: Resize) -> Image.Image:
+    """An image as a square of `size` by `size` pixels.
 
     `crop` scales its shorter side to `size` and cuts off both ends of the longer one alike. `pad` scales its longer
     side to `size` and puts it in the middle of white. `stretch` scales each side by itself. All scale by Pillow's
@@ -123,15 +123,15 @@ def fit(image: Image.Image, size: int, how: Resize) -> np.ndarray:
         image: in RGB, as `open_image` returns it.
     """
     if image.size == (size, size):
-        return np.asarray(image)
+        return image
     width, height = image.size
     if how == "crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2  # whole pixels, which are not blurred
         box = (left, top, left + side, top + side)
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+        return image.resize((size, size), Image.Resampling.BICUBIC, box)
     if how == "stretch":
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        return image.resize((size, size), Image.Resampling.BICUBIC)
     longer = max(width, height)
     # A line of pixels, however thin, is still seen.
     scaled = image.resize(
@@ -139,7 +139,7 @@ def fit(image: Image.Image, size: int, how: Resize) -> np.ndarray:
     )
     square = Image.new("RGB", (size, size), WHITE)
     square.paste(scaled, ((size - scaled.width) // 2, (size - scaled.height) // 2))
-    return np.asarray(square)
+    return square
 
 
 def check_size(size: int) -> None:

@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, starmap
 
 import pyarrow as pa
 from pyarrow import compute
@@ -96,31 +96,30 @@ def read_parts(store: Store | None, name: str, source: Source, shape: Shape, new
 
 
 def listed_of(listing: pa.Table) -> Iterator[Listed]:
-    for name, place, hint, label in table.iterate(listing, "id", "place", "hint", "label"):
-        yield Listed(name, place, hint, label)
+    return starmap(Listed, table.iterate(listing, "id", "place", "hint", "label", "size"))
 
 
 def _packed(part: pa.Table, decoded: Iterable[Decoded], advance: Callable[[int], object]) -> tuple[pa.Table, bytes]:
     """The rows of a part, and the pixels of its images one after the other. What stands in it twice is stored once."""
-    shard, offsets, columns = bytearray(), dict[bytes, int](), []
+    shard, places, offsets, images = bytearray(), dict[bytes | None, int](), [], []
     for image, size in zip(decoded, part["size"].to_pylist(), strict=True):
-        pixels = hashlib.sha256(image.pixels).digest()
-        if image.pixels and pixels not in offsets:
-            offsets[pixels] = len(shard)
-            shard += image.pixels
-        columns.append((image.content, pixels, image.width, image.height, offsets.get(pixels, 0), image.refused))
+        at = 0 if image.refused else places.setdefault(image.pixels, len(shard))
+        if at == len(shard):
+            shard += image.stored
+        offsets.append(at)
+        images.append(image[1:])
         advance(size)
-    content, pixels_of, widths, heights, at, unreadable = zip(*columns, strict=True)
+    content, pixels, width, height, unreadable = zip(*images, strict=True)
     body = bytes(shard)
     values = {
         "id": part["id"],
         "hint": part["hint"],
-        "content": [value or None for value in content],
-        "pixels": [None if reason else value for value, reason in zip(pixels_of, unreadable, strict=True)],
-        "width": widths,
-        "height": heights,
+        "content": content,
+        "pixels": pixels,
+        "width": width,
+        "height": height,
         "shard": [hashlib.sha256(body).digest()] * len(part),
-        "offset": at,
+        "offset": offsets,
         "unreadable": unreadable,
     }
     return pa.table(values, READ), body
@@ -129,5 +128,5 @@ def _packed(part: pa.Table, decoded: Iterable[Decoded], advance: Callable[[int],
 def _store_part(store: Store, key: str, rows: pa.Table, shard: bytes, shape: Shape) -> None:
     """Store a shard before the rows that name it. One that is there already is written anew, lest gc finds it old."""
     if shard:
-        store.upload(snapshots.shard_key(hashlib.sha256(shard).hexdigest()), io.BytesIO(shard))
+        store.upload(snapshots.shard_key(rows["shard"][0].as_py().hex()), io.BytesIO(shard))
     store.put(key, table.as_parquet(rows, shape))

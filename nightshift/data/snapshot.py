@@ -24,7 +24,7 @@ from pyarrow import compute
 from nightshift import progress
 from nightshift.config.project import DatasetConfig
 from nightshift.data import rows as table
-from nightshift.data.decode import Decoders, Shape
+from nightshift.data.decode import Decoders, Shape, prepare
 from nightshift.data.names import check_classes
 from nightshift.data.parts import Reader, in_parts, listed_of, mixed, part_key, pending, read_parts, unknown
 from nightshift.data.rows import LISTED, READ, ROWS
@@ -85,6 +85,7 @@ def look_at(
         NoImagesError, SourceError: the source has nothing to offer, or is not what it has to be.
         StorageError: the source or the store does not answer. What was kept is not read again.
     """
+    prepare()
     history = snapshots.read_history(store, name)
     newest = None if source else _stored(store, history, history.newest)
     source = source or open_source(config, store)

@@ -106,5 +106,5 @@ def _few(features: Tensor) -> Tensor:
 def _fitted(images: Tensor, card: ModelCard) -> Tensor:
     if images.shape[1] == card.image_size:
         return images
-    squares = [fit(Image.fromarray(image), card.image_size, card.resize) for image in images.numpy()]
+    squares = [np.asarray(fit(Image.fromarray(image), card.image_size, card.resize)) for image in images.numpy()]
     return torch.from_numpy(np.stack(squares))

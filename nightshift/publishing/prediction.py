@@ -251,4 +251,4 @@ def _decode(source: _Source, size: int, how: Resize) -> np.ndarray | str:
         image = source.read()
     except UnreadableImageError as error:
         return str(error)
-    return fit(image, size, how)
+    return np.asarray(fit(image, size, how))

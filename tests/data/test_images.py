@@ -33,6 +33,10 @@ def encoded(kind: str, picture: Image.Image | None = None, **options: Any) -> by
     return file.getvalue()
 
 
+def fitted(image: Image.Image, size: int, how: Resize) -> np.ndarray:
+    return np.asarray(fit(image, size, how))
+
+
 def reason(source: Path | bytes) -> str:
     """Why an image is refused, as one line; that takes no longer than people wonder, of the processor's time."""
     started = time.process_time()
@@ -162,16 +166,16 @@ def halves(width: int, height: int) -> Image.Image:
 def test_a_crop_keeps_the_middle_of_the_longer_side() -> None:
     pixels = np.zeros((32, 96, 3), np.uint8)
     pixels[:, 32:64] = PIXELS[:32, :32]
-    assert np.array_equal(fit(Image.fromarray(pixels), 32, "crop"), PIXELS[:32, :32])
-    assert np.array_equal(fit(Image.fromarray(pixels.swapaxes(0, 1)), 32, "crop"), PIXELS[:32, :32].swapaxes(0, 1))
+    assert np.array_equal(fitted(Image.fromarray(pixels), 32, "crop"), PIXELS[:32, :32])
+    assert np.array_equal(fitted(Image.fromarray(pixels.swapaxes(0, 1)), 32, "crop"), PIXELS[:32, :32].swapaxes(0, 1))
 
 
 def test_a_crop_of_an_image_whose_shorter_side_has_the_size_only_cuts() -> None:
-    assert np.array_equal(fit(Image.fromarray(PIXELS[:, :47]), 40, "crop"), PIXELS[:, 3:43])
+    assert np.array_equal(fitted(Image.fromarray(PIXELS[:, :47]), 40, "crop"), PIXELS[:, 3:43])
 
 
 def test_a_pad_shows_the_whole_image_in_the_middle_of_white() -> None:
-    found = fit(halves(96, 32), 48, "pad")
+    found = fitted(halves(96, 32), 48, "pad")
     assert (found[:16] == 255).all()
     assert (found[32:] == 255).all()
     assert (found[16:32, :20] == (255, 0, 0)).all()
@@ -179,21 +183,21 @@ def test_a_pad_shows_the_whole_image_in_the_middle_of_white() -> None:
 
 
 def test_a_stretch_shows_the_whole_image_on_the_whole_square() -> None:
-    found = fit(halves(96, 32), 48, "stretch")
+    found = fitted(halves(96, 32), 48, "stretch")
     assert (found[:, :20] == (255, 0, 0)).all()
     assert (found[:, 28:] == (0, 0, 255)).all()
 
 
 @pytest.mark.parametrize("how", get_args(Resize))
 def test_an_image_that_has_the_size_already_is_unchanged_to_the_bit(how: Resize) -> None:
-    assert np.array_equal(fit(Image.fromarray(PIXELS[:, :40]), 40, how), PIXELS[:, :40])
+    assert np.array_equal(fitted(Image.fromarray(PIXELS[:, :40]), 40, how), PIXELS[:, :40])
 
 
 @pytest.mark.parametrize("how", get_args(Resize))
 @pytest.mark.parametrize("size", [16, 40, 512])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65_535, 1), (1, 600), (511, 513)])
 def test_every_image_fits_every_square(how: Resize, size: int, shape: tuple[int, int]) -> None:
-    found = fit(Image.new("RGB", shape, (10, 20, 30)), size, how)
+    found = fitted(Image.new("RGB", shape, (10, 20, 30)), size, how)
     assert found.shape == (size, size, 3)
     assert found.dtype == np.uint8
     assert (found == (10, 20, 30)).all(2).any()
@@ -203,7 +207,7 @@ def test_an_image_is_made_smaller_from_all_its_pixels() -> None:
     """Lines of black and white, of a pixel each, become grey and not black or white."""
     lines = np.zeros((128, 128, 3), np.uint8)
     lines[::2] = 255
-    assert (abs(fit(Image.fromarray(lines), 32, "stretch")[2:-2].astype(int) - 127) <= 2).all()
+    assert (abs(fitted(Image.fromarray(lines), 32, "stretch")[2:-2].astype(int) - 127) <= 2).all()
 
 
 # What is no image file

@@ -114,7 +114,7 @@ def test_an_image_of_another_shape_is_predicted_as_its_card_says(night: Night, t
     size = night.dataset.image_size
     wide = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size, 3 * size, 3), dtype=np.uint8))
     wide.save(tmp_path / "wide.png")
-    Image.fromarray(fit(wide, size, how)).save(tmp_path / "square.png")  # type: ignore[arg-type]
+    fit(wide, size, how).save(tmp_path / "square.png")  # type: ignore[arg-type]
     store, key = night.workspace.store, card_key(NAME, "second")
     before = store.get(key)[0]
     try:

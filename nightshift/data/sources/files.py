@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from nightshift.data.images import MAX_BYTES, check_size, open_at_once
 from nightshift.errors import ObjectNotFoundError, ObjectTooLargeError, SourceError, UnreadableImageError
@@ -20,8 +20,7 @@ _COPIES: dict[tuple[str, str], IO[bytes]] = {}
 _COPYING = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """A file below a root: its name, with / between folders, its size in bytes, and what changes when it does."""
 
     name: str

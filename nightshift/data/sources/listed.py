@@ -1,12 +1,10 @@
 """What every source of images has to do, and what it knows of an image before it is read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(NamedTuple):
     """One image of a source.
 
     `id` is its name, by which it is known from night to night: its path below the source's root. `place` is where the
