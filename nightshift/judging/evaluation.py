@@ -31,7 +31,7 @@ from nightshift.workspace import Workspace
 CALIBRATION_BINS = 15
 MATRIX_CLASSES = 32
 """With up to this many classes, the whole confusion matrix is kept; with more, only the most confused pairs."""
-_NEEDED_NEXT = "scipy.stats", "torch._dynamo", "matplotlib.figure"
+_NEEDED_NEXT = "scipy.stats", "torch.export._trace", "matplotlib.figure"
 """What `measure`, the export and the report import: 4 s, much of which a core has left while the other predicts."""
 _TOP = 5
 _MISTAKES = 10
