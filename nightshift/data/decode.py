@@ -22,8 +22,8 @@ from nightshift.errors import UnreadableImageError
 from nightshift.values import Resize, Storage
 
 _CHUNK, _CHUNK_BYTES = 128, 16 * 1024**2
-"""How many images a process takes at once, and after how many bytes of files no more. More would make the loss of a
-process longer to repair, and few small ones take longer on their way than to decode."""
+"""How many images a process takes at once, and about how many bytes, as files and as they are stored. More would make
+the loss of a process longer to repair; fewer small ones take longer on their way than to decode."""
 _AHEAD = 4
 """Chunks a process that may be decoded before somebody asks for them."""
 _PRELOADED = ["nightshift.data.decode", "nightshift.data.sources.files", "nightshift.data.sources.folder"]
@@ -69,6 +69,7 @@ class Decoders:
 
     def __init__(self, source: Source, shape: Shape, processes: int | None = None) -> None:
         self._count = processes or os.cpu_count() or 1
+        self._most = max(1, min(_CHUNK, _CHUNK_BYTES // shape.bytes))
         prepare()
         context = multiprocessing.get_context("forkserver")
         self._pool = ProcessPool(self._count, initializer=_begin, initargs=(source, shape), context=context)
@@ -87,7 +88,7 @@ class Decoders:
             StorageError: the source does not answer.
         """
         waiting: deque[tuple[Sequence[Listed], ProcessFuture[list[Decoded]]]] = deque()
-        for chunk in _chunks(images):
+        for chunk in _chunks(images, self._most):
             waiting.append((chunk, self._pool.schedule(_decode, (chunk,), timeout=_CHUNK_SECONDS)))
             if len(waiting) > _AHEAD * self._count:
                 yield from self._result(*waiting.popleft())
@@ -109,12 +110,12 @@ class Decoders:
             return Decoded(refused=f"the decoder crashed on it (exit {error.exitcode}): save it anew")
 
 
-def _chunks(images: Iterable[Listed]) -> Iterator[list[Listed]]:
+def _chunks(images: Iterable[Listed], most: int) -> Iterator[list[Listed]]:
     chunk, size = list[Listed](), 0
     for listed in images:
         chunk.append(listed)
         size += listed.size
-        if len(chunk) == _CHUNK or size >= _CHUNK_BYTES:
+        if len(chunk) == most or size >= _CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:

@@ -60,6 +60,9 @@ def test_nothing_is_left_running_when_the_reading_is_broken_off() -> None:
 
 def test_a_process_takes_many_small_images_at_once_and_few_large_ones() -> None:
     small, large = [Listed("small", "", "", "ant", 1000)] * 300, [Listed("large", "", "", "ant", 9_000_000)] * 5
-    assert [len(chunk) for chunk in decode._chunks([*small, *large])] == [128, 128, 46, 2, 1]
-    assert [len(chunk) for chunk in decode._chunks(large)] == [2, 2, 1]
-    assert [*decode._chunks([])] == []
+    assert [len(chunk) for chunk in decode._chunks([*small, *large], 128)] == [128, 128, 46, 2, 1]
+    assert [len(chunk) for chunk in decode._chunks(large, 128)] == [2, 2, 1]
+    assert [*decode._chunks([], 128)] == []
+    for size, most in ((32, 128), (224, 111), (512, 21)):
+        with Decoders(Made(), Shape(size, "crop"), processes=1) as decoders:
+            assert decoders._most == most
