@@ -85,7 +85,7 @@ def look_at(
         NoImagesError, SourceError: the source has nothing to offer, or is not what it has to be.
         StorageError: the source or the store does not answer. What was kept is not read again.
     """
-    prepare()
+    prepare()  # beside the listing, if also in vain where nothing is new
     history = snapshots.read_history(store, name)
     newest = None if source else _stored(store, history, history.newest)
     source = source or open_source(config, store)

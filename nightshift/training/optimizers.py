@@ -13,6 +13,7 @@ from models.protocols import Grouped
 from nightshift.config.sections import OptimizerConfig
 from nightshift.config.train import TrainConfig
 from nightshift.errors import ConfigError
+from nightshift.hardware import device_of
 from nightshift.training.layers import groups_by_depth, split_groups
 from nightshift.training.muon import Muon
 
@@ -39,7 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, head: Collection[
     if head is not None:
         groups = parameters if isinstance(model, Grouped) else groups_by_depth(model, head, config.layer_decay)
         parameters = split_groups(groups, model, head)
-    fused = next(model.parameters()).is_cuda  # one kernel per step; on a CPU it is no faster
+    fused = device_of(model).type == "cuda"  # one kernel per step; on a CPU it is no faster
     if config.name == "sgd":
         return optim.SGD(
             parameters,

@@ -180,7 +180,14 @@ def test_stored_metrics_of_which_no_page_could_be_made_are_measured_again(change
 
 @pytest.mark.parametrize(
     ("size", "classes", "on_a_gpu", "on_a_cpu"),
-    [(32, 10, 1000, 250), (16, 2, 1000, 250), (96, 10, 111, 27), (512, 10, 3, 1), (32, 150_000, 223, 223)],
+    [
+        (32, 10, 1000, 250),
+        (16, 2, 1000, 250),
+        (96, 10, 111, 27),
+        (512, 10, 3, 1),
+        (32, 100_000, 335, 250),
+        (32, 150_000, 223, 223),
+    ],
 )
 def test_large_images_and_many_classes_are_predicted_in_smaller_batches(
     size: int, classes: int, on_a_gpu: int, on_a_cpu: int
